@@ -1,0 +1,556 @@
+/*
+ * kvq: a compressed KV cache. Generated from src/capi by build.rs; do not edit.
+ *
+ * Conventions
+ *   - Functions that can fail return a kvq_status; kvq_last_error() then has a sentence for people.
+ *   - Outputs come last and are written only on success.
+ *   - Pointers must not be NULL unless their comment says so; NULL is then an error or has the meaning given there.
+ *   - A pointer to a const object means that the call does not change it.
+ *   - Objects come from a _new or _parse function and go to their _free function, which accepts NULL.
+ *   - Objects do not refer to each other once built: they may be freed in any order.
+ *   - Shapes are written [rows][columns], contiguous unless strides are given; strides count elements, not bytes.
+ *   - An argument that a comment calls invalid gives KVQ_STATUS_INVALID_ARGUMENT; nothing in kvq aborts the process.
+ */
+
+
+#ifndef KVQ_H
+#define KVQ_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+// Version of the library this header belongs to.
+#define KVQ_VERSION "0.1.0"
+#define KVQ_VERSION_MAJOR 0
+#define KVQ_VERSION_MINOR 1
+#define KVQ_VERSION_PATCH 0
+
+
+// Rises with every change to a function or struct of this header. Compare it with kvq_abi_version() at start.
+#define KVQ_ABI_VERSION 1
+
+// Smallest supported head size.
+#define KVQ_MIN_HEAD_DIM 64
+
+// Largest supported head size.
+#define KVQ_MAX_HEAD_DIM 256
+
+// Head sizes must be a multiple of this.
+#define KVQ_HEAD_DIM_STEP 32
+
+// Largest supported number of query heads of one KV head.
+#define KVQ_MAX_GQA_RATIO 128
+
+// What kind of failure an [`Error`] is. The numbers are the C status codes: 0 is success, 1 to 99 are stable and are
+// never reused.
+enum kvq_status
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    // Success.
+    KVQ_STATUS_OK = 0,
+    // An argument is NULL, zero, out of range or inconsistent with another one.
+    KVQ_STATUS_INVALID_ARGUMENT = 1,
+    // A recipe specification could not be understood, or asks for something impossible.
+    KVQ_STATUS_RECIPE = 2,
+    // The model's shape (head sizes, head counts) is not supported.
+    KVQ_STATUS_SHAPE = 3,
+    // A buffer handed in is smaller than needed.
+    KVQ_STATUS_BUFFER_TOO_SMALL = 4,
+    // Saved state is truncated, corrupted, or belongs to another recipe, shape or format version.
+    KVQ_STATUS_FORMAT = 5,
+    // The cache holds no free cell for the tokens to append.
+    KVQ_STATUS_FULL = 6,
+    // A file could not be read or written.
+    KVQ_STATUS_IO = 7,
+    // The operation exists but not for this recipe, build or machine.
+    KVQ_STATUS_UNSUPPORTED = 8,
+    // A bug in kvq: a panic was stopped at the C boundary.
+    KVQ_STATUS_INTERNAL = 9,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum kvq_status kvq_status;
+#else
+typedef uint32_t kvq_status;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Compressed keys and values of all layers of a model, for programs without llama.cpp.
+//
+// One step of a model is kvq_cache_begin, kvq_cache_attend once for each layer in any order, kvq_cache_end. Between
+// steps sequences can be removed, copied, kept and shifted, and the cache can be saved and loaded.
+//
+// Not thread-safe: one thread at a time. Work is spread over threads inside. It does not refer to the recipe it was
+// made from.
+typedef struct kvq_cache kvq_cache;
+
+// Where everything lies in the memory of one attention layer: sizes, offsets, codecs.
+//
+// It never changes after kvq_layout_new, so threads may share it. It does not refer to the recipe it was made from.
+typedef struct kvq_layout kvq_layout;
+
+// Decides, for all layers at once, which rows of a stream stay exact, in which slot, and when pages are sealed.
+//
+// Deterministic, no I/O. Not thread-safe: one thread at a time. It does not refer to the recipe it was made from.
+typedef struct kvq_planner kvq_planner;
+
+// A parsed recipe: a method and its numbers.
+//
+// It never changes after kvq_recipe_parse, so threads may share it.
+typedef struct kvq_recipe kvq_recipe;
+
+// Heads and head sizes of one attention layer.
+//
+// Query head `h` reads KV head `h / gqa_ratio` (grouped-query attention; `gqa_ratio` 1 is multi-head attention,
+// `n_kv_heads` 1 is multi-query attention).
+typedef struct {
+    // Number of query heads; a multiple of `n_kv_heads`.
+    uint32_t n_heads;
+    // Number of key/value heads, at least 1.
+    uint32_t n_kv_heads;
+    // Values in one key (and query) head: 64 to 256 in steps of 32.
+    uint32_t head_dim_k;
+    // Values in one value head: 64 to 256 in steps of 32; may differ from `head_dim_k`.
+    uint32_t head_dim_v;
+} kvq_shape;
+
+// One of KVQ_SIDE_K and KVQ_SIDE_V.
+typedef uint32_t kvq_side;
+
+// Bytes inside the key or value memory of one stream of one layer.
+typedef struct {
+    // First byte.
+    size_t offset;
+    // Number of bytes.
+    size_t size;
+} kvq_range;
+
+// One token of an ubatch: the cell it is written to and its position in its sequence.
+typedef struct {
+    // Cell, smaller than the planner's n_cells.
+    uint32_t cell;
+    // Position; small ones are the sink tokens that some recipes keep exact.
+    int32_t pos;
+} kvq_row;
+
+// Tells whether `cell` of `stream` still holds a token that some sequence can see. Asked only while kvq_planner_plan
+// runs, about cells as they were before the rows of that call were placed. It must return (no longjmp, no exception).
+typedef bool (*kvq_is_live_fn)(void *user, uint32_t stream, uint32_t cell);
+
+// What kvq_attend reads and writes: one layer, one stream. All strides count elements.
+typedef struct {
+    // Queries, float [n_tokens][n_heads][head_dim_k].
+    const float *q;
+    // Distance between tokens in `q`.
+    size_t q_stride_token;
+    // Distance between heads in `q`.
+    size_t q_stride_head;
+    // Keys of this ubatch, float [n_tokens][n_kv_heads][head_dim_k]; NULL (with `v_cur`) if kvq_store has already run
+    // for this plan, as for layers that share another layer's memory.
+    const float *k_cur;
+    // Distance between tokens in `k_cur`.
+    size_t k_stride_token;
+    // Distance between heads in `k_cur`.
+    size_t k_stride_head;
+    // Values of this ubatch, float [n_tokens][n_kv_heads][head_dim_v]; NULL together with `k_cur`.
+    const float *v_cur;
+    // Distance between tokens in `v_cur`.
+    size_t v_stride_token;
+    // Distance between heads in `v_cur`.
+    size_t v_stride_head;
+    // Key memory of this stream, kvq_layout_k_bytes, 64-byte aligned.
+    const uint8_t *k_mem;
+    // Value memory of this stream, kvq_layout_v_bytes, 64-byte aligned.
+    const uint8_t *v_mem;
+    // The plan of this ubatch and stream, from kvq_planner_plan.
+    const int32_t *plan;
+    // Integers in `plan`.
+    size_t plan_len;
+    // Added to the scores: [n_tokens][n_kv], column = cell, -INFINITY hides. NULL: every held cell is visible.
+    const void *mask;
+    // Distance between tokens in `mask`, at least `n_kv`.
+    size_t mask_stride_token;
+    // 0: the mask is float; 1: it is IEEE half.
+    uint32_t mask_is_f16;
+    // Columns of the mask; cells from n_kv on are not read.
+    uint32_t n_kv;
+    // Learned sink logits, float [n_heads], or NULL.
+    const float *sink_logits;
+    // Factor on the scores, usually 1/sqrt(head_dim_k).
+    float scale;
+    // Soft cap: scores become softcap * tanh(score / softcap). 0: none.
+    float softcap;
+    // ALiBi: the mask is multiplied by each head's slope, as ggml computes it. 0: none.
+    float max_bias;
+    // Query rows; the plan's n_tokens.
+    uint32_t n_tokens;
+    // 1: `out` is the result. More (kvq_attend_splits): `out` holds partial results for kvq_combine.
+    uint32_t n_splits;
+    // Contiguous, float [n_tokens][n_heads][head_dim_v] or, if n_splits > 1,
+    // float [n_splits][n_tokens][n_heads][head_dim_v + 2].
+    float *out;
+} kvq_attend_args;
+
+// What kvq_store reads and writes: one layer, one stream. All strides count elements.
+typedef struct {
+    // Keys of this ubatch, float [n_tokens][n_kv_heads][head_dim_k].
+    const float *k_cur;
+    // Distance between tokens in `k_cur`.
+    size_t k_stride_token;
+    // Distance between heads in `k_cur`.
+    size_t k_stride_head;
+    // Values of this ubatch, float [n_tokens][n_kv_heads][head_dim_v].
+    const float *v_cur;
+    // Distance between tokens in `v_cur`.
+    size_t v_stride_token;
+    // Distance between heads in `v_cur`.
+    size_t v_stride_head;
+    // Key memory of this stream, kvq_layout_k_bytes, 64-byte aligned.
+    uint8_t *k_mem;
+    // Value memory of this stream, kvq_layout_v_bytes, 64-byte aligned.
+    uint8_t *v_mem;
+    // The plan of this ubatch and stream, from kvq_planner_plan.
+    const int32_t *plan;
+    // Integers in `plan`.
+    size_t plan_len;
+    // Rows; the plan's n_tokens.
+    uint32_t n_tokens;
+} kvq_store_args;
+
+// How stored keys were rotated (RoPE): pair i of the first n_rot values of a head was turned by the angle
+// pos * freq_scale * freq_base^(-2 i / n_rot).
+typedef struct {
+    // Values that take part: even, at most head_dim_k.
+    uint32_t n_rot;
+    // Base of the frequencies, such as 10000.
+    float freq_base;
+    // Factor on positions; 1 unless positions are interpolated.
+    float freq_scale;
+    // 0: pairs are (i, i + n_rot / 2), as in GPT-NeoX; 1: pairs are neighbours (2i, 2i + 1).
+    uint32_t interleaved;
+} kvq_rope;
+
+// What a cache is made for.
+typedef struct {
+    // Shape of every layer.
+    kvq_shape shape;
+    // Layers with keys and values of their own.
+    uint32_t n_layers;
+    // Tokens that fit.
+    uint32_t n_cells;
+    // Sequences, numbered from 0: 1 to 64.
+    uint32_t n_seq_max;
+    // Threads to use at most; 0: one per core. Results of different thread counts may differ by rounding.
+    uint32_t n_threads;
+    // How keys are rotated, so that kvq_cache_seq_shift can turn them; NULL: shifts leave the keys alone. Read only by
+    // kvq_cache_new.
+    const kvq_rope *rope;
+} kvq_cache_params;
+
+// How one layer attends. All zeros are the defaults.
+typedef struct {
+    // Factor on the scores. 0: 1/sqrt(head_dim_k).
+    float scale;
+    // Soft cap: scores become softcap * tanh(score / softcap). 0: none.
+    float softcap;
+    // ALiBi: largest slope exponent, as in ggml. 0: none.
+    float max_bias;
+    // Sliding window: newest keys visible, the token's own included. 0: all.
+    uint32_t n_swa;
+    // Learned sink logits, float [n_heads], or NULL.
+    const float *sink_logits;
+} kvq_cache_attend_options;
+
+// Keys.
+#define KVQ_SIDE_K 0
+
+// Values.
+#define KVQ_SIDE_V 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+// The ABI version of the library that is loaded, to be compared with KVQ_ABI_VERSION.
+uint32_t kvq_abi_version(void);
+
+// The version of the library that is loaded, such as "0.1.0". A static text.
+const char *kvq_version(void);
+
+// The instruction set that the CPU code uses on this machine, such as "avx512" or "scalar". A static text; ""
+// (and a last error) if the environment variable KVQ_ISA asks for one that is not there.
+const char *kvq_isa(void);
+
+// One sentence about the last failure of a kvq function in this thread: what is wrong and what to change.
+//
+// Never NULL; "" if nothing failed yet. The text is UTF-8, belongs to kvq and stays as it is until the next failure
+// in the same thread. Successful calls do not clear it: look at the returned status first.
+const char *kvq_last_error(void);
+
+// Reads a recipe such as "skvq" or "skvq:k=2,v=2,window=128". KVQ_STATUS_RECIPE and a text that names the key and its
+// allowed values if it cannot be understood.
+//
+// `spec` is NUL-terminated UTF-8. Free the result with kvq_recipe_free.
+kvq_status kvq_recipe_parse(const char *spec, kvq_recipe **out);
+
+// Frees a recipe. NULL is ignored.
+void kvq_recipe_free(kvq_recipe *recipe);
+
+// Writes the canonical spelling of a recipe, with every key, NUL-terminated, into `buf` of `buf_size` bytes. Parsing
+// it gives the same recipe. KVQ_STATUS_BUFFER_TOO_SMALL if it does not fit; 512 bytes are always enough.
+kvq_status kvq_recipe_spec(const kvq_recipe *recipe, char *buf, size_t buf_size);
+
+// Cells in a page of a recipe. 0 if `recipe` is NULL.
+uint32_t kvq_recipe_page(const kvq_recipe *recipe);
+
+// Makes the layout of a layer of `shape` for `n_cells` cells and `n_slots` exact rows (kvq_planner_n_slots).
+//
+// KVQ_STATUS_SHAPE if the head sizes or counts are not supported, KVQ_STATUS_RECIPE if the recipe does not fit them.
+// Free the result with kvq_layout_free.
+kvq_status kvq_layout_new(const kvq_recipe *recipe,
+                          const kvq_shape *shape,
+                          uint32_t n_cells,
+                          uint32_t n_slots,
+                          kvq_layout **out);
+
+// Frees a layout. NULL is ignored.
+void kvq_layout_free(kvq_layout *layout);
+
+// Bytes of the key memory of one stream of one layer, a multiple of 64. The memory must be zeroed before its first
+// use, and 64-byte aligned. 0 if `layout` is NULL.
+size_t kvq_layout_k_bytes(const kvq_layout *layout);
+
+// The same for the value memory.
+size_t kvq_layout_v_bytes(const kvq_layout *layout);
+
+// Effective bits per key value of a page, all metadata counted; 16 for float16. 0 if `layout` is NULL.
+double kvq_layout_bits_k(const kvq_layout *layout);
+
+// The same for values.
+double kvq_layout_bits_v(const kvq_layout *layout);
+
+// Writes one line that is equal for two layouts if and only if they can exchange the bytes of pages and slots: codecs
+// with their settings and format versions, page size, KV heads and head sizes; not n_cells and n_slots.
+// NUL-terminated, into `buf` of `buf_size` bytes; KVQ_STATUS_BUFFER_TOO_SMALL if it does not fit, 512 bytes are always
+// enough.
+kvq_status kvq_layout_format(const kvq_layout *layout, char *buf, size_t buf_size);
+
+// Lists where the exact rows of all KV heads lie in the memory of `side`: one range per head, ascending.
+//
+// Writes the number of ranges to `n_out`, and to `out` unless it is NULL, which has room for `cap`;
+// KVQ_STATUS_BUFFER_TOO_SMALL if that is too few.
+kvq_status kvq_layout_slot_ranges(const kvq_layout *layout, kvq_side side, kvq_range *out, size_t cap, size_t *n_out);
+
+// Lists where the pages [page0, page0 + n_pages) of all KV heads lie in the memory of `side`: per head a range of
+// headers and a range of pages, ascending. Two layouts of the same kvq_layout_format give the same number of ranges of
+// the same sizes.
+//
+// `out`, `cap` and `n_out` as in kvq_layout_slot_ranges.
+kvq_status kvq_layout_page_ranges(const kvq_layout *layout,
+                                  kvq_side side,
+                                  uint32_t page0,
+                                  uint32_t n_pages,
+                                  kvq_range *out,
+                                  size_t cap,
+                                  size_t *n_out);
+
+// Makes a planner for `n_streams` streams of `n_cells` cells each. `n_seq_max` sequences may share a single stream; it
+// bounds the sink tokens. Free the result with kvq_planner_free.
+kvq_status kvq_planner_new(const kvq_recipe *recipe,
+                           uint32_t n_cells,
+                           uint32_t n_streams,
+                           uint32_t n_seq_max,
+                           kvq_planner **out);
+
+// Frees a planner. NULL is ignored.
+void kvq_planner_free(kvq_planner *planner);
+
+// Number of exact rows of a stream, to be passed to kvq_layout_new. 0 if `planner` is NULL.
+uint32_t kvq_planner_n_slots(const kvq_planner *planner);
+
+// Length (in int32) of the plan of one stream for `n_tokens` rows. 0 if `planner` is NULL or the length overflows.
+size_t kvq_planner_plan_len(const kvq_planner *planner, uint32_t n_tokens);
+
+// Places the `n_rows` rows of one ubatch into `stream` and writes the plan that kvq_attend and kvq_store execute, in
+// that order, for every layer. `plan_len` is at least kvq_planner_plan_len(planner, n_rows).
+//
+// Cells must differ within a call. `user` is handed to `is_live`. On failure the planner is as before.
+kvq_status kvq_planner_plan(kvq_planner *planner,
+                            uint32_t stream,
+                            const kvq_row *rows,
+                            size_t n_rows,
+                            kvq_is_live_fn is_live,
+                            void *user,
+                            int32_t *plan,
+                            size_t plan_len);
+
+// Forgets every row of a stream. Nothing happens if `planner` is NULL or there is no such stream.
+void kvq_planner_reset(kvq_planner *planner, uint32_t stream);
+
+// Makes stream `dst` equal to stream `src`. The caller copies the memory of all layers likewise.
+kvq_status kvq_planner_copy_stream(kvq_planner *planner, uint32_t src, uint32_t dst);
+
+// Tells where the row of each cell of a stream is: location[cell] is -1 if it is nowhere, a slot if >= 0, -2 if it is
+// in its page. `location` has room for n_cells.
+kvq_status kvq_planner_locate(const kvq_planner *planner, uint32_t stream, int32_t *location);
+
+// Writes the size of what kvq_planner_export gives to `size`.
+kvq_status kvq_planner_export_size(const kvq_planner *planner, uint32_t stream, size_t *size);
+
+// Writes the whole state of a stream, opaque and portable, to `out` of `size` bytes (kvq_planner_export_size; more is
+// allowed, fewer is KVQ_STATUS_BUFFER_TOO_SMALL).
+kvq_status kvq_planner_export(const kvq_planner *planner, uint32_t stream, uint8_t *out, size_t size);
+
+// Makes a stream what it was when the `size` bytes were exported, by a planner made with the same recipe and numbers
+// (but for n_streams, unless that changes the number of slots). The bytes are not trusted: KVQ_STATUS_FORMAT, with
+// nothing changed, if they are of another planner or describe an impossible state.
+kvq_status kvq_planner_import(kvq_planner *planner, uint32_t stream, const uint8_t *bytes, size_t size);
+
+// Tells the planner that the caller has copied whole pages into the memory of a stream: the `n_cells` cells at `cells`
+// are read from their pages from now on. Whatever was held for them and for the other cells of those pages is
+// forgotten. Exact rows follow through kvq_planner_plan and kvq_store, like a new ubatch.
+kvq_status kvq_planner_adopt(kvq_planner *planner, uint32_t stream, const uint32_t *cells, size_t n_cells);
+
+// Computes part `part` of `n_parts` of the attention of one layer over the cells that the mask shows: sealed pages,
+// exact rows and the rows of this ubatch. It changes neither memory, and must run before kvq_store of the same plan
+// unless `k_cur` is NULL.
+//
+// Parts write disjoint ranges of `out` and may run concurrently, on any threads; all of them together write all of it.
+// On failure the content of `out` is unspecified.
+kvq_status kvq_attend(const kvq_layout *layout, const kvq_attend_args *args, uint32_t part, uint32_t n_parts);
+
+// Into how many splits kvq_attend should cut the cells to keep `n_threads` threads busy with `n_tokens` query rows; 1
+// when heads and tokens are enough. 0 if `layout` is NULL.
+uint32_t kvq_attend_splits(const kvq_layout *layout, uint32_t n_tokens, uint32_t n_threads);
+
+// Merges the partial results of kvq_attend with n_splits > 1 into `out`, float [n_tokens][n_heads][head_dim_v]; part
+// `part` of `n_parts`. All parts of kvq_attend must have finished. `sink_logits` as in kvq_attend_args, or NULL.
+//
+// Parts write disjoint ranges of `out` and may run concurrently.
+kvq_status kvq_combine(const kvq_layout *layout,
+                       const float *partial,
+                       const float *sink_logits,
+                       uint32_t n_splits,
+                       uint32_t n_tokens,
+                       float *out,
+                       uint32_t part,
+                       uint32_t n_parts);
+
+// Executes part `part` of `n_parts` of a plan for one layer: seals pages, then writes the rows of this ubatch into
+// their slots. All parts of kvq_attend of the same plan must have finished.
+//
+// Parts touch disjoint memory and may run concurrently. Each plan is stored exactly once per layer.
+kvq_status kvq_store(const kvq_layout *layout, const kvq_store_args *args, uint32_t part, uint32_t n_parts);
+
+// Reads rows of the cells [cell0, cell0 + n) as float [n][n_kv_heads][head_dim]. `location` comes from
+// kvq_planner_locate; cells that are nowhere give zeros. `k_out` (with `k_mem`) or `v_out` (with `v_mem`) may be NULL,
+// then that side is left out.
+kvq_status kvq_dequantize(const kvq_layout *layout,
+                          const uint8_t *k_mem,
+                          const uint8_t *v_mem,
+                          const int32_t *location,
+                          uint32_t cell0,
+                          uint32_t n,
+                          float *k_out,
+                          float *v_out);
+
+// Overwrites key rows: for each i with changed[i] != 0 the row of cell cell0 + i becomes k_rows[i], float
+// [n][n_kv_heads][head_dim_k]. Exact rows stay exact (half precision), rows in pages are encoded again. Meant for
+// shifts of positions that rotate the keys. `location` comes from kvq_planner_locate; cells that are nowhere are
+// skipped.
+kvq_status kvq_requantize_k(const kvq_layout *layout,
+                            uint8_t *k_mem,
+                            const int32_t *location,
+                            uint32_t cell0,
+                            uint32_t n,
+                            const float *k_rows,
+                            const uint8_t *changed);
+
+// Makes an empty cache. All its memory is reserved here. Free it with kvq_cache_free.
+kvq_status kvq_cache_new(const kvq_recipe *recipe, const kvq_cache_params *params, kvq_cache **out);
+
+// Frees a cache. NULL is ignored.
+void kvq_cache_free(kvq_cache *cache);
+
+// Opens a step for `n_tokens` tokens (at least 1): token i continues sequence seq_ids[i] at positions[i], which is
+// larger than every position that the sequence holds.
+//
+// KVQ_STATUS_FULL if fewer cells are free. On failure nothing has changed.
+kvq_status kvq_cache_begin(kvq_cache *cache, const uint32_t *seq_ids, const int32_t *positions, uint32_t n_tokens);
+
+// Attends one layer, then stores its rows. Each token sees the tokens of its sequence up to itself.
+//
+// `q` is float [n_tokens][n_heads][head_dim_k], `k` float [n_tokens][n_kv_heads][head_dim_k], `v` float
+// [n_tokens][n_kv_heads][head_dim_v], `out` float [n_tokens][n_heads][head_dim_v]; n_tokens as given to
+// kvq_cache_begin. `out` must not overlap the others. `options` may be NULL for the defaults. Each layer is attended
+// exactly once in a step.
+kvq_status kvq_cache_attend(kvq_cache *cache,
+                            uint32_t layer,
+                            const float *q,
+                            const float *k,
+                            const float *v,
+                            const kvq_cache_attend_options *options,
+                            float *out);
+
+// Closes a step. Fails, and leaves it open, if a layer has not been attended.
+kvq_status kvq_cache_end(kvq_cache *cache);
+
+// Removes the positions [pos_begin, pos_end) of a sequence; seq_id -1: of all sequences. A negative pos_begin means 0,
+// a negative pos_end no end.
+kvq_status kvq_cache_seq_rm(kvq_cache *cache, int32_t seq_id, int32_t pos_begin, int32_t pos_end);
+
+// Makes sequence `dst` share the positions [pos_begin, pos_end) of `src`, without copying rows. What `dst` held there
+// is removed. Negative bounds as in kvq_cache_seq_rm.
+kvq_status kvq_cache_seq_cp(kvq_cache *cache, uint32_t src, uint32_t dst, int32_t pos_begin, int32_t pos_end);
+
+// Removes all sequences but one.
+kvq_status kvq_cache_seq_keep(kvq_cache *cache, uint32_t seq_id);
+
+// Adds `delta` to the positions [pos_begin, pos_end) of a sequence and, if the cache was made with a kvq_rope, turns
+// their keys accordingly; packed keys are encoded again. Negative bounds as in kvq_cache_seq_rm.
+//
+// Fails, with nothing changed, if a token in the range is shared with another sequence, or would get a negative
+// position or one that the sequence already holds.
+kvq_status kvq_cache_seq_shift(kvq_cache *cache, uint32_t seq_id, int32_t pos_begin, int32_t pos_end, int32_t delta);
+
+// Smallest and largest position of a sequence; -1 and -1 if it is empty.
+kvq_status kvq_cache_seq_range(const kvq_cache *cache, uint32_t seq_id, int32_t *pos_min, int32_t *pos_max);
+
+// Forgets all tokens and wipes the memory. Also closes an open step, whatever its state.
+kvq_status kvq_cache_clear(kvq_cache *cache);
+
+// Tokens in the cache; one that sequences share counts once. 0 if `cache` is NULL.
+uint32_t kvq_cache_n_tokens(const kvq_cache *cache);
+
+// Bytes of the key and value memory of all layers, everything counted, whether used or not. 0 if `cache` is NULL.
+size_t kvq_cache_bytes(const kvq_cache *cache);
+
+// Saves the cache to a file, which is replaced only when the new one is completely on disk. `path` is a C string, on
+// Windows UTF-8. KVQ_STATUS_IO if that fails.
+kvq_status kvq_cache_save_file(const kvq_cache *cache, const char *path);
+
+// Loads what kvq_cache_save_file wrote, from a cache of the same recipe, shape, sizes and rope; thread counts may
+// differ. The results that follow are bit-identical to those of the cache that was saved (with the same thread count).
+//
+// KVQ_STATUS_FORMAT for anything else, damaged or cut files included; the cache is then as it was.
+kvq_status kvq_cache_load_file(kvq_cache *cache, const char *path);
+
+// Writes the number of bytes that kvq_cache_save_memory needs now to `size`.
+kvq_status kvq_cache_save_size(const kvq_cache *cache, size_t *size);
+
+// Saves the cache to `buf` of `buf_size` bytes and writes the number of bytes used to `size`. The bytes are those of
+// kvq_cache_save_file. KVQ_STATUS_BUFFER_TOO_SMALL if they do not fit.
+kvq_status kvq_cache_save_memory(const kvq_cache *cache, uint8_t *buf, size_t buf_size, size_t *size);
+
+// Loads what kvq_cache_save_memory or kvq_cache_save_file wrote from the `buf_size` bytes at `buf`. As
+// kvq_cache_load_file otherwise.
+kvq_status kvq_cache_load_memory(kvq_cache *cache, const uint8_t *buf, size_t buf_size);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* KVQ_H */

@@ -1,0 +1,156 @@
+//! The blocks of rows that attention walks over, and the part of the mask that belongs to each.
+#![forbid(unsafe_code)]
+
+use super::{AttendArgs, Mask};
+
+/// Exact rows that are processed together.
+pub(super) const EXACT_BLOCK: usize = 128;
+
+/// One block of rows of the cache.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Block {
+    /// A sealed page.
+    Page(usize),
+    /// Exact slots from this one.
+    Slots(usize),
+    /// Rows of the ubatch from this one.
+    Current(usize),
+}
+
+/// The blocks of split `split` of `args.n_splits`: pages, then slots, then the ubatch's rows, dealt out evenly.
+pub(super) fn blocks(args: &AttendArgs, split: usize) -> impl Iterator<Item = Block> + use<> {
+    let n_pages = args.plan.n_pages(args.view());
+    let n_slots = args.plan.n_slots().div_ceil(EXACT_BLOCK);
+    let n_current = if args.current.is_some() { args.n_tokens.div_ceil(EXACT_BLOCK) } else { 0 };
+    let n = n_pages + n_slots + n_current;
+    (split * n / args.n_splits..(split + 1) * n / args.n_splits).map(move |i| {
+        if i < n_pages {
+            Block::Page(i)
+        } else if i < n_pages + n_slots {
+            Block::Slots((i - n_pages) * EXACT_BLOCK)
+        } else {
+            Block::Current((i - n_pages - n_slots) * EXACT_BLOCK)
+        }
+    })
+}
+
+/// What the mask says about a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Visible {
+    /// No row is visible to any query of the tile.
+    None,
+    /// Every row is visible to every query and nothing is added.
+    All,
+    /// Look at the values.
+    Some,
+}
+
+/// Fills `out[tokens][columns]` with the mask of a page for the query tokens `tokens`.
+pub(super) fn page_mask(
+    args: &AttendArgs,
+    page: usize,
+    columns: usize,
+    tokens: std::ops::Range<usize>,
+    out: &mut Vec<f32>,
+) -> Visible {
+    let bits = args.plan.page_bits(args.view(), page);
+    if bits.iter().all(|word| *word == 0) {
+        return Visible::None;
+    }
+    let first = page * columns;
+    // Cells beyond the mask are hidden.
+    let n = args.n_kv.saturating_sub(first).min(columns);
+    if n == columns && bits.iter().all(|word| *word == -1) && tokens.clone().all(|t| is_zero(args, t, first, n)) {
+        return Visible::All;
+    }
+    out.clear();
+    out.resize(tokens.len() * columns, f32::NEG_INFINITY);
+    for (token, out) in tokens.zip(out.chunks_exact_mut(columns)) {
+        let at = token * args.mask_stride_token + first;
+        match args.mask {
+            Mask::None => out.fill(0.0),
+            Mask::F32(mask) => out[..n].copy_from_slice(&mask[at..at + n]),
+            Mask::F16(mask) => f16_mask(&mask[at..at + n], out),
+        }
+    }
+    if bits.iter().any(|word| *word != -1) {
+        for (i, word) in bits.iter().enumerate() {
+            for bit in (0..32).filter(|bit| word >> bit & 1 == 0) {
+                out.iter_mut().skip(i * 32 + bit).step_by(columns).for_each(|m| *m = f32::NEG_INFINITY);
+            }
+        }
+    }
+    classify(out)
+}
+
+/// Whether the mask hides nothing and adds nothing in `n` columns: the common case, decided without a branch per value.
+fn is_zero(args: &AttendArgs, token: usize, first: usize, n: usize) -> bool {
+    let at = token * args.mask_stride_token + first;
+    match args.mask {
+        Mask::None => true,
+        Mask::F16(mask) => mask[at..at + n].iter().fold(0, |a, x| a | x) == 0,
+        Mask::F32(mask) => mask[at..at + n].iter().fold(0, |a, x| a | x.to_bits()) == 0,
+    }
+}
+
+/// Mask values are nearly always 0 or minus infinity.
+fn f16_mask(from: &[u16], to: &mut [f32]) {
+    for (from, to) in from.iter().zip(to) {
+        *to = match *from {
+            0 => 0.0,
+            0xfc00 => f32::NEG_INFINITY,
+            bits => half::f16::from_bits(bits).to_f32(),
+        };
+    }
+}
+
+/// Fills `out[tokens][columns]` with the mask of exact rows that belong to `cells` (-1: none).
+pub(super) fn cell_mask(
+    args: &AttendArgs,
+    cells: &[i32],
+    columns: usize,
+    tokens: std::ops::Range<usize>,
+    out: &mut Vec<f32>,
+) -> Visible {
+    out.clear();
+    out.resize(tokens.len() * columns, f32::NEG_INFINITY);
+    for (token, out) in tokens.zip(out.chunks_exact_mut(columns)) {
+        let at = token * args.mask_stride_token;
+        for (out, &cell) in out.iter_mut().zip(cells) {
+            if cell < 0 || cell as usize >= args.n_kv {
+                continue;
+            }
+            *out = match args.mask {
+                Mask::None => 0.0,
+                Mask::F32(mask) => mask[at + cell as usize],
+                Mask::F16(mask) => half::f16::from_bits(mask[at + cell as usize]).to_f32(),
+            };
+        }
+    }
+    classify(out)
+}
+
+fn classify(mask: &[f32]) -> Visible {
+    let (mut hidden, mut zero) = (true, true);
+    for m in mask {
+        hidden &= *m == f32::NEG_INFINITY;
+        zero &= *m == 0.0;
+    }
+    match (hidden, zero) {
+        (true, _) => Visible::None,
+        (_, true) => Visible::All,
+        _ => Visible::Some,
+    }
+}
+
+/// The cells of a block of exact slots.
+pub(super) fn slot_cells<'a>(args: &AttendArgs<'a>, first: usize) -> &'a [i32] {
+    let cells = args.plan.slot_cells(args.view());
+    &cells[first..cells.len().min(first + EXACT_BLOCK)]
+}
+
+/// The cells of a block of the ubatch's rows.
+pub(super) fn current_cells<'a>(args: &AttendArgs<'a>, first: usize) -> &'a [i32] {
+    let cells = args.plan.row_cells();
+    &cells[first..cells.len().min(first + EXACT_BLOCK)]
+}

@@ -1,0 +1,354 @@
+//! Attention of every recipe and instruction set against the 64-bit oracle on the rows that the cache really holds.
+#![forbid(unsafe_code)]
+
+use super::*;
+use crate::layout::Layout;
+use crate::planner::{Planner, Row};
+use crate::recipe::Recipe;
+use crate::reference;
+use crate::shape::Shape;
+use crate::simd::{Isa, IsaToken};
+use crate::store::{dequantize_head, finite, store_head};
+
+/// Small deterministic generator (xorshift), good enough for test data.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() >> 33) as usize % n
+    }
+
+    fn uniform(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 24) as f32
+    }
+
+    /// Roughly normal, with a few channels that are much larger, as keys have.
+    fn rows(&mut self, n: usize, dim: usize) -> Vec<f32> {
+        (0..n * dim)
+            .map(|i| {
+                let x: f32 = (0..6).map(|_| self.uniform()).sum::<f32>() - 3.0;
+                let channel = i % dim;
+                if channel % 37 == 5 {
+                    4.0 * x + 6.0
+                } else {
+                    x
+                }
+            })
+            .collect()
+    }
+}
+
+/// A case: one layer that is fed ubatches; every output row is compared.
+struct Case {
+    spec: &'static str,
+    shape: Shape,
+    n_cells: usize,
+    ubatches: &'static [usize],
+    softcap: f32,
+    max_bias: f32,
+    sinks: bool,
+    swa: i32,
+    n_splits: usize,
+    f16_mask: bool,
+}
+
+/// Bound on the normalised mean squared error of a kernel against the oracle on the decoded rows.
+const NMSE: f64 = crate::codec::REGISTRY[0].nmse;
+
+fn run(case: &Case, isa: Isa, seed: u64) -> Option<(f64, Vec<u8>)> {
+    let token = IsaToken::new(isa)?;
+    let recipe = Recipe::parse(case.spec).unwrap();
+    let mut planner = Planner::new(recipe.planner_config(case.n_cells, 1, 1)).unwrap();
+    let layout = Layout::with_isa(&recipe, case.shape, case.n_cells, planner.n_slots(), token).unwrap();
+    let (mut k_mem, mut v_mem) = (vec![0u8; layout.k_bytes()], vec![0u8; layout.v_bytes()]);
+    let mut rng = Rng(seed | 1);
+    let mut pos_of_cell = vec![-1i32; case.n_cells];
+    let (mut head, mut pos) = (rng.below(30), 0);
+    let (mut error, mut power) = (0f64, 0f64);
+    for &n in case.ubatches {
+        let rows: Vec<Row> = (0..n as i32).map(|i| Row { cell: (head as i32 + i) as u32, pos: pos + i }).collect();
+        head += n;
+        let shape = case.shape;
+        let (nh, nkv) = (shape.n_heads as usize, shape.n_kv_heads as usize);
+        let (dk, dv) = (shape.head_dim_k as usize, shape.head_dim_v as usize);
+        let (q, k, v) = (rng.rows(n * nh, dk), rng.rows(n * nkv, dk), rng.rows(n * nkv, dv));
+        let mut ints = vec![0; crate::plan::plan_len(n, planner.n_slots(), case.n_cells, recipe.page)];
+        planner.plan(0, &rows, &|cell| pos_of_cell[cell] >= 0, &mut ints).unwrap();
+        let plan = Plan::new(&ints).unwrap();
+        plan.check_entries().unwrap();
+        for row in &rows {
+            pos_of_cell[row.cell as usize] = row.pos;
+        }
+        let n_kv = case.n_cells;
+        let mask: Vec<f32> = rows
+            .iter()
+            .flat_map(|row| {
+                pos_of_cell.iter().map(move |&p| match p {
+                    p if p < 0 || p > row.pos || row.pos - p >= case.swa => f32::NEG_INFINITY,
+                    p if case.max_bias > 0.0 => -((row.pos - p) as f32),
+                    _ => 0.0,
+                })
+            })
+            .collect();
+        let half: Vec<u16> = mask.iter().map(|m| half::f16::from_f32(*m).to_bits()).collect();
+        let sink_logits: Vec<f32> = (0..nh).map(|h| h as f32 * 0.7 - 1.0).collect();
+        let stride = |heads, dim| (heads * dim, dim);
+        fn rows_of(data: &[f32], (stride_token, stride_head): (usize, usize)) -> Rows<'_> {
+            Rows { data, stride_token, stride_head }
+        }
+        let args = AttendArgs {
+            q: rows_of(&q, stride(nh, dk)),
+            current: Some((rows_of(&k, stride(nkv, dk)), rows_of(&v, stride(nkv, dv)))),
+            k_mem: &k_mem,
+            v_mem: &v_mem,
+            plan,
+            mask: if case.f16_mask { Mask::F16(&half) } else { Mask::F32(&mask) },
+            mask_stride_token: n_kv,
+            n_kv,
+            sink_logits: case.sinks.then_some(&sink_logits),
+            scale: 0.09,
+            softcap: case.softcap,
+            max_bias: case.max_bias,
+            n_tokens: n,
+            n_splits: case.n_splits,
+        };
+        let out = collect(&layout, &args);
+        let expected = oracle(&layout, &args, &pos_of_cell, &k, &v, &mask, &k_mem, &v_mem);
+        error += out.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
+        power += expected.iter().map(|b| b * b).sum::<f64>();
+        for (side, mem, data, dim) in [(Side::Key, &mut k_mem, &k, dk), (Side::Value, &mut v_mem, &v, dv)] {
+            let current = rows_of(data, stride(nkv, dim));
+            for (h, region) in mem.chunks_exact_mut(layout.head_bytes(side)).enumerate() {
+                store_head(&layout, side, h, region, &current, &plan).unwrap();
+            }
+        }
+        pos += n as i32;
+    }
+    k_mem.extend(v_mem);
+    Some((error / power, k_mem))
+}
+
+/// Runs all parts, and the combination of splits, and returns the rows.
+fn collect(layout: &Layout, args: &AttendArgs) -> Vec<f32> {
+    let (nh, dv) = (layout.shape().n_heads as usize, layout.shape().head_dim_v as usize);
+    let n_rows = args.n_tokens * nh;
+    let extra = if args.n_splits > 1 { 2 } else { 0 };
+    let mut out = vec![f32::NAN; args.n_splits * n_rows * (dv + extra)];
+    for part in 0..3 {
+        attend(layout, args, part, 3, &mut |at, row| {
+            assert!(out[at..at + row.len()].iter().all(|x| x.is_nan()), "a row is emitted twice");
+            out[at..at + row.len()].copy_from_slice(row);
+        })
+        .unwrap();
+    }
+    if args.n_splits == 1 {
+        return out;
+    }
+    let mut last = vec![f32::NAN; n_rows * dv];
+    for part in 0..2 {
+        let mut emit = |at: usize, row: &[f32]| last[at..at + row.len()].copy_from_slice(row);
+        combine(layout, &out, args.sink_logits, args.n_splits, args.n_tokens, part, 2, &mut emit).unwrap();
+    }
+    last
+}
+
+/// The oracle on the rows as the cache holds them before the store, with the ubatch's own rows exact.
+#[allow(clippy::too_many_arguments)]
+fn oracle(
+    layout: &Layout,
+    args: &AttendArgs,
+    pos_of_cell: &[i32],
+    k: &[f32],
+    v: &[f32],
+    mask: &[f32],
+    k_mem: &[u8],
+    v_mem: &[u8],
+) -> Vec<f64> {
+    let shape = layout.shape();
+    let (nh, nkv) = (shape.n_heads as usize, shape.n_kv_heads as usize);
+    let (dk, dv) = (shape.head_dim_k as usize, shape.head_dim_v as usize);
+    let n_cells = layout.n_cells();
+    let mut location = vec![-1; n_cells];
+    for page in 0..layout.n_pages() {
+        for (i, word) in args.plan.page_bits(View::Before, page).iter().enumerate() {
+            for bit in (0..32).filter(|bit| word >> bit & 1 == 1) {
+                location[page * layout.page() + i * 32 + bit] = -2;
+            }
+        }
+    }
+    for (slot, &cell) in args.plan.slot_cells(View::Before).iter().enumerate().filter(|(_, cell)| **cell >= 0) {
+        assert_eq!(location[cell as usize], -1, "a cell is readable twice");
+        location[cell as usize] = slot as i32;
+    }
+    let mut out = vec![0f64; args.n_tokens * nh * dv];
+    for kv_head in 0..nkv {
+        let mut rows = [vec![0f32; n_cells * dk], vec![0f32; n_cells * dv]];
+        for (side, mem, new, dim) in [(Side::Key, k_mem, k, dk), (Side::Value, v_mem, v, dv)] {
+            let region = super::region(layout, side, mem, kv_head);
+            let rows = &mut rows[side as usize];
+            dequantize_head(layout, side, region, &location, 0, n_cells, rows).unwrap();
+            for (row, &cell) in args.plan.row_cells().iter().enumerate() {
+                let from = &new[(row * nkv + kv_head) * dim..][..dim];
+                let to = &mut rows[cell as usize * dim..][..dim];
+                to.iter_mut().zip(from).for_each(|(t, x)| *t = finite(*x));
+            }
+        }
+        for token in 0..args.n_tokens {
+            for h in kv_head * nh / nkv..(kv_head + 1) * nh / nkv {
+                let slope = f64::from(alibi_slope(h, nh, args.max_bias));
+                let bias: Vec<f64> = (0..n_cells)
+                    .map(|cell| {
+                        let held = location[cell] != -1 || args.plan.row_cells().contains(&(cell as i32));
+                        assert!(held || pos_of_cell[cell] < 0, "a live cell is readable nowhere");
+                        f64::from(mask[token * n_cells + cell]) * slope
+                    })
+                    .collect();
+                let query = reference::Query {
+                    q: args.q.row(token, h, dk),
+                    scale: f64::from(args.scale),
+                    softcap: f64::from(args.softcap),
+                    bias: &bias,
+                    sink_logit: args.sink_logits.map(|s| f64::from(s[h])),
+                };
+                let row = reference::attention(&query, &rows[0], &rows[1], dv);
+                out[(token * nh + h) * dv..][..dv].copy_from_slice(&row);
+            }
+        }
+    }
+    out
+}
+
+const LLAMA: Shape = Shape { n_heads: 6, n_kv_heads: 2, head_dim_k: 128, head_dim_v: 128 };
+
+const BASE: Case = Case {
+    spec: "skvq",
+    shape: LLAMA,
+    n_cells: 420,
+    ubatches: &[200, 1, 61, 1, 90, 2],
+    softcap: 0.0,
+    max_bias: 0.0,
+    sinks: false,
+    swa: i32::MAX,
+    n_splits: 1,
+    f16_mask: true,
+};
+
+/// Runs a case on every instruction set of this machine.
+fn check(case: &Case) {
+    let mut sealed: Option<Vec<u8>> = None;
+    for isa in Isa::ALL {
+        let Some((error, bytes)) = run(case, isa, 12345) else { continue };
+        let what = format!("{} {:?} on {}", case.spec, case.shape, isa.name());
+        assert!(error <= NMSE, "{what}: NMSE {error:.2e} above {NMSE:.0e}");
+        assert!(sealed.get_or_insert_with(|| bytes.clone()) == &bytes, "{what}: sealed bytes differ");
+    }
+}
+
+#[test]
+fn every_width_and_form() {
+    for width in ["1.6", "2", "3", "4", "8"] {
+        for form in
+            ["", ",group=64", ",group=128,rotate=0", ",group=head,mean=0", ",group=64,symmetric=1", ",clip=0.9,refit=0"]
+        {
+            let spec = format!("skvq:k={width},v={width}{form}").leak();
+            check(&Case { spec, ..BASE });
+        }
+    }
+    check(&Case { spec: "skvq:paper", ..BASE });
+    check(&Case { spec: "skvq:k=2,v=2,group=32", ..BASE });
+}
+
+#[test]
+fn keys_and_values_have_their_own_width_and_head_size() {
+    for (k, v) in [(64, 64), (64, 128), (96, 96), (160, 64), (192, 128), (224, 96), (256, 256)] {
+        let shape = Shape { head_dim_k: k, head_dim_v: v, ..LLAMA };
+        for spec in ["skvq:k=3,v=2", "skvq:k=2,v=1.6", "skvq:k=4,v=8,group=32"] {
+            check(&Case { spec, shape, ..BASE });
+        }
+    }
+}
+
+#[test]
+fn head_counts() {
+    for (n_heads, n_kv_heads) in [(4, 4), (8, 1), (15, 3), (40, 1), (7, 1)] {
+        check(&Case { shape: Shape { n_heads, n_kv_heads, ..LLAMA }, spec: "skvq:k=2,v=2", ..BASE });
+    }
+}
+
+#[test]
+fn logits_options() {
+    check(&Case { softcap: 2.0, ..BASE });
+    check(&Case { max_bias: 8.0, shape: Shape { n_heads: 12, ..LLAMA }, ..BASE });
+    check(&Case { sinks: true, ..BASE });
+    check(&Case { swa: 70, f16_mask: false, ..BASE });
+    check(&Case { swa: 70, sinks: true, softcap: 3.0, n_splits: 3, ..BASE });
+}
+
+#[test]
+fn splits_windows_and_pages() {
+    for n_splits in [2, 5, 16] {
+        check(&Case { n_splits, ..BASE });
+    }
+    for spec in ["skvq:window=0,sinks=0", "skvq:window=32,page=64", "skvq:page=256,window=300", "skvq:window=1,sinks=9"]
+    {
+        check(&Case { spec, ..BASE });
+        check(&Case { spec, n_cells: 333, ubatches: &[1, 292], n_splits: 2, ..BASE });
+    }
+}
+
+#[test]
+fn kernels_read_what_the_page_says_and_nothing_else() {
+    // The check above compares with decoded rows; here the rows themselves are the truth: 8 bits must be close to exact.
+    let case = Case { spec: "skvq:k=8,v=8,window=0,sinks=0", ..BASE };
+    let recipe = Recipe::parse(case.spec).unwrap();
+    let layout = Layout::new(&recipe, LLAMA, 256, 256).unwrap();
+    let mut region = vec![0u8; layout.head_bytes(Side::Key)];
+    let mut rng = Rng(99);
+    let rows = rng.rows(128, 128);
+    let at: Vec<u32> = (0..128).collect();
+    let (header, page) = layout.side(Side::Key).page_mut(&mut region, 0);
+    let mut seal = crate::codec::SealRows { at: &at, rows: &mut rows.clone(), fresh: true };
+    layout.side(Side::Key).codec.seal(header, page, &mut seal);
+    let mut out = vec![0f32; 128 * 128];
+    dequantize_head(&layout, Side::Key, &region, &[-2; 256], 0, 128, &mut out).unwrap();
+    let truth: Vec<f64> = rows.iter().map(|x| f64::from(*x)).collect();
+    let error = reference::nmse(&out, &truth);
+    assert!(error <= 1e-4, "{error:.2e}");
+}
+
+#[test]
+fn hostile_values_do_not_spread() {
+    let recipe = Recipe::parse("skvq:window=0,sinks=0").unwrap();
+    let layout = Layout::new(&recipe, LLAMA, 256, 256).unwrap();
+    let mut rng = Rng(5);
+    let clean = rng.rows(128, 128);
+    let mut dirty = clean.clone();
+    dirty[7 * 128] = f32::NAN;
+    dirty[9 * 128 + 3] = f32::INFINITY;
+    let seal = |rows: &[f32]| {
+        let mut region = vec![0u8; layout.head_bytes(Side::Value)];
+        let at: Vec<u32> = (0..128).collect();
+        let (header, page) = layout.side(Side::Value).page_mut(&mut region, 0);
+        let mut rows: Vec<f32> = rows.iter().map(|x| finite(*x)).collect();
+        layout.side(Side::Value).codec.seal(
+            header,
+            page,
+            &mut crate::codec::SealRows { at: &at, rows: &mut rows, fresh: true },
+        );
+        let mut out = vec![0f32; 128 * 128];
+        dequantize_head(&layout, Side::Value, &region, &[-2; 256], 0, 128, &mut out).unwrap();
+        out
+    };
+    let out = seal(&dirty);
+    assert!(out.iter().all(|x| x.is_finite()));
+    // A row of ordinary size next to one of 65504 is still there, if coarser: its sign survives.
+    let same = clean.iter().zip(&out).skip(20 * 128).filter(|(a, b)| a.signum() == b.signum()).count();
+    assert!(same * 10 >= 108 * 128 * 7, "{same}");
+}

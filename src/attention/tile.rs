@@ -1,0 +1,207 @@
+//! One tile of query rows of one KV head against one split of the cache.
+#![forbid(unsafe_code)]
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::blocks::{blocks, cell_mask, current_cells, page_mask, slot_cells, Block, Visible, EXACT_BLOCK};
+use super::partial::finish;
+use super::{alibi_slope, region, AttendArgs, Rows};
+use crate::codec::query::{Probabilities, Query};
+use crate::codec::Side;
+use crate::layout::{Layout, SideLayout};
+use crate::simd::{ExactRows, Logits, State};
+use crate::store::finite;
+
+/// Query rows (tokens times query heads of a KV head) of a tile: enough to pay for unpacking a page, few enough that
+/// scores and outputs stay in the first-level cache.
+const TILE_ROWS: usize = 32;
+
+/// Query tokens of a tile.
+pub(super) fn tokens_per_tile(gqa_ratio: usize) -> usize {
+    (TILE_ROWS / gqa_ratio).max(1)
+}
+
+/// Buffers of a thread, kept from call to call so that the path allocates nothing.
+#[derive(Default)]
+pub(super) struct Workspace {
+    q: Vec<f32>,
+    query: Query,
+    probabilities: Probabilities,
+    mask: Vec<f32>,
+    exact: Vec<f32>,
+    half: Vec<u16>,
+    slopes: Vec<f32>,
+    mask_row: Vec<u32>,
+    state: State,
+}
+
+/// Calls `f` with this thread's buffers.
+pub(super) fn with_workspace(f: impl FnOnce(&mut Workspace)) {
+    thread_local!(static WORKSPACE: RefCell<Workspace> = RefCell::default());
+    WORKSPACE.with_borrow_mut(f);
+}
+
+/// Attends the query tokens `tokens` of KV head `head` over split `split` and emits their rows.
+pub(super) fn run(
+    layout: &Layout,
+    args: &AttendArgs,
+    head: usize,
+    tokens: Range<usize>,
+    split: usize,
+    work: &mut Workspace,
+    emit: &mut dyn FnMut(usize, &[f32]),
+) {
+    let (key, value) = (layout.side(Side::Key), layout.side(Side::Value));
+    prepare(layout, args, head, tokens.clone(), work);
+    let n_rows = work.slopes.len();
+    key.codec.begin_query(&work.q, &mut work.query);
+    work.state.reset(n_rows, value.head_dim);
+    let k_region = region(layout, Side::Key, args.k_mem, head);
+    let v_region = region(layout, Side::Value, args.v_mem, head);
+    for block in blocks(args, split) {
+        match block {
+            Block::Page(page) => {
+                let columns = layout.page();
+                let visible = page_mask(args, page, columns, tokens.clone(), &mut work.mask);
+                if visible == Visible::None {
+                    continue;
+                }
+                work.probabilities.resize(n_rows, columns);
+                key.codec.scores(key.page(k_region, page), &work.query, &mut work.probabilities.p);
+                softmax(layout, args, visible, columns, work);
+                value.codec.accumulate(value.page(v_region, page), &mut work.probabilities, &mut work.state.packed);
+            }
+            Block::Slots(first) => {
+                let cells = slot_cells(args, first);
+                let load = |side: &SideLayout, region: &[u8], half: &mut Vec<u16>, out: &mut [f32]| {
+                    load_slots(layout, side, region, first, cells.len(), half, out);
+                };
+                exact_block(layout, args, cells, tokens.clone(), work, |side, work| match side {
+                    Side::Key => load(key, k_region, &mut work.half, &mut work.exact),
+                    Side::Value => load(value, v_region, &mut work.half, &mut work.exact),
+                });
+            }
+            Block::Current(first) => {
+                let Some((k, v)) = args.current else { continue };
+                let cells = current_cells(args, first);
+                exact_block(layout, args, cells, tokens.clone(), work, |side, work| {
+                    let rows = if side == Side::Key { k } else { v };
+                    load_current(&rows, first, cells.len(), head, layout.side(side).head_dim, &mut work.exact);
+                });
+            }
+        }
+    }
+    emit_rows(layout, args, head, tokens, split, work, emit);
+}
+
+/// Gathers the tile's query rows (scaled) and what belongs to each of them.
+fn prepare(layout: &Layout, args: &AttendArgs, head: usize, tokens: Range<usize>, work: &mut Workspace) {
+    let (gqa, dim) = (layout.shape().gqa_ratio(), layout.shape().head_dim_k as usize);
+    work.q.clear();
+    work.slopes.clear();
+    work.mask_row.clear();
+    for (i, token) in tokens.enumerate() {
+        for q_head in head * gqa..(head + 1) * gqa {
+            work.q.extend(args.q.row(token, q_head, dim).iter().map(|x| x * args.scale));
+            work.slopes.push(alibi_slope(q_head, layout.shape().n_heads as usize, args.max_bias));
+            work.mask_row.push(i as u32);
+        }
+    }
+}
+
+fn softmax(layout: &Layout, args: &AttendArgs, visible: Visible, columns: usize, work: &mut Workspace) {
+    let logits = Logits {
+        softcap: args.softcap,
+        slopes: &work.slopes,
+        mask_row: &work.mask_row,
+        mask: &work.mask,
+        mask_is_zero: visible == Visible::All,
+    };
+    let n = work.slopes.len() * columns;
+    (layout.kernels().softmax)(&mut work.probabilities.p[..n], columns, &logits, &mut work.state);
+}
+
+/// Attends a block of exact rows; `load` fills `work.exact` with their keys or values.
+fn exact_block(
+    layout: &Layout,
+    args: &AttendArgs,
+    cells: &[i32],
+    tokens: Range<usize>,
+    work: &mut Workspace,
+    load: impl Fn(Side, &mut Workspace),
+) {
+    let visible = cell_mask(args, cells, EXACT_BLOCK, tokens, &mut work.mask);
+    if visible == Visible::None {
+        return;
+    }
+    work.probabilities.resize(work.slopes.len(), EXACT_BLOCK);
+    for side in [Side::Key, Side::Value] {
+        let dim = layout.side(side).head_dim;
+        work.exact.resize(EXACT_BLOCK * dim, 0.0);
+        load(side, work);
+        let rows = ExactRows { data: &work.exact, n: cells.len(), dim };
+        if side == Side::Key {
+            work.probabilities.p.fill(0.0);
+            (layout.kernels().exact_scores)(&work.q, rows, &mut work.probabilities.p, EXACT_BLOCK);
+            softmax(layout, args, visible, EXACT_BLOCK, work);
+        } else {
+            let p = &work.probabilities;
+            (layout.kernels().exact_accumulate)(&p.p, EXACT_BLOCK, rows, &mut work.state.exact);
+        }
+    }
+}
+
+fn load_slots(
+    layout: &Layout,
+    side: &SideLayout,
+    region: &[u8],
+    first: usize,
+    n: usize,
+    half: &mut Vec<u16>,
+    out: &mut [f32],
+) {
+    half.clear();
+    for slot in first..first + n {
+        half.extend(side.slot(region, slot).chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])));
+    }
+    (layout.kernels().f16_to_f32)(half, out);
+}
+
+fn load_current(rows: &Rows, first: usize, n: usize, head: usize, dim: usize, out: &mut [f32]) {
+    for (i, out) in out.chunks_exact_mut(dim).take(n).enumerate() {
+        out.iter_mut().zip(rows.row(first + i, head, dim)).for_each(|(o, x)| *o = finite(*x));
+    }
+}
+
+/// Joins the outputs of pages and exact rows and emits final rows or partial states.
+fn emit_rows(
+    layout: &Layout,
+    args: &AttendArgs,
+    head: usize,
+    tokens: Range<usize>,
+    split: usize,
+    work: &mut Workspace,
+    emit: &mut dyn FnMut(usize, &[f32]),
+) {
+    let (gqa, n_heads) = (layout.shape().gqa_ratio(), layout.shape().n_heads as usize);
+    let value = layout.side(Side::Value);
+    let (dim, state) = (value.head_dim, &mut work.state);
+    let mut out = [0f32; crate::shape::MAX_HEAD_DIM as usize + 2];
+    for row in 0..state.max.len() {
+        let (token, q_head) = (tokens.start + row / gqa, head * gqa + row % gqa);
+        let packed = &mut state.packed[row * dim..(row + 1) * dim];
+        value.codec.untransform(packed);
+        let exact = &state.exact[row * dim..(row + 1) * dim];
+        out.iter_mut().zip(packed.iter().zip(exact)).for_each(|(o, (p, e))| *o = p + e);
+        let at = token * n_heads + q_head;
+        if args.n_splits == 1 {
+            finish(&mut out[..dim], state.max[row], state.sum[row], args.sink_logits.map(|s| s[q_head]));
+            emit(at * dim, &out[..dim]);
+        } else {
+            out[dim] = state.max[row];
+            out[dim + 1] = state.sum[row];
+            emit((split * args.n_tokens * n_heads + at) * (dim + 2), &out[..dim + 2]);
+        }
+    }
+}

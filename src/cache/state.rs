@@ -1,0 +1,279 @@
+//! Saved states: everything needed to go on with bit-identical results.
+//!
+//! Layout, little-endian, without gaps:
+//!
+//! | bytes | content |
+//! |---|---|
+//! | 8 | magic `kvqcache` |
+//! | 4 | version of this layout |
+//! | 8 | length of the whole state, checksum included |
+//! | 4 + n | length and text: canonical recipe, sizes, page format ([`Cache::identity`]) |
+//! | 4 per cell | positions |
+//! | 8 per cell | sets of sequences |
+//! | 8 + n | length and bytes of the planner's stream ([`crate::planner::Planner::snapshot`]) |
+//! | per layer, K then V | a bit per block of 4096 bytes of memory, then the blocks whose bit is set; the others are zero |
+//! | 8 | checksum of all bytes before it ([`super::checksum`]) |
+#![forbid(unsafe_code)]
+
+use std::io::{self, Write};
+
+use super::cells::Cells;
+use super::checksum::Checksum;
+use super::{Cache, STREAM};
+use crate::codec::REGISTRY;
+use crate::error::{Error, Result, Status};
+use crate::planner::Planner;
+
+const MAGIC: &[u8; 8] = b"kvqcache";
+const VERSION: u32 = 1;
+const CHECKSUM_BYTES: usize = 8;
+/// Unit in which zeros are left out.
+const BLOCK: usize = 4096;
+
+impl Cache {
+    /// Bytes that [`Cache::save_memory`] would write now.
+    pub fn state_bytes(&self) -> Result<usize> {
+        self.check_idle()?;
+        let blocks = self.memories().map(|memory| {
+            let held = memory.chunks(BLOCK).filter(|block| !is_zero(block)).map(<[u8]>::len).sum::<usize>();
+            memory.len().div_ceil(BLOCK).div_ceil(8) + held
+        });
+        Ok(self.fixed_bytes() + blocks.sum::<usize>())
+    }
+
+    /// Writes the state to the front of `out` and returns its length. [`Status::BufferTooSmall`] if it does not fit.
+    pub fn save_memory(&self, out: &mut [u8]) -> Result<usize> {
+        let n_bytes = self.state_bytes()?;
+        let have = out.len();
+        let out = out.get_mut(..n_bytes).ok_or_else(|| {
+            Error::new(Status::BufferTooSmall, format!("the state needs {n_bytes} bytes, the buffer has {have}"))
+        })?;
+        self.save_to(&mut &mut *out)?;
+        Ok(n_bytes)
+    }
+
+    /// Takes over a state that was saved from a cache of the same recipe and sizes (threads may differ).
+    /// [`Status::Format`] for anything else; the cache is then as it was.
+    pub fn load_memory(&mut self, bytes: &[u8]) -> Result<()> {
+        if self.batch.is_some() {
+            self.check_idle()?;
+        }
+        let state = self.parse(bytes)?;
+        self.planner = state.planner;
+        self.cells = state.cells;
+        let memories = self.layers.iter_mut().flat_map(|layer| [layer.k.bytes_mut(), layer.v.bytes_mut()]);
+        for (memory, saved) in memories.zip(state.memories) {
+            saved.restore(memory);
+        }
+        self.broken = false;
+        Ok(())
+    }
+
+    /// Most bytes that a state of this cache can have.
+    pub(super) fn max_state_bytes(&self) -> usize {
+        self.fixed_bytes()
+            + self.memories().map(|memory| memory.len() + memory.len().div_ceil(BLOCK).div_ceil(8)).sum::<usize>()
+    }
+
+    pub(super) fn save_to(&self, out: &mut dyn Write) -> Result<()> {
+        let n_bytes = self.state_bytes()?;
+        let planner = self.planner.snapshot(STREAM)?;
+        let failed = |error: io::Error| Error::new(Status::Io, format!("writing a state: {error}"));
+        let mut writer = Writer { out, checksum: Checksum::new() };
+        self.write_parts(&mut writer, n_bytes as u64, &planner).map_err(failed)?;
+        let Writer { out, checksum } = writer;
+        out.write_all(&checksum.finish().to_le_bytes()).map_err(failed)
+    }
+
+    fn write_parts(&self, out: &mut Writer, n_bytes: u64, planner: &[u8]) -> io::Result<()> {
+        out.write(MAGIC)?;
+        out.write(&VERSION.to_le_bytes())?;
+        out.write(&n_bytes.to_le_bytes())?;
+        let identity = self.identity();
+        out.write(&(identity.len() as u32).to_le_bytes())?;
+        out.write(identity.as_bytes())?;
+        self.cells.pos().iter().try_for_each(|pos| out.write(&pos.to_le_bytes()))?;
+        self.cells.seqs().iter().try_for_each(|seqs| out.write(&seqs.to_le_bytes()))?;
+        out.write(&(planner.len() as u64).to_le_bytes())?;
+        out.write(planner)?;
+        for memory in self.memories() {
+            let blocks = || memory.chunks(BLOCK);
+            for eight in memory.chunks(8 * BLOCK) {
+                let bits = eight.chunks(BLOCK).enumerate();
+                out.write(&[bits.fold(0, |bits, (bit, block)| bits | u8::from(!is_zero(block)) << bit)])?;
+            }
+            blocks().filter(|block| !is_zero(block)).try_for_each(|block| out.write(block))?;
+        }
+        Ok(())
+    }
+
+    /// Checks everything and changes nothing.
+    fn parse<'a>(&self, bytes: &'a [u8]) -> Result<State<'a>> {
+        let mut reader = Reader { bytes };
+        if reader.take(MAGIC.len())? != MAGIC {
+            return Err(malformed("this is not a saved kvq cache"));
+        }
+        let version = reader.u32()?;
+        if version != VERSION {
+            return Err(malformed(format!("the state has version {version}, this library reads {VERSION}")));
+        }
+        let n_bytes = reader.u64()?;
+        if n_bytes != bytes.len() as u64 {
+            return Err(malformed(format!("the state says it has {n_bytes} bytes, but {} are here", bytes.len())));
+        }
+        check_checksum(bytes)?;
+        let identity_len = reader.u32()? as usize;
+        let (saved, own) = (reader.take(identity_len)?, self.identity());
+        if saved != own.as_bytes() {
+            let saved = String::from_utf8_lossy(&saved[..saved.len().min(1000)]);
+            return Err(malformed(format!("the state is of another cache: it has '{saved}', this one is '{own}'")));
+        }
+        let n_cells = self.cells.len();
+        let pos = reader.take(4 * n_cells)?.chunks_exact(4).map(|b| i32::from_le_bytes(b.try_into().expect("four")));
+        let seqs = reader.take(8 * n_cells)?.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().expect("eight")));
+        let cells = Cells::from_parts(pos.collect(), seqs.collect(), self.params.n_seq_max)?;
+        let planner_len = usize::try_from(reader.u64()?).unwrap_or(usize::MAX);
+        let planner = self.parse_planner(reader.take(planner_len)?, &cells)?;
+        let memories =
+            self.memories().map(|memory| SavedMemory::parse(&mut reader, memory.len())).collect::<Result<_>>()?;
+        if reader.bytes.len() != CHECKSUM_BYTES {
+            return Err(malformed("the state has bytes that belong to nothing"));
+        }
+        Ok(State { cells, planner, memories })
+    }
+
+    fn parse_planner(&self, bytes: &[u8], cells: &Cells) -> Result<Planner> {
+        let mut planner = Planner::new(*self.planner.config())?;
+        planner.restore(STREAM, bytes)?;
+        let mut location = vec![-1; cells.len()];
+        planner.locate(STREAM, &mut location)?;
+        if (0..cells.len()).any(|cell| cells.is_live(cell) && location[cell] == -1) {
+            return Err(malformed("the state has tokens without rows"));
+        }
+        Ok(planner)
+    }
+
+    /// Everything that must be equal for a state to fit.
+    fn identity(&self) -> String {
+        let super::CacheParams { shape, n_layers, n_cells, n_seq_max, n_threads: _, rope } = self.params;
+        let rope = rope.map_or("none".into(), |rope| {
+            let super::Rope { n_rot, freq_base, freq_scale, interleaved } = rope;
+            format!("{n_rot}/{freq_base}/{freq_scale}/{interleaved}")
+        });
+        let codecs: Vec<_> = REGISTRY.iter().map(|codec| format!("{} {}", codec.name, codec.format_version)).collect();
+        format!(
+            "{}; {}; heads {}/{} of {}/{}; layers {n_layers}; cells {n_cells}; sequences {n_seq_max}; slots {}; rope {rope}",
+            self.recipe.spec(),
+            codecs.join(" "),
+            shape.n_heads,
+            shape.n_kv_heads,
+            shape.head_dim_k,
+            shape.head_dim_v,
+            self.planner.n_slots(),
+        )
+    }
+
+    /// Bytes of a state without its memory blocks.
+    fn fixed_bytes(&self) -> usize {
+        let header = MAGIC.len() + 4 + 8 + 4 + self.identity().len();
+        header + (4 + 8) * self.cells.len() + 8 + self.planner.snapshot_bytes() + CHECKSUM_BYTES
+    }
+
+    fn memories(&self) -> impl Iterator<Item = &[u8]> {
+        self.layers.iter().flat_map(|layer| [layer.k.bytes(), layer.v.bytes()])
+    }
+}
+
+/// A state that fits and has been checked.
+struct State<'a> {
+    cells: Cells,
+    planner: Planner,
+    memories: Vec<SavedMemory<'a>>,
+}
+
+/// One side of one layer: which blocks follow, and the blocks.
+struct SavedMemory<'a> {
+    bits: &'a [u8],
+    blocks: &'a [u8],
+}
+
+impl<'a> SavedMemory<'a> {
+    fn parse(reader: &mut Reader<'a>, len: usize) -> Result<Self> {
+        let n_blocks = len.div_ceil(BLOCK);
+        let bits = reader.take(n_blocks.div_ceil(8))?;
+        let is_set = |block: usize| bits[block / 8] >> (block % 8) & 1 == 1;
+        if (n_blocks..8 * bits.len()).any(is_set) {
+            return Err(malformed("the state has blocks behind the end of a layer"));
+        }
+        let held = (0..n_blocks).filter(|&block| is_set(block)).map(|block| BLOCK.min(len - block * BLOCK)).sum();
+        Ok(Self { bits, blocks: reader.take(held)? })
+    }
+
+    fn restore(&self, memory: &mut [u8]) {
+        let mut blocks = self.blocks;
+        for (index, to) in memory.chunks_mut(BLOCK).enumerate() {
+            if self.bits[index / 8] >> (index % 8) & 1 == 1 {
+                let (block, rest) = blocks.split_at(to.len());
+                to.copy_from_slice(block);
+                blocks = rest;
+            } else {
+                to.fill(0);
+            }
+        }
+    }
+}
+
+/// Writes and sums up.
+struct Writer<'a> {
+    out: &'a mut dyn Write,
+    checksum: Checksum,
+}
+
+impl Writer<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.checksum.update(bytes);
+        self.out.write_all(bytes)
+    }
+}
+
+/// Reads from the front of bytes that may end anywhere.
+struct Reader<'a> {
+    bytes: &'a [u8],
+}
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, n: usize) -> Result<&'a [u8]> {
+        if n > self.bytes.len() {
+            return Err(malformed("the state is cut short"));
+        }
+        let (front, rest) = self.bytes.split_at(n);
+        self.bytes = rest;
+        Ok(front)
+    }
+
+    fn u32(&mut self) -> Result<u32> {
+        Ok(u32::from_le_bytes(self.take(4)?.try_into().expect("four")))
+    }
+
+    fn u64(&mut self) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.take(8)?.try_into().expect("eight")))
+    }
+}
+
+fn check_checksum(bytes: &[u8]) -> Result<()> {
+    let (body, sum) = bytes.split_at(bytes.len().saturating_sub(CHECKSUM_BYTES));
+    let mut checksum = Checksum::new();
+    checksum.update(body);
+    if sum == checksum.finish().to_le_bytes() {
+        return Ok(());
+    }
+    Err(malformed("the state is damaged: its checksum is wrong"))
+}
+
+fn malformed(text: impl Into<String>) -> Error {
+    Error::new(Status::Format, text)
+}
+
+fn is_zero(block: &[u8]) -> bool {
+    block.iter().all(|&byte| byte == 0)
+}

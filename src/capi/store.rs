@@ -1,0 +1,209 @@
+//! Writing and reading the memory of one layer.
+
+use super::attention::rows;
+use super::layout::kvq_layout;
+use super::{check, check_part, guard, product, shared, slice, slice_mut};
+use crate::attention::Rows;
+use crate::codec::Side;
+use crate::error::{Error, Result, Status};
+use crate::layout::Layout;
+use crate::plan::Plan;
+use crate::store;
+
+/// What kvq_store reads and writes: one layer, one stream. All strides count elements.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct kvq_store_args {
+    /// Keys of this ubatch, float [n_tokens][n_kv_heads][head_dim_k].
+    pub k_cur: *const f32,
+    /// Distance between tokens in `k_cur`.
+    pub k_stride_token: usize,
+    /// Distance between heads in `k_cur`.
+    pub k_stride_head: usize,
+    /// Values of this ubatch, float [n_tokens][n_kv_heads][head_dim_v].
+    pub v_cur: *const f32,
+    /// Distance between tokens in `v_cur`.
+    pub v_stride_token: usize,
+    /// Distance between heads in `v_cur`.
+    pub v_stride_head: usize,
+    /// Key memory of this stream, kvq_layout_k_bytes, 64-byte aligned.
+    pub k_mem: *mut u8,
+    /// Value memory of this stream, kvq_layout_v_bytes, 64-byte aligned.
+    pub v_mem: *mut u8,
+    /// The plan of this ubatch and stream, from kvq_planner_plan.
+    pub plan: *const i32,
+    /// Integers in `plan`.
+    pub plan_len: usize,
+    /// Rows; the plan's n_tokens.
+    pub n_tokens: u32,
+}
+
+/// Executes part `part` of `n_parts` of a plan for one layer: seals pages, then writes the rows of this ubatch into
+/// their slots. All parts of kvq_attend of the same plan must have finished.
+///
+/// Parts touch disjoint memory and may run concurrently. Each plan is stored exactly once per layer.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_store(
+    layout: *const kvq_layout,
+    args: *const kvq_store_args,
+    part: u32,
+    n_parts: u32,
+) -> Status {
+    guard(|| {
+        // SAFETY: a live layout and arguments that nobody changes during the call, as the header requires.
+        let (layout, args) = unsafe { (&shared(layout, "layout")?.layout, shared(args, "args")?) };
+        check_part(part, n_parts)?;
+        let shape = layout.shape();
+        let (n, heads) = (args.n_tokens as usize, shape.n_kv_heads as usize);
+        let (dim_k, dim_v) = (shape.head_dim_k as usize, shape.head_dim_v as usize);
+        // SAFETY: the arrays in args have the sizes that its comments give, as the header requires.
+        let (k, v, plan) = unsafe {
+            (
+                rows(args.k_cur, [n, heads, dim_k], args.k_stride_token, args.k_stride_head, "k_cur")?,
+                rows(args.v_cur, [n, heads, dim_v], args.v_stride_token, args.v_stride_head, "v_cur")?,
+                Plan::new(slice(args.plan, args.plan_len, "plan")?)?,
+            )
+        };
+        plan.check_entries()?;
+        if plan.n_tokens() != n {
+            return Err(Error::invalid(format!("n_tokens is {n}, the plan is for {}", plan.n_tokens())));
+        }
+        check(args.k_mem, "k_mem")?;
+        check(args.v_mem, "v_mem")?;
+        for unit in (part as usize..2 * heads).step_by(n_parts as usize) {
+            let (side, memory, current): (_, _, &Rows) =
+                if unit % 2 == 0 { (Side::Key, args.k_mem, &k) } else { (Side::Value, args.v_mem, &v) };
+            // SAFETY: the memory holds a region per head, as the header requires, and only this part touches this one.
+            let region = unsafe { head_region(layout, side, unit / 2, memory) }?;
+            store::store_head(layout, side, unit / 2, region, current, &plan)?;
+        }
+        Ok(())
+    })
+}
+
+/// Reads rows of the cells [cell0, cell0 + n) as float [n][n_kv_heads][head_dim]. `location` comes from
+/// kvq_planner_locate; cells that are nowhere give zeros. `k_out` (with `k_mem`) or `v_out` (with `v_mem`) may be NULL,
+/// then that side is left out.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_dequantize(
+    layout: *const kvq_layout,
+    k_mem: *const u8,
+    v_mem: *const u8,
+    location: *const i32,
+    cell0: u32,
+    n: u32,
+    k_out: *mut f32,
+    v_out: *mut f32,
+) -> Status {
+    guard(|| {
+        // SAFETY: a live layout, as the header requires.
+        let layout = unsafe { &shared(layout, "layout")?.layout };
+        let cells = cell_range(layout, cell0, n)?;
+        // SAFETY: location has an integer per cell of the layout, as the header requires.
+        let location = unsafe { slice(location, layout.n_cells(), "location") }?;
+        let sides = [(Side::Key, "k_mem", k_mem, "k_out", k_out), (Side::Value, "v_mem", v_mem, "v_out", v_out)];
+        for (side, memory_name, memory, out_name, out) in sides {
+            if out.is_null() {
+                continue;
+            }
+            let (heads, dim) = head_shape(layout, side);
+            let n_out = product(&[n as usize, heads, dim], "the output")?;
+            // SAFETY: the memory holds a region per head and out a row per cell and head, as the header requires.
+            let (memory, out) = unsafe {
+                (slice(memory, heads * layout.head_bytes(side), memory_name)?, slice_mut(out, n_out, out_name)?)
+            };
+            read_rows(layout, side, memory, location, cells.clone(), out)?;
+        }
+        Ok(())
+    })
+}
+
+/// Overwrites key rows: for each i with changed[i] != 0 the row of cell cell0 + i becomes k_rows[i], float
+/// [n][n_kv_heads][head_dim_k]. Exact rows stay exact (half precision), rows in pages are encoded again. Meant for
+/// shifts of positions that rotate the keys. `location` comes from kvq_planner_locate; cells that are nowhere are
+/// skipped.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_requantize_k(
+    layout: *const kvq_layout,
+    k_mem: *mut u8,
+    location: *const i32,
+    cell0: u32,
+    n: u32,
+    k_rows: *const f32,
+    changed: *const u8,
+) -> Status {
+    guard(|| {
+        // SAFETY: a live layout, as the header requires.
+        let layout = unsafe { &shared(layout, "layout")?.layout };
+        let cells = cell_range(layout, cell0, n)?;
+        let (heads, dim) = head_shape(layout, Side::Key);
+        // SAFETY: arrays of the shapes that the header gives, memory that no other thread uses.
+        let (location, all_rows, changed, memory) = unsafe {
+            (
+                slice(location, layout.n_cells(), "location")?,
+                slice(k_rows, product(&[n as usize, heads, dim], "k_rows")?, "k_rows")?,
+                slice(changed, n as usize, "changed")?,
+                slice_mut(k_mem, heads * layout.head_bytes(Side::Key), "k_mem")?,
+            )
+        };
+        let mut head_rows = vec![0.0; cells.len() * dim];
+        for (head, region) in memory.chunks_exact_mut(layout.head_bytes(Side::Key)).enumerate() {
+            for (to, from) in head_rows.chunks_exact_mut(dim).zip(all_rows.chunks_exact(heads * dim)) {
+                to.copy_from_slice(&from[head * dim..][..dim]);
+            }
+            store::requantize_k_head(layout, region, location, cells.start, &head_rows, changed)?;
+        }
+        Ok(())
+    })
+}
+
+/// Gathers the heads of each cell, which lie in separate regions, into rows of `out`.
+fn read_rows(
+    layout: &Layout,
+    side: Side,
+    memory: &[u8],
+    location: &[i32],
+    cells: std::ops::Range<usize>,
+    out: &mut [f32],
+) -> Result<()> {
+    let (heads, dim) = head_shape(layout, side);
+    let mut head_rows = vec![0.0; cells.len() * dim];
+    for (head, region) in memory.chunks_exact(layout.head_bytes(side)).enumerate() {
+        store::dequantize_head(layout, side, region, location, cells.start, cells.len(), &mut head_rows)?;
+        for (from, to) in head_rows.chunks_exact(dim).zip(out.chunks_exact_mut(heads * dim)) {
+            to[head * dim..][..dim].copy_from_slice(from);
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// `memory` is NULL or the memory of `side`, and nobody else uses the region of `head` during `'a`.
+unsafe fn head_region<'a>(layout: &Layout, side: Side, head: usize, memory: *mut u8) -> Result<&'a mut [u8]> {
+    let bytes = layout.head_bytes(side);
+    check(memory, memory_name(side))?;
+    // SAFETY: the region of a head lies inside the memory of its side, by the definition of the layout.
+    unsafe { slice_mut(memory.add(head * bytes), bytes, memory_name(side)) }
+}
+
+fn memory_name(side: Side) -> &'static str {
+    match side {
+        Side::Key => "k_mem",
+        Side::Value => "v_mem",
+    }
+}
+
+/// KV heads and head size of a side.
+fn head_shape(layout: &Layout, side: Side) -> (usize, usize) {
+    let shape = layout.shape();
+    let dim = if side == Side::Key { shape.head_dim_k } else { shape.head_dim_v };
+    (shape.n_kv_heads as usize, dim as usize)
+}
+
+fn cell_range(layout: &Layout, cell0: u32, n: u32) -> Result<std::ops::Range<usize>> {
+    let (start, end) = (cell0 as usize, cell0 as usize + n as usize);
+    if end > layout.n_cells() {
+        return Err(Error::invalid(format!("cells {start}..{end} do not exist: the layout has {}", layout.n_cells())));
+    }
+    Ok(start..end)
+}

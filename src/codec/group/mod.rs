@@ -1,0 +1,255 @@
+//! Codec `group`: every token on its own, uniform codes with one step per group of channels inside a head.
+//!
+//! Source: SKVQ (arXiv 2405.06219) for groups, FP8 parameters and clipping; parameters are rounded before they are used
+//! and the step is refitted after coding so that reconstruction is unbiased (`<x, x^> = <x, x>`). Symmetric groups after a
+//! Hadamard rotation, and the page's channel mean taken off keys, are the forms that measure best without calibration.
+#![deny(unsafe_code)]
+
+pub(crate) mod scalar;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+
+use std::fmt;
+
+use super::query::{Probabilities, Query, QueryForm};
+use super::tile::{Tile, Width};
+use super::{hadamard, PageCodec, PageRef, SealRows, Side};
+use crate::error::{Error, Result, Status};
+use crate::simd::{Isa, IsaToken};
+
+/// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// How many channels share a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupSize {
+    /// This many: 32, 64 or 128.
+    Channels(usize),
+    /// The whole head.
+    Head,
+}
+
+impl GroupSize {
+    /// Parses the `group` key of a recipe.
+    pub fn parse(text: &str) -> Result<Self> {
+        match text {
+            "head" => Ok(GroupSize::Head),
+            "32" => Ok(GroupSize::Channels(32)),
+            "64" => Ok(GroupSize::Channels(64)),
+            "128" => Ok(GroupSize::Channels(128)),
+            _ => Err(Error::new(Status::Recipe, format!("group={text}: use 32, 64, 128 or head"))),
+        }
+    }
+}
+
+impl fmt::Display for GroupSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            GroupSize::Channels(n) => write!(f, "{n}"),
+            GroupSize::Head => f.write_str("head"),
+        }
+    }
+}
+
+/// How the range that the codes cover is chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Clip {
+    /// Symmetric: the uniform step that is best for a Gaussian of the group's root mean square. Affine: [`Clip::affine`].
+    Auto,
+    /// This part of the largest distance from the middle of the range.
+    Factor(f32),
+}
+
+impl Clip {
+    /// Parses the `clip` key of a recipe.
+    pub fn parse(text: &str) -> Result<Self> {
+        if text == "auto" {
+            return Ok(Clip::Auto);
+        }
+        match text.parse::<f32>() {
+            Ok(x) if (0.3..=1.0).contains(&x) => Ok(Clip::Factor(x)),
+            _ => Err(Error::new(Status::Recipe, format!("clip={text}: use auto or a number from 0.3 to 1"))),
+        }
+    }
+
+    /// The factor of affine groups: wider codes want less clipping.
+    pub fn affine(self, width: Width) -> f32 {
+        match (self, width) {
+            (Clip::Factor(x), _) => x,
+            (Clip::Auto, Width::Ternary) => 0.7,
+            (Clip::Auto, Width::Bits2) => 0.8,
+            (Clip::Auto, Width::Bits3) => 0.9,
+            (Clip::Auto, Width::Bits4 | Width::Bits8) => 1.0,
+        }
+    }
+}
+
+impl fmt::Display for Clip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Clip::Auto => f.write_str("auto"),
+            Clip::Factor(x) => write!(f, "{x}"),
+        }
+    }
+}
+
+/// Parameters of one side of a `group` recipe.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GroupParams {
+    /// Width of the codes.
+    pub width: Width,
+    /// Channels that share a step.
+    pub group: GroupSize,
+    /// No mid-point: codes lie about zero and one 8-bit scale per group is stored. Otherwise FP8 step and mid-point.
+    pub symmetric: bool,
+    /// Range of the codes.
+    pub clip: Clip,
+    /// Replace the step after coding by the one that makes the reconstruction unbiased.
+    pub refit: bool,
+    /// Take the page's channel mean (FP8) off first. Keys only.
+    pub mean: bool,
+    /// Rotate each head vector by a Hadamard matrix first.
+    pub rotate: bool,
+}
+
+/// The codec for one side of one shape.
+///
+/// # Page layout
+///
+/// A page holds `page` tokens of one KV head, `n_groups = head_dim / group` groups:
+///
+/// | part | bytes | |
+/// |---|---|---|
+/// | codes | `n_groups * tile.bytes()` | one [`Tile`] per group. Keys: lanes are tokens, depth is the group's channels. Values: lanes are the group's channels, depth is tokens |
+/// | steps | `n_groups * page` | `[group][token]`; symmetric: [`super::float8::scale_encode`] with header byte 0 as base; affine: E4M3 times `2^(header 0 - 127)` |
+/// | mid-points | `n_groups * page` | affine only: E4M3 times `2^(header 1 - 127)` |
+/// | mean | `head_dim` | keys with `mean` only: E4M3 times `2^(header 2 - 127)`, of the rotated channels |
+///
+/// padded to 64 bytes. A value is `step * (code - centre) [+ mid-point] [+ mean]`, then rotated back. Bytes of rows that
+/// were never sealed are zero.
+#[derive(Clone, Debug)]
+pub struct GroupCodec {
+    pub(crate) params: GroupParams,
+    pub(crate) side: Side,
+    pub(crate) head_dim: usize,
+    pub(crate) page: usize,
+    pub(crate) group: usize,
+    pub(crate) n_groups: usize,
+    pub(crate) tile: Tile,
+    kernels: &'static GroupKernels,
+}
+
+/// One row of the kernel table.
+#[derive(Debug)]
+pub(crate) struct GroupKernels {
+    seal: fn(&GroupCodec, &mut [u8], &mut [u8], &mut SealRows),
+    scores: fn(&GroupCodec, PageRef, &Query, &mut [f32]),
+    accumulate: fn(&GroupCodec, PageRef, &mut Probabilities, &mut [f32]),
+}
+
+impl GroupKernels {
+    fn of(token: IsaToken) -> &'static GroupKernels {
+        match token.isa() {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::kernels(token),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::kernels(token),
+            _ => &scalar::KERNELS,
+        }
+    }
+}
+
+impl GroupCodec {
+    /// The codec for heads of `head_dim` channels in pages of `page` tokens.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::Recipe`] if the head size is not a multiple of the group.
+    pub fn new(params: &GroupParams, side: Side, head_dim: usize, page: usize, token: IsaToken) -> Result<Self> {
+        let group = match params.group {
+            GroupSize::Head => head_dim,
+            GroupSize::Channels(n) => n,
+        };
+        if !head_dim.is_multiple_of(group) {
+            let what = format!("group={group} does not divide a head size of {head_dim}: use group=head or group=32");
+            return Err(Error::new(Status::Recipe, what));
+        }
+        let tile = match side {
+            Side::Key => Tile::new(params.width, page, group),
+            Side::Value => Tile::new(params.width, group, page),
+        };
+        let mut params = params.clone();
+        params.mean &= side == Side::Key;
+        let n_groups = head_dim / group;
+        Ok(Self { params, side, head_dim, page, group, n_groups, tile, kernels: GroupKernels::of(token) })
+    }
+
+    pub(crate) fn steps_offset(&self) -> usize {
+        self.n_groups * self.tile.bytes()
+    }
+
+    pub(crate) fn mids_offset(&self) -> usize {
+        self.steps_offset() + self.n_groups * self.page
+    }
+
+    pub(crate) fn mean_offset(&self) -> usize {
+        self.mids_offset() + if self.params.symmetric { 0 } else { self.n_groups * self.page }
+    }
+
+    /// Two int8 coefficients instead of one where a single one would be coarser than the codes.
+    pub(crate) fn coefficient_planes(&self) -> usize {
+        if self.params.width == Width::Bits8 {
+            2
+        } else {
+            1
+        }
+    }
+}
+
+impl PageCodec for GroupCodec {
+    fn format(&self) -> String {
+        let GroupParams { width, symmetric, mean, rotate, .. } = self.params;
+        format!("group/{FORMAT_VERSION}:{width},{},{symmetric},{mean},{rotate}", self.group)
+    }
+
+    fn page_bytes(&self) -> usize {
+        (self.mean_offset() + if self.params.mean { self.head_dim } else { 0 }).next_multiple_of(64)
+    }
+
+    fn seal(&self, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
+        (self.kernels.seal)(self, header, page, rows);
+    }
+
+    fn decode(&self, page: PageRef, row: usize, out: &mut [f32]) {
+        scalar::decode_transformed(self, page, row, out);
+        self.untransform(out);
+    }
+
+    fn begin_query(&self, rows: &[f32], query: &mut Query) {
+        let form = QueryForm {
+            head_dim: self.head_dim,
+            group: self.group,
+            planes: self.coefficient_planes(),
+            centre: self.params.width.centre(),
+            rotate: self.params.rotate,
+        };
+        query.prepare(rows, &form);
+    }
+
+    fn scores(&self, page: PageRef, query: &Query, scores: &mut [f32]) {
+        (self.kernels.scores)(self, page, query, scores);
+    }
+
+    fn accumulate(&self, page: PageRef, p: &mut Probabilities, acc: &mut [f32]) {
+        (self.kernels.accumulate)(self, page, p, acc);
+    }
+
+    fn untransform(&self, row: &mut [f32]) {
+        if self.params.rotate {
+            hadamard::rotate(row);
+        }
+    }
+}

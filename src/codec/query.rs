@@ -1,0 +1,143 @@
+//! Query rows and probabilities in the form that the integer kernels consume, with their buffers.
+#![forbid(unsafe_code)]
+
+use super::hadamard;
+
+/// Largest magnitude of one int8 coefficient.
+const INT8_MAX: f32 = 127.0;
+/// Weight of the first of two coefficient planes: a value is `128 * high + low`.
+pub(crate) const PLANE: i32 = 128;
+
+/// What a codec wants of query rows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct QueryForm {
+    /// Channels of a row.
+    pub(crate) head_dim: usize,
+    /// Channels that share an int8 unit.
+    pub(crate) group: usize,
+    /// int8 coefficients per channel: 1, or 2 where one would be coarser than the codes.
+    pub(crate) planes: usize,
+    /// Middle of the codes' range.
+    pub(crate) centre: f32,
+    /// Rotate rows first.
+    pub(crate) rotate: bool,
+}
+
+/// Query rows of one KV head, multiplied by the softmax scale, rotated if the codec rotates, and rounded to int8 per group.
+#[derive(Default, Debug)]
+pub(crate) struct Query {
+    n_rows: usize,
+    rotated: Vec<f32>,
+    /// `[row][plane][head_dim]`
+    pub(crate) int8: Vec<i8>,
+    /// `[row][group]`: value of one unit of the (low plane's) coefficients.
+    pub(crate) scale: Vec<f32>,
+    /// `[row][group]`: minus the codes' centre times the sum of the rounded coefficients.
+    pub(crate) offset: Vec<f32>,
+    /// `[row][group]`: exact sum of the coefficients, which mid-points multiply.
+    pub(crate) sum: Vec<f32>,
+}
+
+impl Query {
+    /// Number of prepared rows.
+    pub(crate) fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+
+    /// The rows before rounding, `[n_rows][head_dim]`.
+    pub(crate) fn rotated(&self) -> &[f32] {
+        &self.rotated
+    }
+
+    /// Takes rows `[n_rows][head_dim]`, already multiplied by the softmax scale.
+    pub(crate) fn prepare(&mut self, rows: &[f32], form: &QueryForm) {
+        let QueryForm { head_dim, group, planes, .. } = *form;
+        let n_groups = head_dim / group;
+        self.n_rows = rows.len() / head_dim;
+        self.rotated.clear();
+        self.rotated.extend_from_slice(rows);
+        if form.rotate {
+            self.rotated.chunks_exact_mut(head_dim).for_each(hadamard::rotate);
+        }
+        let n = self.n_rows * n_groups;
+        for values in [&mut self.scale, &mut self.offset, &mut self.sum] {
+            values.clear();
+            values.resize(n, 0.0);
+        }
+        self.int8.clear();
+        self.int8.resize(self.n_rows * planes * head_dim, 0);
+        for (i, x) in self.rotated.chunks_exact(group).enumerate() {
+            let (row, g) = (i / n_groups, i % n_groups);
+            let int8 = &mut self.int8[row * planes * head_dim..][..planes * head_dim];
+            let (high, low) = int8.split_at_mut((planes - 1) * head_dim);
+            let at = g * group..(g + 1) * group;
+            let high = if planes == 2 { Some(&mut high[at.clone()]) } else { None };
+            let (scale, total) = round_group(x, high, &mut low[at]);
+            self.scale[i] = scale;
+            self.offset[i] = -form.centre * scale * total as f32;
+            self.sum[i] = x.iter().sum();
+        }
+    }
+}
+
+/// Rounds a group to one or two int8 planes; gives the unit and the integer sum.
+fn round_group(x: &[f32], high: Option<&mut [i8]>, low: &mut [i8]) -> (f32, i64) {
+    let top = if high.is_some() { INT8_MAX * PLANE as f32 } else { INT8_MAX };
+    let max = x.iter().fold(0f32, |a, b| a.max(b.abs()));
+    if max == 0.0 || !max.is_finite() {
+        return (0.0, 0);
+    }
+    let inverse = top / max;
+    let mut total = 0;
+    match high {
+        None => {
+            for (low, x) in low.iter_mut().zip(x) {
+                let n = (x * inverse).round() as i32;
+                total += i64::from(n);
+                *low = n as i8;
+            }
+        }
+        Some(high) => {
+            for ((low, high), x) in low.iter_mut().zip(high).zip(x) {
+                let n = (x * inverse).round() as i32;
+                total += i64::from(n);
+                let h = (n + PLANE / 2).div_euclid(PLANE);
+                (*high, *low) = (h as i8, (n - h * PLANE) as i8);
+            }
+        }
+    }
+    (max / top, total)
+}
+
+/// Softmax weights of one page for all rows of a query tile, and room for their integer form.
+#[derive(Default, Debug)]
+pub(crate) struct Probabilities {
+    /// `[n_rows][page]`, not negative.
+    pub(crate) p: Vec<f32>,
+    /// Rows in use.
+    pub(crate) n_rows: usize,
+    /// Columns.
+    pub(crate) page: usize,
+    /// `[row][plane][page]` of one group of channels.
+    pub(crate) int8: Vec<i8>,
+    /// `[row]`: value of one unit of the (low plane's) coefficients.
+    pub(crate) scale: Vec<f32>,
+    /// `[row]`: what the codes' centre and the mid-points add to every channel of the group.
+    pub(crate) offset: Vec<f32>,
+}
+
+impl Probabilities {
+    /// Makes room for `n_rows` rows of `page` weights.
+    pub(crate) fn resize(&mut self, n_rows: usize, page: usize) {
+        (self.n_rows, self.page) = (n_rows, page);
+        self.p.resize(n_rows * page, 0.0);
+        self.int8.resize(n_rows * page * 2, 0);
+        self.scale.resize(n_rows, 0.0);
+        self.offset.resize(n_rows, 0.0);
+    }
+
+    /// The weights, `[n_rows][page]`.
+    pub(crate) fn rows(&self) -> &[f32] {
+        &self.p[..self.n_rows * self.page]
+    }
+}

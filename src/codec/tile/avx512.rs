@@ -1,0 +1,262 @@
+//! AVX-512 (VNNI, VBMI) byte dot products straight on the codes of a tile.
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use super::{Tile, QUAD};
+use crate::codec::query::PLANE;
+
+/// Coefficient rows that one pass over the codes serves: as many accumulators as registers allow.
+pub(crate) const MAX_ROWS: usize = 8;
+
+/// Sums of one lane block for `R` coefficient rows: `[row][half of the block]`, sixteen lanes each.
+pub(crate) type Sums<const R: usize> = [[__m512i; 2]; R];
+
+/// `R` rows of int8 coefficients, `stride` apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Coefficients<'a> {
+    pub(crate) int8: &'a [i8],
+    pub(crate) stride: usize,
+}
+
+impl Coefficients<'_> {
+    /// The four coefficients of a quad, in every lane.
+    ///
+    /// # Safety
+    ///
+    /// `row * stride + 4 * quad + 4 <= int8.len()`, which `dot` checks once for its last row and quad.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn quad(&self, row: usize, quad: usize) -> __m512i {
+        // SAFETY: within the slice, by this function's contract.
+        _mm512_set1_epi32(unsafe {
+            self.int8.as_ptr().add(row * self.stride + quad * QUAD).cast::<i32>().read_unaligned()
+        })
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_codes(bytes: &[u8], at: usize) -> [__m512i; 2] {
+    let bytes = &bytes[at..at + 128];
+    // SAFETY: the slice holds 128 bytes.
+    unsafe { [_mm512_loadu_si512(bytes.as_ptr().cast()), _mm512_loadu_si512(bytes.as_ptr().add(64).cast())] }
+}
+
+/// Adds the products of one unpacked quad of 32 lanes.
+///
+/// # Safety
+///
+/// As [`Coefficients::quad`] for all rows below `R`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn add_quad<const R: usize>(sums: &mut Sums<R>, codes: [__m512i; 2], coefficients: Coefficients, quad: usize) {
+    for (row, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: by this function's contract.
+        let c = unsafe { coefficients.quad(row, quad) };
+        sums[0] = _mm512_dpbusd_epi32(sums[0], codes[0], c);
+        sums[1] = _mm512_dpbusd_epi32(sums[1], codes[1], c);
+    }
+}
+
+/// Field `index` of `bits` bits of every byte.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn field(words: [__m512i; 2], index: usize, mask: __m512i, bits: usize) -> [__m512i; 2] {
+    let count = _mm_cvtsi32_si128((index * bits) as i32);
+    words.map(|w| _mm512_and_si512(_mm512_srl_epi16(w, count), mask))
+}
+
+/// Dot products of the lanes of block `block` of a tile with `R` coefficient rows of the tile's depth.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
+pub(crate) fn dot<const W: u8, const R: usize>(
+    tile: &Tile,
+    bytes: &[u8],
+    block: usize,
+    coefficients: Coefficients,
+) -> Sums<R> {
+    let quads = tile.depth() / QUAD;
+    assert!((R - 1) * coefficients.stride + tile.depth() <= coefficients.int8.len());
+    let base = &bytes[block * tile.block_bytes()..][..tile.block_bytes()];
+    let mut sums = [[_mm512_setzero_si512(); 2]; R];
+    // SAFETY: every quad below is less than `quads`, and the assertion above covers the last quad of the last row.
+    unsafe {
+        match W {
+            2 => dot_2(base, quads, coefficients, &mut sums),
+            3 => dot_3(base, quads, coefficients, &mut sums),
+            4 => dot_4(base, quads, coefficients, &mut sums),
+            8 => {
+                for quad in 0..quads {
+                    add_quad(&mut sums, load_codes(base, quad * 128), coefficients, quad);
+                }
+            }
+            _ => {
+                dot_ternary(base, quads, coefficients, &mut sums);
+                dot_tail(tile, bytes, block, coefficients, &mut sums);
+            }
+        }
+    }
+    sums
+}
+
+/// # Safety
+///
+/// As [`Coefficients::quad`] for all rows below `R` and quads below `quads`; so for the functions that follow.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn dot_2<const R: usize>(base: &[u8], quads: usize, c: Coefficients, sums: &mut Sums<R>) {
+    let mask = _mm512_set1_epi8(3);
+    for word in 0..quads / 4 {
+        let words = load_codes(base, word * 128);
+        for f in 0..4 {
+            // SAFETY: by this function's contract.
+            unsafe { add_quad(sums, field(words, f, mask, 2), c, word * 4 + f) };
+        }
+    }
+}
+
+/// # Safety
+///
+/// As [`dot_2`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn dot_3<const R: usize>(base: &[u8], quads: usize, c: Coefficients, sums: &mut Sums<R>) {
+    let (mask, high_mask) = (_mm512_set1_epi8(3), _mm512_set1_epi8(4));
+    for pair in 0..quads / 8 {
+        let high = load_codes(base, (quads / 4 + pair) * 128);
+        for half in 0..2 {
+            let low = load_codes(base, (pair * 2 + half) * 128);
+            for f in 0..4 {
+                let bit = half * 4 + f;
+                let low = field(low, f, mask, 2);
+                let codes = std::array::from_fn(|i| {
+                    // Bring the bit to the place worth 4.
+                    let moved = if bit < 2 {
+                        _mm512_sll_epi16(high[i], _mm_cvtsi32_si128(2 - bit as i32))
+                    } else {
+                        _mm512_srl_epi16(high[i], _mm_cvtsi32_si128(bit as i32 - 2))
+                    };
+                    _mm512_ternarylogic_epi32::<0xea>(moved, high_mask, low[i])
+                });
+                // SAFETY: by this function's contract.
+                unsafe { add_quad(sums, codes, c, pair * 8 + bit) };
+            }
+        }
+    }
+}
+
+/// # Safety
+///
+/// As [`dot_2`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn dot_4<const R: usize>(base: &[u8], quads: usize, c: Coefficients, sums: &mut Sums<R>) {
+    let mask = _mm512_set1_epi8(15);
+    for word in 0..quads / 2 {
+        let words = load_codes(base, word * 128);
+        for f in 0..2 {
+            // SAFETY: by this function's contract.
+            unsafe { add_quad(sums, field(words, f, mask, 4), c, word * 2 + f) };
+        }
+    }
+}
+
+/// The first four base-3 digits of 0..=80 as 2-bit fields: what the lower 81 of a 128-entry byte table hold.
+const DIGITS: [u8; 128] = {
+    let mut table = [0u8; 128];
+    let mut i = 0;
+    while i < 81 {
+        table[i] = (i % 3 + i / 3 % 3 * 4 + i / 9 % 3 * 16 + i / 27 * 64) as u8;
+        i += 1;
+    }
+    table
+};
+
+/// # Safety
+///
+/// As [`dot_2`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+unsafe fn dot_ternary<const R: usize>(base: &[u8], quads: usize, c: Coefficients, sums: &mut Sums<R>) {
+    let (mask, one, top) = (_mm512_set1_epi8(3), _mm512_set1_epi8(1), _mm512_set1_epi8(81));
+    let table = load_codes(&DIGITS, 0);
+    for word in 0..base.len() / 128 {
+        let words = load_codes(base, word * 128);
+        let (mut digits, mut fifth) = (words, words);
+        for i in 0..2 {
+            let some = _mm512_cmpge_epu8_mask(words[i], top);
+            let two = _mm512_cmpge_epu8_mask(words[i], _mm512_set1_epi8(162u8 as i8));
+            let rest = _mm512_mask_sub_epi8(words[i], some, words[i], top);
+            let rest = _mm512_mask_sub_epi8(rest, two, rest, top);
+            digits[i] = _mm512_permutex2var_epi8(table[0], rest, table[1]);
+            let digit = _mm512_maskz_mov_epi8(some, one);
+            fifth[i] = _mm512_mask_add_epi8(digit, two, digit, one);
+        }
+        for f in 0..4.min(quads - word * 5) {
+            // SAFETY: by this function's contract.
+            unsafe { add_quad(sums, field(digits, f, mask, 2), c, word * 5 + f) };
+        }
+        if word * 5 + 4 < quads {
+            // SAFETY: by this function's contract.
+            unsafe { add_quad(sums, fifth, c, word * 5 + 4) };
+        }
+    }
+}
+
+/// # Safety
+///
+/// As [`dot_2`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn dot_tail<const R: usize>(tile: &Tile, bytes: &[u8], block: usize, c: Coefficients, sums: &mut Sums<R>) {
+    let first = tile.depth() / QUAD - tile.tail_quads();
+    for u in 0..tile.tail_quads() {
+        let codes = std::array::from_fn(|half| {
+            let entry = u * (tile.lanes() / 16) + block * 2 + half;
+            let vector = &bytes[tile.tail_offset() + entry / 4 * 64..][..64];
+            // SAFETY: the slice holds 64 bytes.
+            let words = unsafe { _mm512_loadu_si512(vector.as_ptr().cast()) };
+            field([words; 2], entry % 4, _mm512_set1_epi8(3), 2)[0]
+        });
+        // SAFETY: by this function's contract.
+        unsafe { add_quad(sums, codes, c, first + u) };
+    }
+}
+
+/// The sums of row `i` as floats; with two planes, the high one weighs [`PLANE`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn float_sum<const R: usize>(sums: &Sums<R>, i: usize, half: usize, planes: usize) -> __m512 {
+    if planes == 1 {
+        return _mm512_cvtepi32_ps(sums[i][half]);
+    }
+    let (high, low) = (_mm512_cvtepi32_ps(sums[2 * i][half]), _mm512_cvtepi32_ps(sums[2 * i + 1][half]));
+    _mm512_fmadd_ps(high, _mm512_set1_ps(PLANE as f32), low)
+}
+
+/// Calls a kernel with the width and the number of rows as constants.
+macro_rules! by_width_and_rows {
+    ($width:expr, $rows:expr, $call:ident ( $($arg:expr),* )) => {
+        match $width {
+            Width::Ternary => by_width_and_rows!(@rows 1, $rows, $call($($arg),*)),
+            Width::Bits2 => by_width_and_rows!(@rows 2, $rows, $call($($arg),*)),
+            Width::Bits3 => by_width_and_rows!(@rows 3, $rows, $call($($arg),*)),
+            Width::Bits4 => by_width_and_rows!(@rows 4, $rows, $call($($arg),*)),
+            Width::Bits8 => by_width_and_rows!(@rows 8, $rows, $call($($arg),*)),
+        }
+    };
+    (@rows $w:literal, $rows:expr, $call:ident ( $($arg:expr),* )) => {
+        match $rows {
+            1 => $call::<$w, 1>($($arg),*),
+            2 => $call::<$w, 2>($($arg),*),
+            3 => $call::<$w, 3>($($arg),*),
+            4 => $call::<$w, 4>($($arg),*),
+            5 => $call::<$w, 5>($($arg),*),
+            6 => $call::<$w, 6>($($arg),*),
+            7 => $call::<$w, 7>($($arg),*),
+            _ => $call::<$w, 8>($($arg),*),
+        }
+    };
+}
+pub(crate) use by_width_and_rows;

@@ -1,0 +1,30 @@
+//! kvq: a compressed key/value cache for attention, as real packed bytes.
+//!
+//! Rows of keys and values live in *pages* of packed codes, except for the newest tokens (the residual window), the first
+//! ones (sink tokens) and whatever else a recipe keeps exact. Attention is computed directly on the packed bytes.
+//!
+//! * [`recipe`]: what a user names, such as `skvq:k=2,v=2`.
+//! * [`layout`]: where everything of a layer lies in memory that the host owns.
+//! * [`planner`]: which row goes where, decided once per ubatch for all layers; [`plan`]: that decision as plain ints.
+//! * [`attention`] and [`store`]: what a layer does with a plan.
+//! * [`codec`]: how a page becomes bytes; [`simd`]: instruction sets and their tables.
+//! * [`reference`]: the same in 64-bit floats, short and slow; the oracle of all tests.
+//! * `capi`: the C boundary behind `include/kvq.h`.
+
+pub mod attention;
+pub mod cache;
+mod capi;
+pub mod codec;
+pub mod error;
+pub mod layout;
+pub mod parallel;
+pub mod plan;
+pub mod planner;
+pub mod recipe;
+pub mod reference;
+pub mod shape;
+pub mod simd;
+pub mod store;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,342 @@
+//! A plan: what the devices do with one ubatch of one stream, as plain int32 data. The planner writes plans; the
+//! attention and the store read them. Nothing else knows where an entry lies.
+#![forbid(unsafe_code)]
+
+use std::ops::Range;
+
+use crate::error::{Error, Result};
+
+/// Version of the layout described on [`Plan`]; the first int of every plan.
+pub const PLAN_VERSION: i32 = 1;
+/// Ints before the first array.
+pub const HEADER_INTS: usize = 16;
+/// Cells whose page bits share one int. A page is a multiple of this.
+pub const CELLS_PER_WORD: usize = 32;
+
+/// Flag of a record's source: see [`Record::fresh`].
+const FRESH: i32 = 1 << 30;
+/// Sources (slots and ubatch rows together) stay below the flag.
+pub(crate) const MAX_SOURCES: usize = FRESH as usize;
+/// First int of the header that version 1 leaves zero.
+const FIRST_RESERVED: usize = 9;
+
+/// Which moment of an ubatch a list describes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum View {
+    /// While attention runs: the ubatch's own rows are readable nowhere but in the graph's `k_cur` and `v_cur`.
+    Before,
+    /// After the store: what a layer sees that shares another layer's cache, and what the next ubatch starts from.
+    After,
+}
+
+/// Where a seal record takes its row from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// An exact slot, as it is before this plan's rows are written to slots.
+    Slot(usize),
+    /// A row of the ubatch.
+    Row(usize),
+}
+
+/// One row to encode into its page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The cell, which names page and row.
+    pub cell: usize,
+    /// Where the exact row is.
+    pub source: Source,
+    /// True: every row of the page that has no record is dead, so the page gets a new header. False: the rows without
+    /// a record keep their bytes and the header stays. All records of a page agree.
+    pub fresh: bool,
+}
+
+/// Reader of one plan.
+///
+/// Layout, in int32 (P = cells per page, `n_words` = ceil(`n_cells` / P) * P / 32):
+///
+/// | ints | content |
+/// |---|---|
+/// | 16 | header, see below |
+/// | `n_slots` | before: the cell whose exact row is in this slot, or -1 |
+/// | `n_slots` | after: the same |
+/// | `n_tokens` | the cell of each ubatch row |
+/// | `n_tokens` | the slot to which the store writes each ubatch row, or -1 |
+/// | `n_words` | before: bit `cell % 32` of word `cell / 32` is 1 if the cell is to be read from its page |
+/// | `n_words` | after: the same |
+/// | 2 * (`n_slots` + `n_tokens`) | records {cell, source}, sorted by cell, `n_records` of them in use, zeros behind |
+///
+/// Header: 0 version, 1 stream, 2 `n_tokens`, 3 `n_slots`, 4 `n_cells`, 5 P, 6 `n_records`, 7 pages to scan before,
+/// 8 pages to scan after, 9 to 15 zero.
+///
+/// A source below `n_slots` is a slot, otherwise `n_slots` + ubatch row; bit 30 is [`Record::fresh`]. Pages to scan:
+/// 1 + the last page with a bit, 0 without any. A page bit may belong to a cell that no longer holds a live token: the
+/// attention mask hides it.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan<'a> {
+    ints: &'a [i32],
+    stream: usize,
+    n_cells: usize,
+    n_records: usize,
+    n_pages: [usize; 2],
+    extent: Extent,
+}
+
+/// The sizes that decide where each array of a plan lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Extent {
+    n_tokens: usize,
+    n_slots: usize,
+    page: usize,
+    n_words: usize,
+}
+
+impl Extent {
+    fn new(n_tokens: usize, n_slots: usize, n_cells: usize, page: usize) -> Self {
+        Self { n_tokens, n_slots, page, n_words: n_cells.div_ceil(page).saturating_mul(page / CELLS_PER_WORD) }
+    }
+
+    fn slot_cells(&self, view: View) -> Range<usize> {
+        range(HEADER_INTS + view as usize * self.n_slots, self.n_slots)
+    }
+
+    fn row_cells(&self) -> Range<usize> {
+        range(self.slot_cells(View::After).end, self.n_tokens)
+    }
+
+    fn row_slots(&self) -> Range<usize> {
+        range(self.row_cells().end, self.n_tokens)
+    }
+
+    fn page_bits(&self, view: View) -> Range<usize> {
+        range(self.row_slots().end + view as usize * self.n_words, self.n_words)
+    }
+
+    fn records(&self) -> Range<usize> {
+        range(self.page_bits(View::After).end, 2 * self.max_records())
+    }
+
+    fn max_records(&self) -> usize {
+        self.n_slots + self.n_tokens
+    }
+}
+
+fn range(start: usize, len: usize) -> Range<usize> {
+    start..start + len
+}
+
+/// Ints in a plan of these sizes. `page` is a positive multiple of [`CELLS_PER_WORD`]; sizes that no address space
+/// holds give `usize::MAX`.
+pub fn plan_len(n_tokens: usize, n_slots: usize, n_cells: usize, page: usize) -> usize {
+    let n_words = Extent::new(n_tokens, n_slots, n_cells, page).n_words;
+    let rows = n_slots.saturating_add(n_tokens).saturating_mul(4);
+    HEADER_INTS.saturating_add(rows).saturating_add(n_words.saturating_mul(2))
+}
+
+impl<'a> Plan<'a> {
+    /// Reads a plan's header. Fails if the version is another one, a size is out of range, or `ints` is too short for
+    /// the sizes it names. `ints` may be longer than the plan. Entries are not looked at: see
+    /// [`Plan::check_entries`].
+    pub fn new(ints: &'a [i32]) -> Result<Plan<'a>> {
+        let Some(header) = ints.get(..HEADER_INTS) else {
+            return Err(Error::invalid(format!("a plan has at least {HEADER_INTS} ints, this one has {}", ints.len())));
+        };
+        if header[0] != PLAN_VERSION {
+            return Err(Error::invalid(format!("plan version {} is not {PLAN_VERSION}", header[0])));
+        }
+        let size = |index: usize, name: &str| {
+            usize::try_from(header[index]).map_err(|_| Error::invalid(format!("plan has {} {name}", header[index])))
+        };
+        let (n_tokens, n_slots) = (size(2, "tokens")?, size(3, "slots")?);
+        let (n_cells, page) = (size(4, "cells")?, size(5, "cells per page")?);
+        let (stream, n_records) = (size(1, "as its stream")?, size(6, "records")?);
+        let n_pages = [size(7, "pages to scan before")?, size(8, "pages to scan after")?];
+        if n_cells == 0 || page == 0 || !page.is_multiple_of(CELLS_PER_WORD) {
+            return Err(Error::invalid(format!("plan has {n_cells} cells in pages of {page}")));
+        }
+        let len = plan_len(n_tokens, n_slots, n_cells, page);
+        if ints.len() < len {
+            return Err(Error::invalid(format!("plan needs {len} ints for its sizes, but has {}", ints.len())));
+        }
+        let extent = Extent::new(n_tokens, n_slots, n_cells, page);
+        if n_records > extent.max_records() || n_pages.iter().any(|&n| n > n_cells.div_ceil(page)) {
+            return Err(Error::invalid("plan names more records or pages than it can have"));
+        }
+        if extent.max_records() > MAX_SOURCES || header[FIRST_RESERVED..].iter().any(|&int| int != 0) {
+            return Err(Error::invalid("plan header is malformed"));
+        }
+        Ok(Plan { ints, stream, n_cells, n_records, n_pages, extent })
+    }
+
+    /// Fails unless every slot, cell and source named by the plan exists, records are sorted, and the records of a page
+    /// agree on [`Record::fresh`]. For plans that come from outside the planner.
+    pub fn check_entries(&self) -> Result<()> {
+        let within = |ints: &[i32], first: i32, end: usize| {
+            ints.iter().all(|&int| int >= first && usize::try_from(int).map_or(true, |index| index < end))
+        };
+        let slots = within(self.slot_cells(View::Before), -1, self.n_cells)
+            && within(self.slot_cells(View::After), -1, self.n_cells);
+        let rows = within(self.row_cells(), 0, self.n_cells) && within(self.row_slots(), -1, self.n_slots());
+        let raw = &self.ints[self.extent.records()][..2 * self.n_records];
+        let records = raw.chunks_exact(2).all(|record| {
+            within(&record[..1], 0, self.n_cells) && within(&[record[1] & !FRESH], 0, self.extent.max_records())
+        });
+        let sorted = raw.chunks_exact(2).zip(raw.chunks_exact(2).skip(1)).all(|(a, b)| {
+            let same_page = a[0] as usize / self.page() == b[0] as usize / self.page();
+            a[0] < b[0] && (!same_page || (a[1] ^ b[1]) & FRESH == 0)
+        });
+        if slots && rows && records && sorted {
+            Ok(())
+        } else {
+            Err(Error::invalid(
+                "plan names a slot, cell or source that does not exist, or its records are out of order",
+            ))
+        }
+    }
+
+    /// The stream this plan is for.
+    pub fn stream(&self) -> usize {
+        self.stream
+    }
+
+    /// Rows of the ubatch.
+    pub fn n_tokens(&self) -> usize {
+        self.extent.n_tokens
+    }
+
+    /// Exact slots of the stream.
+    pub fn n_slots(&self) -> usize {
+        self.extent.n_slots
+    }
+
+    /// Cells of the stream.
+    pub fn n_cells(&self) -> usize {
+        self.n_cells
+    }
+
+    /// Cells of a page.
+    pub fn page(&self) -> usize {
+        self.extent.page
+    }
+
+    /// Pages to scan: no later page has a readable row.
+    pub fn n_pages(&self, view: View) -> usize {
+        self.n_pages[view as usize]
+    }
+
+    /// For each slot the cell whose exact row it holds, or -1.
+    pub fn slot_cells(&self, view: View) -> &'a [i32] {
+        &self.ints[self.extent.slot_cells(view)]
+    }
+
+    /// The cell of each ubatch row.
+    pub fn row_cells(&self) -> &'a [i32] {
+        &self.ints[self.extent.row_cells()]
+    }
+
+    /// For each ubatch row the slot to which the store writes it, or -1.
+    pub fn row_slots(&self) -> &'a [i32] {
+        &self.ints[self.extent.row_slots()]
+    }
+
+    /// The readable rows of a page: bit `i % 32` of word `i / 32` for its `i`-th cell.
+    ///
+    /// # Panics
+    /// If the stream has no such page.
+    pub fn page_bits(&self, view: View, page: usize) -> &'a [i32] {
+        let n_words = self.page() / CELLS_PER_WORD;
+        &self.ints[self.extent.page_bits(view)][page * n_words..][..n_words]
+    }
+
+    /// The rows to encode, sorted by cell, so that the records of a page are adjacent. An entry that
+    /// [`Plan::check_entries`] refuses comes out as a record that exists nowhere.
+    pub fn records(&self) -> impl ExactSizeIterator<Item = Record> + Clone + use<'a> {
+        let n_slots = self.n_slots();
+        self.ints[self.extent.records()][..2 * self.n_records].chunks_exact(2).map(move |ints| {
+            let index = (ints[1] & !FRESH) as usize;
+            let source = if index < n_slots { Source::Slot(index) } else { Source::Row(index - n_slots) };
+            Record { cell: ints[0] as usize, source, fresh: ints[1] & FRESH != 0 }
+        })
+    }
+}
+
+/// Writer of one plan, for the planner.
+pub(crate) struct PlanWriter<'a> {
+    ints: &'a mut [i32],
+    extent: Extent,
+}
+
+/// The sizes a plan starts with.
+pub(crate) struct PlanSizes {
+    pub(crate) stream: usize,
+    pub(crate) n_tokens: usize,
+    pub(crate) n_slots: usize,
+    pub(crate) n_cells: usize,
+    pub(crate) page: usize,
+}
+
+impl<'a> PlanWriter<'a> {
+    /// Writes the header. Fails, having written nothing, if `out` is too short. The sizes must fit an `i32`.
+    pub(crate) fn new(out: &'a mut [i32], sizes: &PlanSizes) -> Result<Self> {
+        let PlanSizes { stream, n_tokens, n_slots, n_cells, page } = *sizes;
+        let len = plan_len(n_tokens, n_slots, n_cells, page);
+        if out.len() < len {
+            return Err(Error::invalid(format!(
+                "the plan of {n_tokens} tokens needs {len} ints, the buffer has {}",
+                out.len()
+            )));
+        }
+        let ints = &mut out[..len];
+        ints[..HEADER_INTS].fill(0);
+        ints[0] = PLAN_VERSION;
+        for (int, size) in ints[1..].iter_mut().zip([stream, n_tokens, n_slots, n_cells, page]) {
+            *int = size as i32;
+        }
+        Ok(Self { ints, extent: Extent::new(n_tokens, n_slots, n_cells, page) })
+    }
+
+    /// All entries of [`Plan::slot_cells`], to be set.
+    pub(crate) fn slot_cells(&mut self, view: View) -> &mut [i32] {
+        &mut self.ints[self.extent.slot_cells(view)]
+    }
+
+    /// All entries of [`Plan::row_cells`], to be set.
+    pub(crate) fn row_cells(&mut self) -> &mut [i32] {
+        &mut self.ints[self.extent.row_cells()]
+    }
+
+    /// All entries of [`Plan::row_slots`], to be set.
+    pub(crate) fn row_slots(&mut self) -> &mut [i32] {
+        &mut self.ints[self.extent.row_slots()]
+    }
+
+    /// Sets the page bits of a view and its number of pages to scan.
+    pub(crate) fn set_page_bits(&mut self, view: View, words: &[u32]) {
+        let bits = &mut self.ints[self.extent.page_bits(view)];
+        for (int, &word) in bits.iter_mut().zip(words) {
+            *int = word as i32;
+        }
+        let words_per_page = self.extent.page / CELLS_PER_WORD;
+        let last = words.iter().rposition(|&word| word != 0);
+        self.ints[7 + view as usize] = last.map_or(0, |word| word / words_per_page + 1) as i32;
+    }
+
+    /// Sets the records, which must be sorted by cell.
+    pub(crate) fn set_records(&mut self, records: &[Record]) {
+        let n_slots = self.extent.n_slots;
+        let (used, unused) = self.ints[self.extent.records()].split_at_mut(2 * records.len());
+        for (ints, record) in used.chunks_exact_mut(2).zip(records) {
+            let index = match record.source {
+                Source::Slot(slot) => slot,
+                Source::Row(row) => n_slots + row,
+            };
+            ints[0] = record.cell as i32;
+            ints[1] = index as i32 | if record.fresh { FRESH } else { 0 };
+        }
+        unused.fill(0);
+        self.ints[6] = records.len() as i32;
+    }
+}
+
+#[cfg(test)]
+#[path = "plan/tests.rs"]
+mod tests;

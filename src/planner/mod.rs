@@ -1,0 +1,188 @@
+//! The planner decides, for each ubatch and stream, which rows stay exact in slots and which are sealed into pages.
+//!
+//! It sees cells and positions, never data, so one plan serves all layers. It does no I/O and is deterministic: the
+//! same calls give the same plans.
+#![forbid(unsafe_code)]
+
+mod config;
+mod state;
+mod stream;
+#[cfg(test)]
+mod tests;
+
+pub use config::{n_slots, PlannerConfig};
+pub use state::CellState;
+
+use crate::error::{Error, Result};
+use crate::plan::{PlanSizes, PlanWriter, Record, View, CELLS_PER_WORD};
+use stream::{Held, StreamState};
+
+/// [`Planner::locate`]: the planner holds nothing for this cell.
+pub const NOT_HELD: i32 = -1;
+/// [`Planner::locate`]: the cell's row is in its page.
+pub const IN_PAGE: i32 = -2;
+
+/// One row of an ubatch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// The cell the host chose for it.
+    pub cell: u32,
+    /// Its position in its sequence; the first ones are sink tokens.
+    pub pos: i32,
+}
+
+/// Keeps track of the rows of all streams and plans their way from ubatch to slot to page.
+#[derive(Clone, Debug)]
+pub struct Planner {
+    config: PlannerConfig,
+    n_slots: usize,
+    streams: Vec<StreamState>,
+    /// Scratch: the records of the plan being made.
+    records: Vec<Record>,
+    /// Scratch: cells already met, as bits; zero between calls.
+    seen: Vec<u32>,
+}
+
+impl Planner {
+    /// A planner whose streams are empty. Fails if a size is zero, too large, or no multiple it has to be.
+    pub fn new(config: PlannerConfig) -> Result<Self> {
+        config.validate()?;
+        Ok(Self {
+            config,
+            n_slots: n_slots(&config),
+            streams: vec![StreamState::new(config); config.n_streams],
+            records: Vec::new(),
+            seen: vec![0; config.n_cells.div_ceil(CELLS_PER_WORD)],
+        })
+    }
+
+    /// What the planner was made with.
+    pub fn config(&self) -> &PlannerConfig {
+        &self.config
+    }
+
+    /// Exact slots of each stream.
+    pub fn n_slots(&self) -> usize {
+        self.n_slots
+    }
+
+    /// Plans one ubatch of a stream, writes the plan to the front of `out` (see [`crate::plan::plan_len`]), and takes
+    /// the plan as carried out.
+    ///
+    /// `is_live` tells whether a cell held a live token just before this ubatch's rows were placed; what the rows' own
+    /// cells held counts as dead. An ubatch may be larger than the number of slots, or empty.
+    ///
+    /// Fails, with planner and `out` unchanged, if the stream or a cell does not exist, a cell occurs twice, or `out`
+    /// is too short.
+    pub fn plan(
+        &mut self,
+        stream: usize,
+        rows: &[Row],
+        is_live: &dyn Fn(usize) -> bool,
+        out: &mut [i32],
+    ) -> Result<()> {
+        self.check_stream(stream)?;
+        self.check_cells(rows.iter().map(|row| row.cell))?;
+        let PlannerConfig { n_cells, page, .. } = self.config;
+        let sizes = PlanSizes { stream, n_tokens: rows.len(), n_slots: self.n_slots, n_cells, page };
+        let mut plan = PlanWriter::new(out, &sizes)?;
+        let state = &mut self.streams[stream];
+        let records = &mut self.records;
+        records.clear();
+
+        state.drop_dead_rows(rows, is_live);
+        state.write_view(View::Before, &mut plan);
+        state.place(rows);
+        state.seal_full_pages(records);
+        state.release_aged();
+        state.relieve_pressure(is_live, records);
+        state.assign_slots(plan.row_slots());
+        state.write_view(View::After, &mut plan);
+
+        for (cell, row) in plan.row_cells().iter_mut().zip(rows) {
+            *cell = row.cell as i32;
+        }
+        records.sort_unstable_by_key(|record| record.cell);
+        plan.set_records(records);
+        Ok(())
+    }
+
+    /// Empties a stream.
+    pub fn reset(&mut self, stream: usize) -> Result<()> {
+        self.check_stream(stream)?;
+        self.streams[stream].reset();
+        Ok(())
+    }
+
+    /// Makes stream `dst` a copy of `src`, for a host that copies the stream's memory alike.
+    pub fn copy_stream(&mut self, src: usize, dst: usize) -> Result<()> {
+        self.check_stream(src)?;
+        self.check_stream(dst)?;
+        if let Ok([source, target]) = self.streams.get_disjoint_mut([src, dst]) {
+            target.copy_from(source);
+        }
+        Ok(())
+    }
+
+    /// Forgets the tokens of a stream that are no longer live. `plan` needs no such call; it is for a host that has
+    /// removed many tokens and wants their pages out of the scan, and must come before [`Planner::import`] into cells
+    /// whose tokens were removed.
+    pub fn drop_dead(&mut self, stream: usize, is_live: &dyn Fn(usize) -> bool) -> Result<()> {
+        self.check_stream(stream)?;
+        self.streams[stream].drop_dead_rows(&[], is_live);
+        self.streams[stream].drop_dead_sealed(is_live);
+        Ok(())
+    }
+
+    /// Where the row of each cell is after the latest plan: a slot, [`NOT_HELD`] or [`IN_PAGE`]. Fills the first
+    /// `n_cells` of `out`.
+    pub fn locate(&self, stream: usize, out: &mut [i32]) -> Result<()> {
+        self.check_stream(stream)?;
+        if out.len() < self.config.n_cells {
+            return Err(Error::invalid(format!(
+                "locating {} cells needs as many ints, the buffer has {}",
+                self.config.n_cells,
+                out.len()
+            )));
+        }
+        for (location, held) in out.iter_mut().zip(&self.streams[stream].held) {
+            *location = match *held {
+                Held::Empty => NOT_HELD,
+                Held::Sealed => IN_PAGE,
+                Held::Exact(slot) => slot as i32,
+            };
+        }
+        Ok(())
+    }
+
+    fn check_stream(&self, stream: usize) -> Result<()> {
+        if stream < self.config.n_streams {
+            return Ok(());
+        }
+        Err(Error::invalid(format!("stream {stream} does not exist: there are {}", self.config.n_streams)))
+    }
+
+    /// Fails unless all cells exist and no two are the same.
+    fn check_cells(&mut self, cells: impl Iterator<Item = u32> + Clone) -> Result<()> {
+        let mut result = Ok(());
+        let mut n_seen = 0;
+        for cell in cells.clone() {
+            let index = cell as usize;
+            if index >= self.config.n_cells {
+                result = Err(Error::invalid(format!("cell {cell} does not exist: there are {}", self.config.n_cells)));
+                break;
+            }
+            let (word, bit) = (index / CELLS_PER_WORD, 1 << (index % CELLS_PER_WORD));
+            if self.seen[word] & bit != 0 {
+                result = Err(Error::invalid(format!("cell {cell} is named twice")));
+                break;
+            }
+            self.seen[word] |= bit;
+            n_seen += 1;
+        }
+        for cell in cells.take(n_seen) {
+            self.seen[cell as usize / CELLS_PER_WORD] = 0;
+        }
+        result
+    }
+}

@@ -1,0 +1,299 @@
+//! One stream's state and the rules that move a token's row from the ubatch to a slot and from there to its page.
+//!
+//! Between plans each cell is empty, exact (its row is in a slot) or sealed (its row is in its page). An exact row may
+//! be encoded as well: its page holds it, the slot overrides it, and leaving the window costs nothing.
+#![forbid(unsafe_code)]
+
+mod snapshot;
+
+use super::config::PlannerConfig;
+use super::Row;
+use crate::plan::{PlanWriter, Record, Source, View, CELLS_PER_WORD};
+
+/// Where the token of a cell is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Held {
+    Empty,
+    /// In the page.
+    Sealed,
+    /// In this entry of `StreamState::exact`.
+    Exact(u32),
+}
+
+/// One exact row.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ExactRow {
+    pub(super) cell: u32,
+    /// The page holds this row too.
+    pub(super) encoded: bool,
+    /// A sink token: never sealed.
+    pub(super) pinned: bool,
+    /// Arrival number in the stream.
+    pub(super) stamp: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct PageState {
+    /// Exact cells of the page.
+    n_exact: usize,
+    /// Stamp of the latest row placed in the page. That row may have died, but not while the page is all exact.
+    newest: u64,
+}
+
+/// The cells, slots and pages of one stream.
+#[derive(Clone, Debug)]
+pub(super) struct StreamState {
+    config: PlannerConfig,
+    n_slots: usize,
+    pub(super) held: Vec<Held>,
+    /// By source: slots, and while a plan is made the ubatch's rows behind them.
+    pub(super) exact: Vec<Option<ExactRow>>,
+    /// Sources of the exact rows that are not pinned, oldest first: the last `window` of them are the window.
+    order: Vec<u32>,
+    pages: Vec<PageState>,
+    /// The sealed cells as page bits.
+    sealed_bits: Vec<u32>,
+    n_pinned: usize,
+    next_stamp: u64,
+}
+
+impl StreamState {
+    pub(super) fn new(config: PlannerConfig) -> Self {
+        let n_slots = super::n_slots(&config);
+        Self {
+            config,
+            n_slots,
+            held: vec![Held::Empty; config.n_cells],
+            exact: vec![None; n_slots],
+            order: Vec::with_capacity(n_slots),
+            pages: vec![PageState::default(); config.n_pages()],
+            sealed_bits: vec![0; config.n_pages() * (config.page / CELLS_PER_WORD)],
+            n_pinned: 0,
+            next_stamp: 0,
+        }
+    }
+
+    pub(super) fn reset(&mut self) {
+        self.held.fill(Held::Empty);
+        self.exact.fill(None);
+        self.order.clear();
+        self.pages.fill(PageState::default());
+        self.sealed_bits.fill(0);
+        self.n_pinned = 0;
+        self.next_stamp = 0;
+    }
+
+    pub(super) fn copy_from(&mut self, other: &Self) {
+        self.held.clone_from(&other.held);
+        self.exact.clone_from(&other.exact);
+        self.order.clone_from(&other.order);
+        self.pages.clone_from(&other.pages);
+        self.sealed_bits.clone_from(&other.sealed_bits);
+        self.n_pinned = other.n_pinned;
+        self.next_stamp = other.next_stamp;
+    }
+
+    /// The exact row of a cell, if it has one.
+    pub(super) fn exact_row(&self, cell: usize) -> Option<ExactRow> {
+        match self.held[cell] {
+            Held::Exact(source) => self.exact[source as usize],
+            _ => None,
+        }
+    }
+
+    /// Exact rows, pinned ones included.
+    pub(super) fn n_exact(&self) -> usize {
+        self.order.len() + self.n_pinned
+    }
+
+    /// Frees the slots of dead tokens and of the cells that `rows` overwrites, and makes the latter unreadable.
+    pub(super) fn drop_dead_rows(&mut self, rows: &[Row], is_live: &dyn Fn(usize) -> bool) {
+        for slot in 0..self.n_slots {
+            if self.exact[slot].is_some_and(|row| !is_live(row.cell as usize)) {
+                self.drop_exact(slot);
+            }
+        }
+        for row in rows {
+            let cell = row.cell as usize;
+            match self.held[cell] {
+                Held::Empty => {}
+                Held::Sealed => self.unseal(cell),
+                Held::Exact(source) => self.drop_exact(source as usize),
+            }
+        }
+        self.order.retain(|&source| self.exact[source as usize].is_some());
+    }
+
+    /// Makes dead sealed cells unreadable, so that attention need not scan their pages.
+    pub(super) fn drop_dead_sealed(&mut self, is_live: &dyn Fn(usize) -> bool) {
+        for cell in 0..self.held.len() {
+            if self.held[cell] == Held::Sealed && !is_live(cell) {
+                self.unseal(cell);
+            }
+        }
+    }
+
+    /// Takes in the ubatch's rows as sources behind the slots. A position below `sink_tokens` is pinned while there is
+    /// sink room; a later change of its position does not matter.
+    pub(super) fn place(&mut self, rows: &[Row]) {
+        for (index, row) in rows.iter().enumerate() {
+            let is_sink = usize::try_from(row.pos).is_ok_and(|pos| pos < self.config.sink_tokens);
+            self.exact.push(None);
+            self.hold(self.n_slots + index, row.cell, false, is_sink);
+        }
+    }
+
+    /// Makes `source` the exact row of an empty cell and the newest of the stream.
+    pub(super) fn hold(&mut self, source: usize, cell: u32, encoded: bool, is_sink: bool) {
+        let pinned = is_sink && self.n_pinned < self.config.max_sinks();
+        let stamp = self.next_stamp;
+        self.next_stamp += 1;
+        self.exact[source] = Some(ExactRow { cell, encoded, pinned, stamp });
+        self.held[cell as usize] = Held::Exact(source as u32);
+        let page = &mut self.pages[cell as usize / self.config.page];
+        page.n_exact += 1;
+        page.newest = stamp;
+        if pinned {
+            self.n_pinned += 1;
+        } else {
+            self.order.push(source as u32);
+        }
+    }
+
+    /// Seals each page whose cells are all exact, if some of its rows were never encoded and `seal_lag` tokens have
+    /// arrived since its newest one. A page with an empty or a sealed cell waits: it may still fill up, or the rows
+    /// that it has already encoded would have to stay as they are.
+    pub(super) fn seal_full_pages(&mut self, records: &mut Vec<Record>) {
+        for index in 0..self.order.len() {
+            let Some(row) = self.exact[self.order[index] as usize].filter(|row| !row.encoded) else { continue };
+            let page = row.cell as usize / self.config.page;
+            let PageState { n_exact, newest } = self.pages[page];
+            let age = self.next_stamp - 1 - newest;
+            if n_exact == self.page_cells(page).len() && age >= self.config.seal_lag as u64 {
+                self.seal_page(page, true, records);
+            }
+        }
+    }
+
+    /// Releases the encoded rows that have left the window: from now on they are read from their page.
+    pub(super) fn release_aged(&mut self) {
+        for index in 0..self.n_aged() {
+            let source = self.order[index] as usize;
+            if self.exact[source].is_some_and(|row| row.encoded) {
+                self.release(source);
+            }
+        }
+        self.order.retain(|&source| self.exact[source as usize].is_some());
+    }
+
+    /// Seals the pages of the oldest rows outside the window until the exact rows fit into the slots, and releases
+    /// what that allows. Call after `release_aged`. Window and sink tokens always fit, so this always succeeds.
+    pub(super) fn relieve_pressure(&mut self, is_live: &dyn Fn(usize) -> bool, records: &mut Vec<Record>) {
+        let mut excess = self.n_exact().saturating_sub(self.n_slots);
+        if excess == 0 {
+            return;
+        }
+        let n_aged = self.n_aged();
+        let window_start = self.order.get(n_aged).and_then(|&source| self.exact[source as usize]);
+        let is_aged = |row: ExactRow| window_start.is_none_or(|first| row.stamp < first.stamp);
+        for index in 0..n_aged {
+            let Some(row) = self.exact[self.order[index] as usize].filter(|row| !row.encoded) else { continue };
+            let page = row.cell as usize / self.config.page;
+            let fresh = !self.page_cells(page).any(|cell| self.held[cell] == Held::Sealed && is_live(cell));
+            let first = records.len();
+            self.seal_page(page, fresh, records);
+            let sealed = records[first..].iter().filter_map(|record| self.exact_row(record.cell));
+            let n_released = sealed.filter(|&row| is_aged(row)).count();
+            excess = excess.saturating_sub(n_released);
+            if excess == 0 {
+                break;
+            }
+        }
+        self.release_aged();
+    }
+
+    /// Moves the ubatch's rows that are still exact to free slots, lowest slot first, and notes the slot of each row.
+    pub(super) fn assign_slots(&mut self, row_slots: &mut [i32]) {
+        let mut next_slot = 0;
+        for (index, row_slot) in row_slots.iter_mut().enumerate() {
+            *row_slot = -1;
+            let Some(row) = self.exact[self.n_slots + index] else { continue };
+            next_slot = self.free_slot(next_slot);
+            self.exact[next_slot] = Some(row);
+            self.held[row.cell as usize] = Held::Exact(next_slot as u32);
+            *row_slot = next_slot as i32;
+        }
+        for source in &mut self.order {
+            if *source as usize >= self.n_slots {
+                *source = row_slots[*source as usize - self.n_slots] as u32;
+            }
+        }
+        self.exact.truncate(self.n_slots);
+    }
+
+    /// The first free slot from `start` on. The caller knows that there is one.
+    pub(super) fn free_slot(&self, start: usize) -> usize {
+        start + self.exact[start..].iter().position(Option::is_none).expect("the exact rows fit into the slots")
+    }
+
+    /// Writes the slots and page bits of a view.
+    pub(super) fn write_view(&self, view: View, plan: &mut PlanWriter) {
+        for (cell, row) in plan.slot_cells(view).iter_mut().zip(&self.exact) {
+            *cell = row.map_or(-1, |row| row.cell as i32);
+        }
+        plan.set_page_bits(view, &self.sealed_bits);
+    }
+
+    /// Makes an empty cell readable from its page.
+    pub(super) fn seal(&mut self, cell: usize) {
+        self.held[cell] = Held::Sealed;
+        self.sealed_bits[cell / CELLS_PER_WORD] |= 1 << (cell % CELLS_PER_WORD);
+    }
+
+    fn unseal(&mut self, cell: usize) {
+        self.held[cell] = Held::Empty;
+        self.sealed_bits[cell / CELLS_PER_WORD] &= !(1 << (cell % CELLS_PER_WORD));
+    }
+
+    /// Records all exact rows of a page that are not pinned, and marks them encoded. In a fresh page the sealed cells,
+    /// which are dead, lose their bytes.
+    fn seal_page(&mut self, page: usize, fresh: bool, records: &mut Vec<Record>) {
+        for cell in self.page_cells(page) {
+            match self.held[cell] {
+                Held::Sealed if fresh => self.unseal(cell),
+                Held::Exact(index) => {
+                    let index = index as usize;
+                    let Some(row) = self.exact[index].as_mut().filter(|row| !row.pinned) else { continue };
+                    row.encoded = true;
+                    let source =
+                        if index < self.n_slots { Source::Slot(index) } else { Source::Row(index - self.n_slots) };
+                    records.push(Record { cell, source, fresh });
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// How many rows of `order` are outside the window.
+    fn n_aged(&self) -> usize {
+        self.order.len().saturating_sub(self.config.window)
+    }
+
+    fn page_cells(&self, page: usize) -> std::ops::Range<usize> {
+        let first = page * self.config.page;
+        first..(first + self.config.page).min(self.config.n_cells)
+    }
+
+    fn drop_exact(&mut self, source: usize) {
+        let Some(row) = self.exact[source].take() else { return };
+        self.held[row.cell as usize] = Held::Empty;
+        self.pages[row.cell as usize / self.config.page].n_exact -= 1;
+        self.n_pinned -= usize::from(row.pinned);
+    }
+
+    fn release(&mut self, source: usize) {
+        let Some(row) = self.exact[source] else { return };
+        self.drop_exact(source);
+        self.seal(row.cell as usize);
+    }
+}

@@ -1,0 +1,157 @@
+//! The exact state of a whole stream as bytes, for state files that must go on bit-identically: unlike
+//! [`Planner::export`] it keeps slots, arrival numbers and the rows of removed tokens.
+#![forbid(unsafe_code)]
+
+use super::super::Planner;
+use super::{ExactRow, Held, StreamState};
+use crate::error::{Error, Result, Status};
+use crate::plan::CELLS_PER_WORD;
+
+const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 8 * 4;
+const SLOT_BYTES: usize = 4 + 4 + 8;
+const ENCODED: u32 = 1;
+const PINNED: u32 = 2;
+const NO_CELL: u32 = u32::MAX;
+/// Arrival numbers stay far from overflow.
+const MAX_STAMP: u64 = 1 << 62;
+
+impl Planner {
+    /// Bytes of a [`Planner::snapshot`], the same for every state.
+    pub fn snapshot_bytes(&self) -> usize {
+        let n_pages = self.config.n_pages();
+        HEADER_BYTES + 8 + self.n_slots * SLOT_BYTES + n_pages * (8 + self.config.page / 8)
+    }
+
+    /// The state of a stream.
+    ///
+    /// Layout, little-endian: version, `n_cells`, page, window, `sink_tokens`, most sink tokens, `seal_lag`, `n_slots`
+    /// (u32 each); next stamp (u64); per slot: cell or 2^32 - 1 (u32), 1 if encoded + 2 if pinned (u32), stamp (u64);
+    /// per page: stamp of its newest row (u64); sealed cells, a bit each, in u32 words.
+    pub fn snapshot(&self, stream: usize) -> Result<Vec<u8>> {
+        self.check_stream(stream)?;
+        let state = &self.streams[stream];
+        let mut out = self.snapshot_header();
+        out.extend(state.next_stamp.to_le_bytes());
+        for row in &state.exact {
+            let (cell, flags, stamp) = row.map_or((NO_CELL, 0, 0), |row| {
+                (row.cell, ENCODED * u32::from(row.encoded) + PINNED * u32::from(row.pinned), row.stamp)
+            });
+            out.extend(cell.to_le_bytes());
+            out.extend(flags.to_le_bytes());
+            out.extend(stamp.to_le_bytes());
+        }
+        state.pages.iter().for_each(|page| out.extend(page.newest.to_le_bytes()));
+        state.sealed_bits.iter().for_each(|word| out.extend(word.to_le_bytes()));
+        Ok(out)
+    }
+
+    /// Makes a stream what it was when `bytes` was taken, by a planner of the same configuration but for the number of
+    /// streams. [`Status::Format`], with nothing changed, if the bytes are not that or describe an impossible state.
+    pub fn restore(&mut self, stream: usize, bytes: &[u8]) -> Result<()> {
+        self.check_stream(stream)?;
+        if bytes.len() != self.snapshot_bytes() || bytes[..HEADER_BYTES] != self.snapshot_header()[..] {
+            return Err(malformed("the planner state is of another version or configuration"));
+        }
+        let state = StreamState::parse(StreamState::new(self.config), &bytes[HEADER_BYTES..])?;
+        self.streams[stream] = state;
+        Ok(())
+    }
+
+    /// Makes `cells` readable from their pages, whose bytes the caller has put there. Whatever was held for the cells
+    /// of those pages is forgotten. Fails, with nothing changed, if a cell does not exist or occurs twice.
+    pub fn adopt(&mut self, stream: usize, cells: &[u32]) -> Result<()> {
+        self.check_stream(stream)?;
+        self.check_cells(cells.iter().copied())?;
+        let page = self.config.page;
+        let mut pages: Vec<usize> = cells.iter().map(|&cell| cell as usize / page).collect();
+        pages.sort_unstable();
+        pages.dedup();
+        self.drop_dead(stream, &|cell| pages.binary_search(&(cell / page)).is_err())?;
+        let state = &mut self.streams[stream];
+        cells.iter().for_each(|&cell| state.seal(cell as usize));
+        Ok(())
+    }
+
+    fn snapshot_header(&self) -> Vec<u8> {
+        let config = &self.config;
+        let fields = [config.n_cells, config.page, config.window, config.sink_tokens, config.max_sinks()];
+        let fields = fields.into_iter().chain([config.seal_lag, self.n_slots]).map(|field| field as u32);
+        std::iter::once(VERSION).chain(fields).flat_map(u32::to_le_bytes).collect()
+    }
+}
+
+impl StreamState {
+    /// Fills an empty state from bytes of the right length.
+    fn parse(mut self, bytes: &[u8]) -> Result<Self> {
+        let (next_stamp, bytes) = bytes.split_at(8);
+        let (slots, bytes) = bytes.split_at(self.n_slots * SLOT_BYTES);
+        let (newest, bits) = bytes.split_at(self.pages.len() * 8);
+        self.next_stamp = u64_of(next_stamp);
+        let possible = |stamp: u64| stamp < self.next_stamp.max(1);
+        if self.next_stamp > MAX_STAMP || !newest.chunks_exact(8).map(u64_of).all(possible) {
+            return Err(malformed("the planner state has impossible arrival numbers"));
+        }
+        for (page, newest) in self.pages.iter_mut().zip(newest.chunks_exact(8)) {
+            page.newest = u64_of(newest);
+        }
+        let sealed = |cell: usize| u32_of(&bits[cell / CELLS_PER_WORD * 4..]) >> (cell % CELLS_PER_WORD) & 1 == 1;
+        for cell in (0..bits.len() * 8).filter(|&cell| sealed(cell)) {
+            if cell >= self.held.len() {
+                return Err(malformed("the planner state has sealed cells behind the last one"));
+            }
+            self.seal(cell);
+        }
+        for (slot, bytes) in slots.chunks_exact(SLOT_BYTES).enumerate() {
+            self.parse_slot(slot, u32_of(bytes), u32_of(&bytes[4..]), u64_of(&bytes[8..]))?;
+        }
+        self.parse_order()?;
+        Ok(self)
+    }
+
+    fn parse_slot(&mut self, slot: usize, cell: u32, flags: u32, stamp: u64) -> Result<()> {
+        let (encoded, pinned) = (flags & ENCODED != 0, flags & PINNED != 0);
+        if (cell, flags, stamp) == (NO_CELL, 0, 0) {
+            return Ok(());
+        }
+        let is_free = self.held.get(cell as usize) == Some(&Held::Empty);
+        if !is_free || flags >= ENCODED + PINNED || stamp >= self.next_stamp {
+            return Err(malformed("the planner state has an impossible exact row"));
+        }
+        self.exact[slot] = Some(ExactRow { cell, encoded, pinned, stamp });
+        self.held[cell as usize] = Held::Exact(slot as u32);
+        self.pages[cell as usize / self.config.page].n_exact += 1;
+        self.n_pinned += usize::from(pinned);
+        Ok(())
+    }
+
+    /// What follows from the exact rows: their order of arrival.
+    fn parse_order(&mut self) -> Result<()> {
+        let mut stamps: Vec<(u64, u32, bool)> = Vec::new();
+        for (slot, row) in self.exact.iter().enumerate() {
+            stamps.extend(row.map(|row| (row.stamp, slot as u32, row.pinned)));
+        }
+        stamps.sort_unstable();
+        if stamps.windows(2).any(|pair| pair[0].0 == pair[1].0) || self.n_pinned > self.config.max_sinks() {
+            return Err(malformed("the planner state has two rows that arrived as one, or too many sink tokens"));
+        }
+        self.order.extend(stamps.iter().filter(|(_, _, pinned)| !pinned).map(|&(_, slot, _)| slot));
+        Ok(())
+    }
+}
+
+fn u32_of(bytes: &[u8]) -> u32 {
+    u32::from_le_bytes(bytes[..4].try_into().expect("four bytes"))
+}
+
+fn u64_of(bytes: &[u8]) -> u64 {
+    u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes"))
+}
+
+fn malformed(text: &str) -> Error {
+    Error::new(Status::Format, text)
+}
+
+#[cfg(test)]
+#[path = "snapshot_tests.rs"]
+mod tests;

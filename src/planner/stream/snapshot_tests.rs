@@ -1,0 +1,72 @@
+use super::super::super::{Planner, PlannerConfig, Row};
+use crate::error::Status;
+use crate::plan::plan_len;
+
+const CONFIG: PlannerConfig =
+    PlannerConfig { n_cells: 200, page: 64, window: 40, sink_tokens: 2, n_streams: 2, n_seq_max: 2, seal_lag: 3 };
+
+/// Plans `n` rows behind one another from `cell0` on; cells below `n_dead` are dead.
+fn step(planner: &mut Planner, stream: usize, cell0: u32, n: u32, n_dead: usize) -> Vec<i32> {
+    let rows: Vec<Row> = (cell0..cell0 + n).map(|cell| Row { cell, pos: cell as i32 }).collect();
+    let mut plan = vec![0; plan_len(rows.len(), planner.n_slots(), CONFIG.n_cells, CONFIG.page)];
+    planner.plan(stream, &rows, &|cell| (n_dead..cell0 as usize).contains(&cell), &mut plan).unwrap();
+    plan
+}
+
+fn filled() -> Planner {
+    let mut planner = Planner::new(CONFIG).unwrap();
+    for (cell0, n) in [(0, 50), (50, 60), (110, 1), (111, 30)] {
+        step(&mut planner, 0, cell0, n, 5);
+    }
+    planner
+}
+
+#[test]
+fn a_restored_stream_plans_on_as_the_saved_one() {
+    let mut planner = filled();
+    let bytes = planner.snapshot(0).unwrap();
+    assert_eq!(bytes.len(), planner.snapshot_bytes());
+    planner.restore(1, &bytes).unwrap();
+    assert_eq!(planner.snapshot(1).unwrap(), bytes);
+    for (cell0, n, n_dead) in [(141, 1, 5), (142, 40, 60), (182, 18, 60)] {
+        let (first, mut second) = (step(&mut planner, 0, cell0, n, n_dead), step(&mut planner, 1, cell0, n, n_dead));
+        second[1] = 0;
+        assert_eq!(first, second);
+    }
+}
+
+#[test]
+fn damaged_bytes_are_refused_or_make_a_state_that_works() {
+    let mut planner = filled();
+    let bytes = planner.snapshot(0).unwrap();
+    for len in 0..bytes.len() {
+        assert_eq!(planner.restore(1, &bytes[..len]).unwrap_err().status(), Status::Format);
+    }
+    let before = planner.snapshot(1).unwrap();
+    for bit in 0..bytes.len() * 8 {
+        let mut changed = bytes.clone();
+        changed[bit / 8] ^= 1 << (bit % 8);
+        match planner.restore(1, &changed) {
+            Ok(()) => {
+                step(&mut planner, 1, 150, 50, 0);
+                planner.restore(1, &before).unwrap();
+            }
+            Err(error) => {
+                assert_eq!(error.status(), Status::Format);
+                assert_eq!(planner.snapshot(1).unwrap(), before);
+            }
+        }
+    }
+}
+
+#[test]
+fn adopted_cells_are_read_from_their_page_and_their_page_mates_are_gone() {
+    let mut planner = filled();
+    planner.adopt(0, &[64, 66]).unwrap();
+    let mut location = vec![0; CONFIG.n_cells];
+    planner.locate(0, &mut location).unwrap();
+    assert_eq!(location[64..68], [-2, -1, -2, -1]);
+    assert_eq!(location[68..128], [-1; 60]);
+    assert!(location[128..141].iter().all(|&slot| slot >= 0), "other pages stay");
+    assert!(planner.adopt(0, &[3, 3]).is_err() && planner.adopt(0, &[200]).is_err());
+}

@@ -1,0 +1,284 @@
+//! Random and directed sequences of cache operations against the model, and refused arguments.
+#![forbid(unsafe_code)]
+
+mod model;
+mod rng;
+
+use super::*;
+use crate::error::Status;
+use crate::plan::{plan_len, Plan};
+use model::{Model, NewRow};
+use rng::Rng;
+
+const SMALL: PlannerConfig =
+    PlannerConfig { n_cells: 256, page: 32, window: 40, sink_tokens: 2, n_streams: 1, n_seq_max: 3, seal_lag: 0 };
+
+fn random_config(rng: &mut Rng) -> PlannerConfig {
+    let n_streams = 1 + 2 * rng.below(2);
+    PlannerConfig {
+        n_cells: 64 + rng.below(449),
+        page: [32, 32, 64, 128][rng.below(4)],
+        window: [0, rng.below(20), rng.below(200)][rng.below(3)],
+        sink_tokens: rng.below(6),
+        n_streams,
+        n_seq_max: 3,
+        seal_lag: [0, 1 + rng.below(100)][rng.below(2)],
+    }
+}
+
+/// Like the host's search: from a moving head over free cells, or any free cells; now and then a live cell, which a
+/// sliding-window cache overwrites.
+fn choose_cells(model: &mut Model, stream: usize, wanted: usize, rng: &mut Rng) -> Vec<usize> {
+    let host = &mut model.streams[stream];
+    let n_cells = host.cells.len();
+    let overwrite = rng.below(20) == 0;
+    let is_free = |cell: &usize| overwrite || host.cells[*cell].is_none();
+    if rng.below(3) == 0 {
+        let free: Vec<usize> = (0..n_cells).filter(is_free).collect();
+        let n = wanted.min(free.len());
+        return rng.choose(free, n);
+    }
+    let start = [host.head, 0][rng.below(2)];
+    let cells: Vec<usize> = (start..n_cells).chain(0..start).filter(is_free).take(wanted).collect();
+    host.head = cells.last().map_or(0, |cell| (cell + 1) % n_cells);
+    cells
+}
+
+fn append(model: &mut Model, stream: usize, next_pos: &mut [i32], rng: &mut Rng) {
+    let PlannerConfig { page, n_streams, n_seq_max, .. } = *model.planner.config();
+    let wanted = [1, 1, rng.below(9), 1 + rng.below(3 * page)][rng.below(4)];
+    let cells = choose_cells(model, stream, wanted, rng);
+    let only = rng.below(n_seq_max);
+    let interleaved = rng.below(2) == 0;
+    let mut rows = Vec::new();
+    for cell in cells {
+        let seq = match (n_streams, interleaved) {
+            (1, true) => rng.below(n_seq_max),
+            (1, false) => only,
+            _ => 0,
+        };
+        rows.push(NewRow { cell, pos: next_pos[seq], seqs: 1 << seq });
+        next_pos[seq] += 1;
+    }
+    model.append(stream, &rows);
+}
+
+/// seq_rm: of one or all sequences, over a range of positions.
+fn remove(model: &mut Model, stream: usize, seqs: u32, from: i32, to: i32) {
+    for cell in &mut model.streams[stream].cells {
+        if let Some(token) = cell.as_mut().filter(|token| (from..to).contains(&token.pos)) {
+            token.seqs &= !seqs;
+        }
+        *cell = cell.filter(|token| token.seqs != 0);
+    }
+}
+
+/// seq_cp within a stream, and seq_add.
+fn edit_sequences(model: &mut Model, stream: usize, rng: &mut Rng) {
+    let (from, to) = (1u32 << rng.below(3), 1u32 << rng.below(3));
+    let (first, shift) = (rng.below(300) as i32, rng.below(40) as i32 - 20);
+    let copy = rng.below(2) == 0;
+    for cell in &mut model.streams[stream].cells {
+        let Some(token) = cell.as_mut().filter(|token| token.pos >= first && token.seqs & from != 0) else { continue };
+        if copy {
+            token.seqs |= to;
+        } else {
+            token.pos += shift;
+        }
+        *cell = cell.filter(|token| token.pos >= 0);
+    }
+}
+
+fn operate(model: &mut Model, next_pos: &mut [Vec<i32>], rng: &mut Rng) {
+    let n_streams = model.streams.len();
+    let stream = rng.below(n_streams);
+    match rng.below(40) {
+        0..26 => append(model, stream, &mut next_pos[stream], rng),
+        26..31 => {
+            let first = rng.below(400) as i32;
+            let last = first + [1, rng.below(64) as i32, 1000][rng.below(3)];
+            remove(model, stream, [1 << rng.below(3), u32::MAX][rng.below(2)], first, last);
+            if rng.below(2) == 0 {
+                next_pos[stream].fill(first);
+            }
+        }
+        31..35 => edit_sequences(model, stream, rng),
+        35 => {
+            model.clear(stream, rng.below(2) == 0);
+            next_pos[stream].fill(0);
+        }
+        36 => {
+            let target = rng.below(n_streams);
+            model.copy_stream(stream, target);
+            next_pos[target] = next_pos[stream].clone();
+        }
+        37 => model.save_and_restore(stream, rng),
+        38 => {
+            let host = &model.streams[stream];
+            model.planner.drop_dead(stream, &|cell| host.cells[cell].is_some()).unwrap();
+        }
+        _ => {
+            model.append(stream, &[]);
+            model.check_locations(stream);
+        }
+    }
+}
+
+#[test]
+fn random_operations_keep_every_token_readable_once() {
+    let mut n_records = [0; 2];
+    for seed in 0..2000 {
+        let mut rng = Rng(seed);
+        let config = random_config(&mut rng);
+        let mut model = Model::new(config);
+        let mut next_pos = vec![vec![0; config.n_seq_max]; config.n_streams];
+        for _ in 0..60 {
+            operate(&mut model, &mut next_pos, &mut rng);
+        }
+        n_records[0] += model.n_records[0];
+        n_records[1] += model.n_records[1];
+    }
+    assert!(n_records.iter().all(|&n| n > 1000), "both kinds of seal must occur often: {n_records:?}");
+}
+
+/// Appends `n` tokens of one sequence at the next cells.
+fn append_next(model: &mut Model, pos: &mut usize, n: usize) -> usize {
+    let rows: Vec<NewRow> = (*pos..*pos + n).map(|pos| NewRow { cell: pos, pos: pos as i32, seqs: 1 }).collect();
+    *pos += n;
+    model.append(0, &rows)
+}
+
+#[test]
+fn one_growing_sequence_keeps_window_and_open_page_exact() {
+    for seed in 0..300 {
+        let mut rng = Rng(seed);
+        let config = PlannerConfig { n_streams: 1, n_seq_max: 1, ..random_config(&mut rng) };
+        let mut model = Model::new(config);
+        let mut pos = 0;
+        while pos < config.n_cells {
+            let n = (1 + [0, rng.below(8), rng.below(3 * config.page)][rng.below(3)]).min(config.n_cells - pos);
+            let n_exact = append_next(&mut model, &mut pos, n);
+            let open = config.window.max(config.page - 1 + config.seal_lag.min(pos));
+            assert!(n_exact <= open + config.sink_tokens, "{n_exact} rows are exact: {config:?}");
+            // The last page may be cut short, and is full then.
+            let in_pages = if pos == config.n_cells { pos } else { pos / config.page * config.page };
+            let sinks = config.sink_tokens.min(pos);
+            let exact = config.window.min(pos - sinks).max(pos - in_pages.max(sinks));
+            if config.seal_lag == 0 {
+                assert_eq!(n_exact, exact + sinks, "full pages are sealed at once: {config:?}");
+            }
+        }
+        assert_eq!(model.n_records[0], 0, "no page is sealed twice");
+    }
+}
+
+#[test]
+fn lagging_page_is_sealed_when_enough_tokens_follow() {
+    let mut model = Model::new(PlannerConfig { window: 0, sink_tokens: 0, seal_lag: 5, ..SMALL });
+    let mut pos = 0;
+    assert_eq!(append_next(&mut model, &mut pos, 32), 32);
+    assert_eq!(append_next(&mut model, &mut pos, 4), 4, "32 slots do not hold 36 rows");
+    let mut model = Model::new(PlannerConfig { window: 16, sink_tokens: 0, seal_lag: 5, ..SMALL });
+    let mut pos = 0;
+    assert_eq!(append_next(&mut model, &mut pos, 36), 36);
+    assert_eq!(append_next(&mut model, &mut pos, 1), 16);
+}
+
+#[test]
+fn hole_in_a_sealed_page_is_patched_under_pressure_only() {
+    let mut model = Model::new(PlannerConfig { window: 0, sink_tokens: 0, ..SMALL });
+    let mut pos = 0;
+    append_next(&mut model, &mut pos, 64);
+    remove(&mut model, 0, 1, 10, 12);
+    let fill = [10, 11].map(|cell| NewRow { cell, pos: cell as i32, seqs: 1 });
+    assert_eq!(model.append(0, &fill), 2);
+    assert_eq!(append_next(&mut model, &mut pos, 30), 32);
+    assert_eq!(model.n_records, [0, 64]);
+    assert_eq!(append_next(&mut model, &mut pos, 1), 31);
+    assert_eq!(model.n_records, [2, 64]);
+}
+
+#[test]
+fn removed_page_is_not_sealed_again_before_it_is_full() {
+    let mut model = Model::new(PlannerConfig { window: 0, sink_tokens: 0, ..SMALL });
+    append_next(&mut model, &mut 0, 32);
+    model.clear(0, false);
+    let mut pos = 0;
+    for n_exact in 1..32 {
+        assert_eq!(append_next(&mut model, &mut pos, 1), n_exact);
+    }
+    assert_eq!(append_next(&mut model, &mut pos, 1), 0);
+    assert_eq!(model.n_records, [0, 64]);
+}
+
+#[test]
+fn refused_arguments_leave_planner_and_buffer_unchanged() {
+    let mut planner = Planner::new(SMALL).unwrap();
+    let mut out = vec![7; plan_len(2, n_slots(&SMALL), SMALL.n_cells, SMALL.page)];
+    let row = |cell| Row { cell, pos: 9 };
+    let mut refuse = |stream, rows: &[Row], len: usize, word: &str| {
+        let error = planner.plan(stream, rows, &|_| true, &mut out[..len]).unwrap_err();
+        assert_eq!(error.status(), Status::InvalidArgument);
+        assert!(error.message().contains(word), "{error}");
+        assert!(out.iter().all(|&int| int == 7));
+    };
+    let len = plan_len(2, n_slots(&SMALL), SMALL.n_cells, SMALL.page);
+    refuse(1, &[row(0)], len, "stream 1");
+    refuse(0, &[row(0), row(256)], len, "cell 256");
+    refuse(0, &[row(3), row(3)], len, "twice");
+    refuse(0, &[row(3), row(4)], len - 1, "buffer");
+    planner.plan(0, &[row(3), row(4)], &|_| false, &mut out).unwrap();
+    let plan = Plan::new(&out).unwrap();
+    assert_eq!(plan.row_slots(), [0, 1]);
+    assert!(plan.slot_cells(View::Before).iter().all(|&cell| cell == -1));
+    assert!(planner.reset(1).is_err() && planner.copy_stream(0, 1).is_err() && planner.locate(1, &mut out).is_err());
+    assert!(planner.locate(0, &mut out[..255]).is_err());
+    assert!(planner.export(0, &[5]).is_err() && planner.export(0, &[256]).is_err());
+}
+
+#[test]
+fn impossible_configurations_are_refused() {
+    let change = |edit: &dyn Fn(&mut PlannerConfig)| {
+        let mut config = SMALL;
+        edit(&mut config);
+        Planner::new(config).map(|_| ()).unwrap_err().status()
+    };
+    let edits: [&dyn Fn(&mut PlannerConfig); 9] = [
+        &|config| config.n_cells = 0,
+        &|config| config.n_cells = usize::MAX,
+        &|config| config.page = 0,
+        &|config| config.page = 48,
+        &|config| config.page = usize::MAX - 31,
+        &|config| config.n_streams = 0,
+        &|config| config.n_seq_max = 0,
+        &|config| config.window = usize::MAX,
+        &|config| config.sink_tokens = usize::MAX / 2,
+    ];
+    assert!(edits.iter().all(|edit| change(edit) == Status::InvalidArgument));
+}
+
+#[test]
+fn import_keeps_order_and_changes_nothing_when_it_fails() {
+    let config = PlannerConfig { window: 16, sink_tokens: 1, n_seq_max: 1, ..SMALL };
+    let mut planner = Planner::new(config).unwrap();
+    assert_eq!(planner.n_slots(), 64);
+    let exact = |stamp, encoded, pinned| CellState::Exact { slot: 99, encoded, pinned, stamp };
+    let states = [(8, exact(5, false, false)), (9, CellState::Sealed), (7, exact(2, false, true))];
+    assert_eq!(planner.import(0, &states).unwrap(), [Some(1), None, Some(0)]);
+    let kept = planner.export(0, &[7, 8, 9]).unwrap();
+    let too_many: Vec<_> = (32..95).map(|cell| (cell, exact(0, false, false))).collect();
+    let refused: [&[(u32, CellState)]; 5] = [
+        &[(20, CellState::Sealed), (9, CellState::Sealed)],
+        &[(20, CellState::Sealed), (20, CellState::Sealed)],
+        &[(256, CellState::Sealed)],
+        &[(20, exact(0, true, true))],
+        &too_many,
+    ];
+    for states in refused {
+        assert_eq!(planner.import(0, states).unwrap_err().status(), Status::InvalidArgument);
+    }
+    assert!(planner.export(0, &[20]).is_err() && planner.export(0, &[32]).is_err());
+    assert_eq!(planner.export(0, &[7, 8, 9]).unwrap(), kept);
+    assert_eq!(kept[0], CellState::Exact { slot: 0, encoded: false, pinned: true, stamp: 0 });
+    assert!(planner.import(0, &too_many[..62]).is_ok());
+}

@@ -1,0 +1,274 @@
+//! A naive cache that knows which token each cell holds, and a memory that carries out plans as attention and store do.
+//! After each plan both must agree.
+#![forbid(unsafe_code)]
+
+use super::rng::Rng;
+use crate::plan::{plan_len, Plan, Source, View};
+use crate::planner::{CellState, Planner, PlannerConfig, Row};
+
+/// What a cell of the host holds.
+#[derive(Clone, Copy, Debug)]
+pub struct Token {
+    /// Unique, and larger for later arrivals.
+    pub id: u64,
+    pub pos: i32,
+    /// Bit set of sequences.
+    pub seqs: u32,
+    pinned: bool,
+    /// Has been outside the newest `window` tokens after some plan, so it may be sealed.
+    left_window: bool,
+}
+
+/// Slots and pages of a stream, with token ids for rows.
+#[derive(Clone)]
+struct Memory {
+    slots: Vec<Option<u64>>,
+    page_rows: Vec<Option<u64>>,
+    has_header: Vec<bool>,
+}
+
+/// One stream: the host's cells and the memory.
+#[derive(Clone)]
+pub struct Stream {
+    pub cells: Vec<Option<Token>>,
+    pub head: usize,
+    memory: Memory,
+}
+
+/// A row to append.
+#[derive(Clone, Copy)]
+pub struct NewRow {
+    pub cell: usize,
+    pub pos: i32,
+    pub seqs: u32,
+}
+
+pub struct Model {
+    pub planner: Planner,
+    pub streams: Vec<Stream>,
+    config: PlannerConfig,
+    next_id: u64,
+    out: Vec<i32>,
+    /// Statistics: records without and with [`crate::plan::Record::fresh`].
+    pub n_records: [usize; 2],
+}
+
+impl Memory {
+    fn new(config: &PlannerConfig, n_slots: usize) -> Self {
+        Self {
+            slots: vec![None; n_slots],
+            page_rows: vec![None; config.n_cells],
+            has_header: vec![false; config.n_cells.div_ceil(config.page)],
+        }
+    }
+
+    /// The token ids that a reader of `view` finds for `cell`.
+    fn read(&self, plan: &Plan, view: View, cell: usize) -> Vec<Option<u64>> {
+        let slots = plan.slot_cells(view).iter().zip(&self.slots).filter(|(&held, _)| held == cell as i32);
+        let mut found: Vec<_> = slots.map(|(_, &row)| row).collect();
+        let (page, index) = (cell / plan.page(), cell % plan.page());
+        if plan.page_bits(view, page)[index / 32] as u32 >> (index % 32) & 1 == 1 {
+            assert!(page < plan.n_pages(view), "a readable row is behind the pages to scan");
+            assert!(self.has_header[page], "a row of a page that was never sealed is readable");
+            found.push(self.page_rows[cell]);
+        }
+        found
+    }
+
+    /// What the store does: pages first, then slots. `ids` are the ubatch's tokens.
+    fn store(&mut self, plan: &Plan, ids: &[u64]) {
+        let mut last: Option<crate::plan::Record> = None;
+        for record in plan.records() {
+            let page = record.cell / plan.page();
+            let same_page = last.filter(|last| last.cell / plan.page() == page);
+            assert!(last.is_none_or(|last| last.cell < record.cell), "records are sorted and distinct");
+            match same_page {
+                Some(last) => assert_eq!(last.fresh, record.fresh, "records of a page agree"),
+                None if record.fresh => {
+                    let first = page * plan.page();
+                    self.page_rows[first..plan.n_cells().min(first + plan.page())].fill(None);
+                    self.has_header[page] = true;
+                }
+                None => assert!(self.has_header[page], "a page without header is patched"),
+            }
+            let (row, cell) = match record.source {
+                Source::Slot(slot) => (self.slots[slot], plan.slot_cells(View::Before)[slot]),
+                Source::Row(row) => (Some(ids[row]), plan.row_cells()[row]),
+            };
+            assert_eq!(cell, record.cell as i32, "a record's source holds its cell");
+            self.page_rows[record.cell] = row;
+            last = Some(record);
+        }
+        for (&slot, &id) in plan.row_slots().iter().zip(ids).filter(|(&slot, _)| slot >= 0) {
+            self.slots[slot as usize] = Some(id);
+        }
+    }
+}
+
+impl Stream {
+    fn is_live(&self, cell: usize) -> bool {
+        self.cells[cell].is_some()
+    }
+
+    pub fn live_cells(&self) -> Vec<usize> {
+        (0..self.cells.len()).filter(|&cell| self.is_live(cell)).collect()
+    }
+}
+
+impl Model {
+    pub fn new(config: PlannerConfig) -> Self {
+        let planner = Planner::new(config).unwrap();
+        let memory = Memory::new(&config, planner.n_slots());
+        let stream = Stream { cells: vec![None; config.n_cells], head: 0, memory };
+        let streams = vec![stream; config.n_streams];
+        Self { planner, streams, config, next_id: 0, out: Vec::new(), n_records: [0; 2] }
+    }
+
+    /// Plans and carries out one ubatch, checking both views. Returns the number of exact rows after it.
+    pub fn append(&mut self, stream: usize, new_rows: &[NewRow]) -> usize {
+        let rows: Vec<Row> = new_rows.iter().map(|row| Row { cell: row.cell as u32, pos: row.pos }).collect();
+        let ids: Vec<u64> = (self.next_id..).take(rows.len()).collect();
+        self.next_id += rows.len() as u64;
+        self.out.clear();
+        // Garbage, so that an entry left unwritten shows.
+        self.out
+            .resize(plan_len(rows.len(), self.planner.n_slots(), self.config.n_cells, self.config.page), 0x5a5a_5a5a);
+        let host = &mut self.streams[stream];
+        self.planner.plan(stream, &rows, &|cell| host.is_live(cell), &mut self.out).unwrap();
+        let plan = Plan::new(&self.out).unwrap();
+        plan.check_entries().unwrap();
+        assert_eq!((plan.stream(), plan.n_tokens()), (stream, rows.len()));
+        assert!(plan.row_cells().iter().zip(&rows).all(|(&cell, row)| cell == row.cell as i32));
+
+        for row in &rows {
+            host.cells[row.cell as usize] = None;
+        }
+        check_view(host, &plan, View::Before);
+        for row in &rows {
+            assert!(host.memory.read(&plan, View::Before, row.cell as usize).is_empty(), "an ubatch row is readable");
+        }
+        place_tokens(&self.config, host, new_rows, &ids);
+        host.memory.store(&plan, &ids);
+        check_view(host, &plan, View::After);
+        check_rows(&plan);
+        check_window(&self.config, host, &plan);
+        for record in plan.records() {
+            self.n_records[usize::from(record.fresh)] += 1;
+        }
+        plan.slot_cells(View::After).iter().filter(|&&cell| cell >= 0).count()
+    }
+
+    /// Removes everything, with or without telling the planner.
+    pub fn clear(&mut self, stream: usize, reset: bool) {
+        self.streams[stream].cells.fill(None);
+        if reset {
+            self.planner.reset(stream).unwrap();
+        }
+    }
+
+    pub fn copy_stream(&mut self, src: usize, dst: usize) {
+        self.streams[dst] = self.streams[src].clone();
+        self.planner.copy_stream(src, dst).unwrap();
+    }
+
+    /// Saves a stream, empties it and restores it into other cells.
+    pub fn save_and_restore(&mut self, stream: usize, rng: &mut Rng) {
+        let host = &mut self.streams[stream];
+        let cells: Vec<u32> = host.live_cells().iter().map(|&cell| cell as u32).collect();
+        let states = self.planner.export(stream, &cells).unwrap();
+        let old = std::mem::replace(&mut host.memory, Memory::new(&self.config, self.planner.n_slots()));
+        let tokens: Vec<Token> = cells.iter().map(|&cell| host.cells[cell as usize].unwrap()).collect();
+        self.clear(stream, rng.below(2) == 0);
+        let host = &mut self.streams[stream];
+        self.planner.drop_dead(stream, &|cell| host.is_live(cell)).unwrap();
+        let targets = rng.choose((0..self.config.n_cells).collect(), cells.len());
+        let moved: Vec<_> = targets.iter().zip(&states).map(|(&cell, &state)| (cell as u32, state)).collect();
+        let slots = self.planner.import(stream, &moved).unwrap();
+        for (index, &cell) in targets.iter().enumerate() {
+            let (token, from) = (tokens[index], cells[index] as usize);
+            host.cells[cell] = Some(token);
+            let in_page = match states[index] {
+                CellState::Sealed => true,
+                CellState::Exact { slot, encoded, .. } => {
+                    assert_eq!(old.slots[slot], Some(token.id));
+                    host.memory.slots[slots[index].unwrap()] = Some(token.id);
+                    encoded
+                }
+            };
+            if in_page {
+                host.memory.page_rows[cell] = old.page_rows[from];
+                host.memory.has_header[cell / self.config.page] = true;
+            }
+        }
+        assert!(self.planner.import(stream, &moved).is_err() || moved.is_empty());
+    }
+
+    /// The planner's own account must agree with the host's, also on which tokens are sink tokens.
+    pub fn check_locations(&self, stream: usize) {
+        let mut locations = vec![0; self.config.n_cells];
+        self.planner.locate(stream, &mut locations).unwrap();
+        for cell in self.streams[stream].live_cells() {
+            let sink = self.streams[stream].cells[cell].is_some_and(|token| token.pinned);
+            match self.planner.export(stream, &[cell as u32]).unwrap()[0] {
+                CellState::Exact { slot, pinned, .. } => assert_eq!((locations[cell], sink), (slot as i32, pinned)),
+                CellState::Sealed => assert_eq!((locations[cell], sink), (crate::planner::IN_PAGE, false)),
+            }
+        }
+    }
+}
+
+/// Each live cell is readable in exactly one place, which holds its token; a dead cell is in no slot.
+fn check_view(host: &Stream, plan: &Plan, view: View) {
+    for (cell, token) in host.cells.iter().enumerate() {
+        match token {
+            Some(token) => assert_eq!(host.memory.read(plan, view, cell), [Some(token.id)], "{view:?} cell {cell}"),
+            None => assert!(!plan.slot_cells(view).contains(&(cell as i32)), "{view:?}: dead cell {cell} has a slot"),
+        }
+    }
+    let last = plan.n_pages(view).checked_sub(1);
+    assert!(
+        last.is_none_or(|page| plan.page_bits(view, page).iter().any(|&word| word != 0)),
+        "an empty page is scanned"
+    );
+}
+
+/// The store's slots are those of the view after it.
+fn check_rows(plan: &Plan) {
+    let after = plan.slot_cells(View::After);
+    for (&cell, &slot) in plan.row_cells().iter().zip(plan.row_slots()) {
+        let expected = after.iter().position(|&held| held == cell).map_or(-1, |slot| slot as i32);
+        assert_eq!(slot, expected, "row of cell {cell}");
+    }
+}
+
+/// Places the tokens in the host's cells, with its own count of the sink room.
+fn place_tokens(config: &PlannerConfig, host: &mut Stream, rows: &[NewRow], ids: &[u64]) {
+    let n_sequences = if config.n_streams == 1 { config.n_seq_max } else { 1 };
+    let mut room = config.sink_tokens * n_sequences - host.cells.iter().flatten().filter(|token| token.pinned).count();
+    for (row, &id) in rows.iter().zip(ids) {
+        let pinned = room > 0 && row.pos < config.sink_tokens as i32;
+        room -= usize::from(pinned);
+        host.cells[row.cell] = Some(Token { id, pos: row.pos, seqs: row.seqs, pinned, left_window: false });
+    }
+}
+
+/// Sink tokens are exact, and so are the tokens that have always been among the newest `window` ones.
+fn check_window(config: &PlannerConfig, host: &mut Stream, plan: &Plan) {
+    let mut newest: Vec<(u64, usize)> = Vec::new();
+    for (cell, token) in host.cells.iter().enumerate() {
+        let Some(token) = token else { continue };
+        if token.pinned {
+            assert!(plan.slot_cells(View::After).contains(&(cell as i32)), "sink token {token:?} is not exact");
+        } else {
+            newest.push((token.id, cell));
+        }
+    }
+    newest.sort_unstable_by(|a, b| b.cmp(a));
+    for (index, &(_, cell)) in newest.iter().enumerate() {
+        let Some(token) = &mut host.cells[cell] else { continue };
+        token.left_window |= index >= config.window;
+        if !token.left_window {
+            assert!(plan.slot_cells(View::After).contains(&(cell as i32)), "{token:?} of the window is not exact");
+        }
+    }
+}

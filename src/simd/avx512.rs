@@ -1,0 +1,209 @@
+//! AVX-512 forms of the kernels that do not depend on a codec.
+
+use std::arch::x86_64::*;
+
+use super::{ExactRows, IsaToken, Kernels, Logits, State};
+
+static KERNELS: Kernels = Kernels {
+    // SAFETY: the table is only reachable through `kernels`, which takes the proof that the CPU has these features.
+    exact_scores: |q, rows, scores, columns| unsafe { exact_scores(q, rows, scores, columns) },
+    // SAFETY: as above.
+    exact_accumulate: |p, columns, rows, acc| unsafe { exact_accumulate(p, columns, rows, acc) },
+    // SAFETY: as above.
+    softmax: |scores, columns, logits, state| unsafe { softmax(scores, columns, logits, state) },
+    // SAFETY: as above.
+    f16_to_f32: |from, to| unsafe { f16_to_f32(from, to) },
+};
+
+/// The table, given the proof that this CPU can run it.
+pub(super) fn kernels(_token: IsaToken) -> &'static Kernels {
+    &KERNELS
+}
+
+/// Sixteen floats at `x[at..]`, bounds checked.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn load(x: &[f32], at: usize) -> __m512 {
+    let x = &x[at..at + 16];
+    // SAFETY: the slice holds sixteen floats.
+    unsafe { _mm512_loadu_ps(x.as_ptr()) }
+}
+
+/// Stores sixteen floats at `x[at..]`, bounds checked.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn store(x: &mut [f32], at: usize, value: __m512) {
+    let x = &mut x[at..at + 16];
+    // SAFETY: the slice holds sixteen floats.
+    unsafe { _mm512_storeu_ps(x.as_mut_ptr(), value) }
+}
+
+/// The sums over each of sixteen vectors.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn sums(v: &[__m512; 16]) -> __m512 {
+    let pair = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    let four = |i: usize| {
+        let (a, b) = (_mm512_castps_pd(pair(v[i], v[i + 1])), _mm512_castps_pd(pair(v[i + 2], v[i + 3])));
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)))
+    };
+    let lanes = |a, b| _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+    lanes(lanes(four(0), four(4)), lanes(four(8), four(12)))
+}
+
+#[target_feature(enable = "avx512f")]
+fn exact_scores(q: &[f32], rows: ExactRows, scores: &mut [f32], columns: usize) {
+    let n_q = q.len() / rows.dim;
+    let mut row = 0;
+    while row < n_q {
+        let (q, scores) = (&q[row * rows.dim..], &mut scores[row * columns..]);
+        row += match n_q - row {
+            1 => score_rows::<1, 16>(q, rows, scores, columns),
+            2 | 3 => score_rows::<2, 8>(q, rows, scores, columns),
+            _ => score_rows::<4, 4>(q, rows, scores, columns),
+        };
+    }
+}
+
+/// Scores of `Q` query rows, `K` keys at a time (`Q * K` is 16).
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn score_rows<const Q: usize, const K: usize>(q: &[f32], rows: ExactRows, scores: &mut [f32], columns: usize) -> usize {
+    for first in (0..rows.n).step_by(K) {
+        let mut acc = [_mm512_setzero_ps(); 16];
+        for c in (0..rows.dim).step_by(16) {
+            let queries: [__m512; Q] = std::array::from_fn(|i| load(q, i * rows.dim + c));
+            for k in 0..K {
+                let key = load(rows.data, (first + k) * rows.dim + c);
+                for i in 0..Q {
+                    acc[i * K + k] = _mm512_fmadd_ps(queries[i], key, acc[i * K + k]);
+                }
+            }
+        }
+        let mut out = [0f32; 16];
+        store(&mut out, 0, sums(&acc));
+        let n = K.min(rows.n - first);
+        for i in 0..Q {
+            scores[i * columns + first..][..n].copy_from_slice(&out[i * K..][..n]);
+        }
+    }
+    Q
+}
+
+#[target_feature(enable = "avx512f")]
+fn exact_accumulate(p: &[f32], columns: usize, rows: ExactRows, acc: &mut [f32]) {
+    let n_q = acc.len() / rows.dim;
+    let mut row = 0;
+    while row < n_q {
+        let n = if n_q - row >= 4 { 4 } else { 1 };
+        for c in (0..rows.dim).step_by(64) {
+            match (n, rows.dim - c >= 64) {
+                (4, true) => add_rows::<4, 4>(p, columns, rows, acc, row, c),
+                (4, false) => add_rows::<4, 2>(p, columns, rows, acc, row, c),
+                (_, true) => add_rows::<1, 4>(p, columns, rows, acc, row, c),
+                (_, false) => add_rows::<1, 2>(p, columns, rows, acc, row, c),
+            }
+        }
+        row += n;
+    }
+}
+
+/// Adds to `16 * Z` channels from `c` of `Q` output rows from `row`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add_rows<const Q: usize, const Z: usize>(
+    p: &[f32],
+    columns: usize,
+    rows: ExactRows,
+    acc: &mut [f32],
+    row: usize,
+    c: usize,
+) {
+    let mut sum = [[_mm512_setzero_ps(); Z]; Q];
+    for i in 0..rows.n {
+        let value: [__m512; Z] = std::array::from_fn(|z| load(rows.data, i * rows.dim + c + 16 * z));
+        for (r, sum) in sum.iter_mut().enumerate() {
+            let p = _mm512_set1_ps(p[(row + r) * columns + i]);
+            for z in 0..Z {
+                sum[z] = _mm512_fmadd_ps(p, value[z], sum[z]);
+            }
+        }
+    }
+    for (r, sum) in sum.iter().enumerate() {
+        for (z, sum) in sum.iter().enumerate() {
+            let at = (row + r) * rows.dim + c + 16 * z;
+            store(acc, at, _mm512_add_ps(load(acc, at), *sum));
+        }
+    }
+}
+
+/// `e^x` for `x <= 0` to about 2 units in the last place; exactly 0 below -87.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn exp(x: __m512) -> __m512 {
+    let c = |x: f32| _mm512_set1_ps(x);
+    let keep = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, c(-87.0));
+    let y = _mm512_mul_ps(x, c(std::f32::consts::LOG2_E));
+    let n = _mm512_roundscale_ps::<0>(y);
+    // The fractional part from x itself, in two steps, so that large |x| keep their precision.
+    let r = _mm512_fnmadd_ps(n, c(0.693_359_4), x);
+    let r = _mm512_fnmadd_ps(n, c(-2.121_944_4e-4), r);
+    let mut e = c(1.0 / 720.0);
+    for k in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        e = _mm512_fmadd_ps(e, r, c(k));
+    }
+    _mm512_maskz_scalef_ps(keep, e, n)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn tanh(x: __m512) -> __m512 {
+    // tanh |x| = (1 - e) / (1 + e) with e = exp(-2 |x|)
+    let e = exp(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2.0)));
+    let one = _mm512_set1_ps(1.0);
+    let t = _mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e));
+    let negative = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, _mm512_setzero_ps());
+    _mm512_mask_sub_ps(t, negative, _mm512_setzero_ps(), t)
+}
+
+#[target_feature(enable = "avx512f")]
+fn softmax(scores: &mut [f32], columns: usize, logits: &Logits, state: &mut State) {
+    let cap = logits.softcap;
+    for (row, scores) in scores.chunks_exact_mut(columns).enumerate() {
+        let mask_row = logits.mask_row[row] as usize * columns;
+        let slope = _mm512_set1_ps(logits.slopes[row]);
+        let mut top = _mm512_set1_ps(state.max[row]);
+        for i in (0..columns).step_by(16) {
+            let mut s = load(scores, i);
+            if cap > 0.0 {
+                s = _mm512_mul_ps(tanh(_mm512_mul_ps(s, _mm512_set1_ps(1.0 / cap))), _mm512_set1_ps(cap));
+            }
+            if !logits.mask_is_zero {
+                s = _mm512_fmadd_ps(slope, load(logits.mask, mask_row + i), s);
+            }
+            store(scores, i, s);
+            top = _mm512_max_ps(s, top);
+        }
+        let max = _mm512_reduce_max_ps(top);
+        if max == f32::NEG_INFINITY {
+            scores.fill(0.0);
+            continue;
+        }
+        state.rescale(row, max);
+        let (max, mut sum) = (_mm512_set1_ps(max), _mm512_setzero_ps());
+        for i in (0..columns).step_by(16) {
+            let e = exp(_mm512_sub_ps(load(scores, i), max));
+            sum = _mm512_add_ps(sum, e);
+            store(scores, i, e);
+        }
+        state.sum[row] += _mm512_reduce_add_ps(sum);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512vl,f16c")]
+fn f16_to_f32(from: &[u16], to: &mut [f32]) {
+    for (f, t) in from.chunks_exact(16).zip(to.chunks_exact_mut(16)) {
+        // SAFETY: the chunk holds sixteen half floats.
+        store(t, 0, _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(f.as_ptr().cast()) }));
+    }
+}

@@ -1,0 +1,51 @@
+//! `include/kvq.h` is what build.rs renders from the sources.
+
+use std::fs;
+use std::path::Path;
+
+const RENDERED: &str = include_str!(concat!(env!("OUT_DIR"), "/kvq.h"));
+
+/// With KVQ_UPDATE_HEADER=1 in the environment the committed header is rewritten instead.
+#[test]
+fn the_committed_header_is_the_rendered_one() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("include/kvq.h");
+    if std::env::var("KVQ_UPDATE_HEADER").is_ok_and(|value| value == "1") {
+        fs::write(&path, RENDERED).expect("include/kvq.h can be written");
+    }
+    let committed = fs::read_to_string(&path).unwrap_or_default();
+    if let Some(line) = first_difference(&committed, RENDERED) {
+        panic!("include/kvq.h differs from the sources in line {line}: run KVQ_UPDATE_HEADER=1 cargo test header");
+    }
+}
+
+/// Line number of the first difference of two texts, byte for byte.
+fn first_difference(a: &str, b: &str) -> Option<usize> {
+    if a == b {
+        return None;
+    }
+    let n_equal = a.split_inclusive('\n').zip(b.split_inclusive('\n')).take_while(|(a, b)| a == b).count();
+    Some(n_equal + 1)
+}
+
+#[test]
+fn a_difference_is_found_to_the_byte() {
+    assert_eq!(first_difference("a\nb\n", "a\nb\n"), None);
+    assert_eq!(first_difference("a\nb\n", "a\nc\n"), Some(2));
+    assert_eq!(first_difference("a\nb", "a\nb\n"), Some(2));
+    assert_eq!(first_difference("", "a"), Some(1));
+}
+
+#[test]
+fn the_header_names_the_version_of_the_package() {
+    assert!(RENDERED.contains(&format!("#define KVQ_VERSION \"{}\"\n", env!("CARGO_PKG_VERSION"))));
+}
+
+/// A comment written for rustdoc would put its links into the header as they are.
+#[test]
+fn functions_and_structs_are_described_for_c_readers() {
+    let after_status = RENDERED.split("KVQ_STATUS_INTERNAL").nth(1).expect("the header lists the status codes");
+    for line in after_status.lines().filter(|line| line.trim_start().starts_with("//")) {
+        assert!(!line.contains("[`") && !line.contains("::"), "rustdoc in the header: {line}");
+        assert!(line.len() <= 120, "long line in the header: {line}");
+    }
+}

@@ -1,0 +1,4 @@
+//! Tests of promises that no single module can keep.
+
+mod boundary;
+mod header;
