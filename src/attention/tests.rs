@@ -121,8 +121,11 @@ fn run(case: &Case, isa: Isa, seed: u64) -> Option<(f64, Vec<u8>)> {
         };
         let out = collect(&layout, &args);
         let expected = oracle(&layout, &args, &pos_of_cell, &k, &v, &mask, &k_mem, &v_mem);
-        error += out.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
-        power += expected.iter().map(|b| b * b).sum::<f64>();
+        for (at, expected) in expected {
+            let row = &out[at..at + expected.len()];
+            error += row.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
+            power += expected.iter().map(|b| b * b).sum::<f64>();
+        }
         for (side, mem, data, dim) in [(Side::Key, &mut k_mem, &k, dk), (Side::Value, &mut v_mem, &v, dv)] {
             let current = rows_of(data, stride(nkv, dim));
             for (h, region) in mem.chunks_exact_mut(layout.head_bytes(side)).enumerate() {
@@ -170,7 +173,7 @@ fn oracle(
     mask: &[f32],
     k_mem: &[u8],
     v_mem: &[u8],
-) -> Vec<f64> {
+) -> Vec<(usize, Vec<f64>)> {
     let shape = layout.shape();
     let (nh, nkv) = (shape.n_heads as usize, shape.n_kv_heads as usize);
     let (dk, dv) = (shape.head_dim_k as usize, shape.head_dim_v as usize);
@@ -187,7 +190,9 @@ fn oracle(
         assert_eq!(location[cell as usize], -1, "a cell is readable twice");
         location[cell as usize] = slot as i32;
     }
-    let mut out = vec![0f64; args.n_tokens * nh * dv];
+    // Every ninth token of a large ubatch and its last one: the oracle is slow.
+    let checked = |token: &usize| token % 9 == 4 || token + 1 == args.n_tokens;
+    let mut out = Vec::new();
     for kv_head in 0..nkv {
         let mut rows = [vec![0f32; n_cells * dk], vec![0f32; n_cells * dv]];
         for (side, mem, new, dim) in [(Side::Key, k_mem, k, dk), (Side::Value, v_mem, v, dv)] {
@@ -200,7 +205,7 @@ fn oracle(
                 to.iter_mut().zip(from).for_each(|(t, x)| *t = finite(*x));
             }
         }
-        for token in 0..args.n_tokens {
+        for token in (0..args.n_tokens).filter(checked) {
             for h in kv_head * nh / nkv..(kv_head + 1) * nh / nkv {
                 let slope = f64::from(alibi_slope(h, nh, args.max_bias));
                 let bias: Vec<f64> = (0..n_cells)
@@ -217,8 +222,7 @@ fn oracle(
                     bias: &bias,
                     sink_logit: args.sink_logits.map(|s| f64::from(s[h])),
                 };
-                let row = reference::attention(&query, &rows[0], &rows[1], dv);
-                out[(token * nh + h) * dv..][..dv].copy_from_slice(&row);
+                out.push(((token * nh + h) * dv, reference::attention(&query, &rows[0], &rows[1], dv)));
             }
         }
     }

@@ -3,6 +3,8 @@
 //! A codec is a scalar implementation in safe Rust, which is its specification, plus kernels for instruction sets that
 //! must agree with it: the same sealed bytes, and scores and outputs within the codec's `nmse` bound.
 
+#[doc(hidden)]
+pub mod bench_api;
 pub mod float8;
 pub mod group;
 pub mod hadamard;

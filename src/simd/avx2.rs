@@ -38,6 +38,18 @@ pub(crate) fn store(x: &mut [f32], at: usize, value: __m256) {
     unsafe { _mm256_storeu_ps(x.as_mut_ptr(), value) }
 }
 
+/// Asks for part `part` of `parts` of as many bytes as `page` has, behind it. The pages of a head lie one after the
+/// other and are read in that order, but keys and values take turns, and a page is too short for the hardware to
+/// foresee the next.
+#[inline]
+pub(crate) fn prefetch_next(page: &[u8], part: usize, parts: usize) {
+    let (next, lines) = (page.as_ptr().wrapping_add(page.len()), page.len().div_ceil(64));
+    for line in part * lines / parts..(part + 1) * lines / parts {
+        // SAFETY: a hint, which no address makes fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(line * 64).cast()) };
+    }
+}
+
 /// The sum of the eight lanes.
 #[inline]
 #[target_feature(enable = "avx2")]

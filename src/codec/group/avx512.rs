@@ -9,6 +9,7 @@ use crate::codec::query::PLANE;
 use crate::codec::tile::avx512::{by_width_and_rows, dot, float_sum, Coefficients, MAX_ROWS};
 use crate::codec::tile::{Width, LANE_BLOCK};
 use crate::shape::MAX_HEAD_DIM;
+use crate::simd::avx2::prefetch_next;
 use crate::simd::avx512::{load, store};
 use crate::simd::IsaToken;
 
@@ -112,6 +113,9 @@ fn score_rows<const W: u8, const R: usize>(
         }
     }
     for block in 0..codec.page / LANE_BLOCK {
+        if first == 0 {
+            prefetch_next(page.bytes, block, codec.page / LANE_BLOCK);
+        }
         let mut total = [[_mm512_setzero_ps(); 2]; R];
         for (total, base) in total.iter_mut().zip(base) {
             *total = [base; 2];
@@ -147,8 +151,12 @@ fn score_rows<const W: u8, const R: usize>(
 fn accumulate(codec: &GroupCodec, page: PageRef, p: &mut Probabilities, acc: &mut [f32]) {
     let planes = codec.coefficient_planes();
     for g in 0..codec.n_groups {
+        let mut step = [0f32; MAX_PAGE];
+        for t in (0..codec.page).step_by(16) {
+            store(&mut step, t, steps(codec, page, codec.steps_offset() + g * codec.page + t));
+        }
         for row in 0..p.n_rows {
-            round_weights(codec, page, p, g, row, planes);
+            round_weights(codec, page, p, g, row, &step, planes);
         }
         let mut row = 0;
         while row < p.n_rows {
@@ -159,22 +167,31 @@ fn accumulate(codec: &GroupCodec, page: PageRef, p: &mut Probabilities, acc: &mu
     }
 }
 
+/// Largest page of any recipe.
+const MAX_PAGE: usize = 256;
+
 /// Multiplies one row of weights with the steps of group `g` and rounds the products to int8.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn round_weights(codec: &GroupCodec, page: PageRef, p: &mut Probabilities, g: usize, row: usize, planes: usize) {
+fn round_weights(
+    codec: &GroupCodec,
+    page: PageRef,
+    p: &mut Probabilities,
+    g: usize,
+    row: usize,
+    step: &[f32; MAX_PAGE],
+    planes: usize,
+) {
     let n = codec.page;
+    let weights = &p.p[row * n..][..n];
     let mut max = _mm512_setzero_ps();
     let mut mid_sum = _mm512_setzero_ps();
-    let mut weights = [0f32; 256];
     for t in (0..n).step_by(16) {
-        let weight = load(&p.p, row * n + t);
+        let weight = load(weights, t);
         if !codec.params.symmetric {
             mid_sum = _mm512_fmadd_ps(weight, mids(codec, page, g * n + t), mid_sum);
         }
-        let weight = _mm512_mul_ps(weight, steps(codec, page, codec.steps_offset() + g * n + t));
-        store(&mut weights, t, weight);
-        max = _mm512_max_ps(max, weight);
+        max = _mm512_max_ps(max, _mm512_mul_ps(weight, load(step, t)));
     }
     let max = _mm512_reduce_max_ps(max);
     let top = if planes == 2 { 127.0 * PLANE as f32 } else { 127.0 };
@@ -183,7 +200,8 @@ fn round_weights(codec: &GroupCodec, page: PageRef, p: &mut Probabilities, g: us
     let int8 = &mut p.int8[row * planes * n..][..planes * n];
     let (high_plane, low_plane) = int8.split_at_mut((planes - 1) * n);
     for t in (0..n).step_by(16) {
-        let x = _mm512_cvtps_epi32(_mm512_mul_ps(load(&weights, t), inverse));
+        let weight = _mm512_mul_ps(load(weights, t), load(step, t));
+        let x = _mm512_cvtps_epi32(_mm512_mul_ps(weight, inverse));
         total = _mm512_add_epi32(total, x);
         let low = if planes == 2 {
             let high = _mm512_srai_epi32::<7>(_mm512_add_epi32(x, _mm512_set1_epi32(PLANE / 2)));
@@ -223,7 +241,11 @@ fn add_rows<const W: u8, const R: usize>(
     let planes = if W == 8 { 2 } else { 1 };
     let tile = &page.bytes[g * codec.tile.bytes()..][..codec.tile.bytes()];
     let coefficients = Coefficients { int8: &p.int8[first * planes * codec.page..], stride: codec.page };
-    for block in 0..codec.group / LANE_BLOCK {
+    let blocks = codec.group / LANE_BLOCK;
+    for block in 0..blocks {
+        if first == 0 {
+            prefetch_next(page.bytes, g * blocks + block, codec.n_groups * blocks);
+        }
         let sums = dot::<W, R>(&codec.tile, tile, block, coefficients);
         for i in 0..R / planes {
             let (scale, offset) = (_mm512_set1_ps(p.scale[first + i]), _mm512_set1_ps(p.offset[first + i]));
