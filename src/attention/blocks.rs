@@ -60,6 +60,9 @@ pub(super) fn page_mask(
     let first = page * columns;
     // Cells beyond the mask are hidden.
     let n = args.n_kv.saturating_sub(first).min(columns);
+    if n == 0 {
+        return Visible::None;
+    }
     if n == columns && bits.iter().all(|word| *word == -1) && tokens.clone().all(|t| is_zero(args, t, first, n)) {
         return Visible::All;
     }
@@ -68,7 +71,7 @@ pub(super) fn page_mask(
     for (token, out) in tokens.zip(out.chunks_exact_mut(columns)) {
         let at = token * args.mask_stride_token + first;
         match args.mask {
-            Mask::None => out.fill(0.0),
+            Mask::None => out[..n].fill(0.0),
             Mask::F32(mask) => out[..n].copy_from_slice(&mask[at..at + n]),
             Mask::F16(mask) => f16_mask(&mask[at..at + n], out),
         }

@@ -57,6 +57,8 @@ struct Case {
     swa: i32,
     n_splits: usize,
     f16_mask: bool,
+    /// Before the last ubatch, remove all but the first 60 tokens: sealed pages then lie beyond the mask.
+    rewind: bool,
 }
 
 /// Bound on the normalised mean squared error of a kernel against the oracle on the decoded rows.
@@ -72,7 +74,12 @@ fn run(case: &Case, isa: Isa, seed: u64) -> Option<(f64, Vec<u8>)> {
     let mut pos_of_cell = vec![-1i32; case.n_cells];
     let (mut head, mut pos) = (rng.below(30), 0);
     let (mut error, mut power) = (0f64, 0f64);
-    for &n in case.ubatches {
+    for (i, &n) in case.ubatches.iter().enumerate() {
+        if case.rewind && i + 1 == case.ubatches.len() {
+            let kept = pos_of_cell.iter().position(|p| *p == 60).unwrap();
+            pos_of_cell[kept..].fill(-1);
+            (head, pos) = (kept, 60);
+        }
         let rows: Vec<Row> = (0..n as i32).map(|i| Row { cell: (head as i32 + i) as u32, pos: pos + i }).collect();
         head += n;
         let shape = case.shape;
@@ -86,11 +93,11 @@ fn run(case: &Case, isa: Isa, seed: u64) -> Option<(f64, Vec<u8>)> {
         for row in &rows {
             pos_of_cell[row.cell as usize] = row.pos;
         }
-        let n_kv = case.n_cells;
+        let n_kv = 1 + pos_of_cell.iter().rposition(|p| *p >= 0).unwrap();
         let mask: Vec<f32> = rows
             .iter()
             .flat_map(|row| {
-                pos_of_cell.iter().map(move |&p| match p {
+                pos_of_cell[..n_kv].iter().map(move |&p| match p {
                     p if p < 0 || p > row.pos || row.pos - p >= case.swa => f32::NEG_INFINITY,
                     p if case.max_bias > 0.0 => -((row.pos - p) as f32),
                     _ => 0.0,
@@ -212,7 +219,8 @@ fn oracle(
                     .map(|cell| {
                         let held = location[cell] != -1 || args.plan.row_cells().contains(&(cell as i32));
                         assert!(held || pos_of_cell[cell] < 0, "a live cell is readable nowhere");
-                        f64::from(mask[token * n_cells + cell]) * slope
+                        let mask = if cell < args.n_kv { mask[token * args.n_kv + cell] } else { f32::NEG_INFINITY };
+                        f64::from(mask) * slope
                     })
                     .collect();
                 let query = reference::Query {
@@ -242,6 +250,7 @@ const BASE: Case = Case {
     swa: i32::MAX,
     n_splits: 1,
     f16_mask: true,
+    rewind: false,
 };
 
 /// Runs a case on every instruction set of this machine.
@@ -293,6 +302,14 @@ fn logits_options() {
     check(&Case { sinks: true, ..BASE });
     check(&Case { swa: 70, f16_mask: false, ..BASE });
     check(&Case { swa: 70, sinks: true, softcap: 3.0, n_splits: 3, ..BASE });
+}
+
+#[test]
+fn sealed_pages_beyond_the_mask() {
+    for f16_mask in [false, true] {
+        check(&Case { rewind: true, f16_mask, ..BASE });
+        check(&Case { rewind: true, f16_mask, spec: "skvq:window=0,sinks=0", n_splits: 4, ..BASE });
+    }
 }
 
 #[test]
