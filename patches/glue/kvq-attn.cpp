@@ -1,0 +1,259 @@
+// The two graph nodes of a layer: attend, then store. With few rows the attend node makes partial results over slices
+// of the cache, which a third node combines.
+
+#include "kvq-glue.h"
+
+#include "llama-graph.h"
+#include "llama-impl.h"
+
+#include <cstring>
+
+bool operator==(const llama_kvq_node & a, const llama_kvq_node & b) {
+    return a.layout == b.layout && a.has_rows == b.has_rows && a.has_sinks == b.has_sinks &&
+           a.scale  == b.scale  && a.softcap  == b.softcap  && a.max_bias  == b.max_bias;
+}
+
+void * llama_kvq_cache::keep(const llama_kvq_node & node) {
+    for (auto & cur : nodes) {
+        if (cur == node) {
+            return &cur;
+        }
+    }
+    nodes.push_back(node);
+
+    return &nodes.back();
+}
+
+// In all nodes: plan is [plan_len, n_stream], rows and outputs of the streams follow each other.
+
+// sources: q, k_mem, v_mem, mask, plan[, k_cur, v_cur][, sinks]
+static void kvq_attend_part(ggml_tensor * dst, uint32_t n_splits, int ith, int nth, const llama_kvq_node & node) {
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * k_mem = dst->src[1];
+    const ggml_tensor * v_mem = dst->src[2];
+    const ggml_tensor * mask  = dst->src[3];
+    const ggml_tensor * plan  = dst->src[4];
+    const ggml_tensor * k_cur = node.has_rows  ? dst->src[5] : nullptr;
+    const ggml_tensor * v_cur = node.has_rows  ? dst->src[6] : nullptr;
+    const ggml_tensor * sinks = node.has_sinks ? dst->src[node.has_rows ? 7 : 5] : nullptr;
+
+    const int64_t n_stream = plan->ne[1];
+    const int64_t n_tokens = q->ne[2]/n_stream;
+    const int64_t n_out    = ggml_nelements(dst)/n_stream;
+
+    for (int64_t s = 0; s < n_stream; ++s) {
+        const int64_t i0 = s*n_tokens;
+
+        kvq_attend_args args;
+        memset(&args, 0, sizeof(args));
+
+        args.q              = (const float *) ((const char *) q->data + i0*q->nb[2]);
+        args.q_stride_token = q->nb[2]/sizeof(float);
+        args.q_stride_head  = q->nb[1]/sizeof(float);
+
+        if (node.has_rows) {
+            args.k_cur          = (const float *) ((const char *) k_cur->data + i0*k_cur->nb[2]);
+            args.k_stride_token = k_cur->nb[2]/sizeof(float);
+            args.k_stride_head  = k_cur->nb[1]/sizeof(float);
+            args.v_cur          = (const float *) ((const char *) v_cur->data + i0*v_cur->nb[2]);
+            args.v_stride_token = v_cur->nb[2]/sizeof(float);
+            args.v_stride_head  = v_cur->nb[1]/sizeof(float);
+        }
+
+        args.k_mem    = (const uint8_t *) k_mem->data + s*k_mem->nb[1];
+        args.v_mem    = (const uint8_t *) v_mem->data + s*v_mem->nb[1];
+        args.plan     = (const int32_t *) plan->data  + s*plan->ne[0];
+        args.plan_len = plan->ne[0];
+
+        args.mask              = (const char *) mask->data + s*mask->nb[3];
+        args.mask_is_f16       = mask->type == GGML_TYPE_F16;
+        args.mask_stride_token = mask->nb[1]/mask->nb[0];
+        args.n_kv              = mask->ne[0];
+
+        args.sink_logits = sinks ? (const float *) sinks->data : nullptr;
+
+        args.scale    = node.scale;
+        args.softcap  = node.softcap;
+        args.max_bias = node.max_bias;
+        args.n_tokens = n_tokens;
+        args.n_splits = n_splits;
+        args.out      = (float *) dst->data + s*n_out;
+
+        llama_kvq_must(kvq_attend(node.layout, &args, ith, nth), "attend");
+    }
+}
+
+// dst: [head_dim_v*n_head, n_tokens*n_stream]
+static void kvq_node_attend(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    kvq_attend_part(dst, 1, ith, nth, *(const llama_kvq_node *) userdata);
+}
+
+// dst: [head_dim_v + 2, n_head*n_tokens, n_splits, n_stream]
+static void kvq_node_attend_split(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    kvq_attend_part(dst, dst->ne[2], ith, nth, *(const llama_kvq_node *) userdata);
+}
+
+// sources: the output of kvq_node_attend_split[, sinks]
+static void kvq_node_combine(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & node = *(const llama_kvq_node *) userdata;
+
+    const ggml_tensor * split = dst->src[0];
+    const ggml_tensor * sinks = node.has_sinks ? dst->src[1] : nullptr;
+
+    const int64_t n_stream = split->ne[3];
+    const int64_t n_tokens = dst->ne[1]/n_stream;
+    const int64_t n_split  = ggml_nelements(split)/n_stream;
+    const int64_t n_out    = ggml_nelements(dst)/n_stream;
+
+    for (int64_t s = 0; s < n_stream; ++s) {
+        llama_kvq_must(kvq_combine(node.layout, (const float *) split->data + s*n_split,
+                    sinks ? (const float *) sinks->data : nullptr, split->ne[2], n_tokens,
+                    (float *) dst->data + s*n_out, ith, nth), "combine");
+    }
+}
+
+// sources: k_cur, v_cur, k_mem, v_mem, plan, the attention output (only to come after it)
+static void kvq_node_store(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & node = *(const llama_kvq_node *) userdata;
+
+    const ggml_tensor * k_cur = dst->src[0];
+    const ggml_tensor * v_cur = dst->src[1];
+    const ggml_tensor * k_mem = dst->src[2];
+    const ggml_tensor * v_mem = dst->src[3];
+    const ggml_tensor * plan  = dst->src[4];
+
+    const int64_t n_stream = plan->ne[1];
+    const int64_t n_tokens = k_cur->ne[2]/n_stream;
+
+    for (int64_t s = 0; s < n_stream; ++s) {
+        const int64_t i0 = s*n_tokens;
+
+        kvq_store_args args;
+        memset(&args, 0, sizeof(args));
+
+        args.k_cur          = (const float *) ((const char *) k_cur->data + i0*k_cur->nb[2]);
+        args.k_stride_token = k_cur->nb[2]/sizeof(float);
+        args.k_stride_head  = k_cur->nb[1]/sizeof(float);
+        args.v_cur          = (const float *) ((const char *) v_cur->data + i0*v_cur->nb[2]);
+        args.v_stride_token = v_cur->nb[2]/sizeof(float);
+        args.v_stride_head  = v_cur->nb[1]/sizeof(float);
+        args.k_mem          = (uint8_t *) k_mem->data + s*k_mem->nb[1];
+        args.v_mem          = (uint8_t *) v_mem->data + s*v_mem->nb[1];
+        args.plan           = (const int32_t *) plan->data + s*plan->ne[0];
+        args.plan_len       = plan->ne[0];
+        args.n_tokens       = n_tokens;
+
+        llama_kvq_must(kvq_store(node.layout, &args, ith, nth), "store");
+    }
+
+    if (ith == 0) {
+        *(float *) dst->data = 0.0f;
+    }
+}
+
+// f32 with contiguous channels; rows and heads may be strided
+static ggml_tensor * as_rows(ggml_context * ctx, ggml_tensor * t) {
+    if (t->type != GGML_TYPE_F32) {
+        return ggml_cast(ctx, t, GGML_TYPE_F32);
+    }
+    return t->nb[0] == sizeof(float) ? t : ggml_cont(ctx, t);
+}
+
+ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
+        ggml_tensor * q, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * k_mem, ggml_tensor * v_mem,
+        ggml_tensor * plan, ggml_tensor * kq_mask, ggml_tensor * kq_b, ggml_tensor * sinks,
+        float kq_scale, int il) {
+    const auto & hparams = graph.hparams;
+    const auto & cparams = graph.cparams;
+
+    if (kq_b) {
+        throw std::runtime_error("kvq: this model adds a bias to KQ: run it with --kvq off");
+    }
+    if (cparams.training) {
+        throw std::runtime_error("kvq: training needs an exact KV cache: run it with --kvq off");
+    }
+    if (!k_cur != !v_cur) {
+        throw std::runtime_error("kvq: this model caches K and V apart: run it with --kvq off");
+    }
+
+    auto       * ctx0   = graph.ctx0;
+    const auto * layout = layouts.at(kv.map_layer_ids.at(il)).get();
+    const auto   owner  = kv.layers[kv.map_layer_ids.at(il)].il;
+
+    const int64_t n_head   = q->ne[1];
+    const int64_t n_embd_v = hparams.n_embd_head_v(owner);
+
+    if (q->ne[0] != hparams.n_embd_head_k(owner) || n_head != hparams.n_head(owner)) {
+        throw std::runtime_error(format("kvq: layer %d does not attend in the shape of the layer that stores its KV: "
+                    "run this model with --kvq off", il));
+    }
+
+    llama_kvq_node node = {};
+
+    node.layout    = layout;
+    node.has_rows  = k_cur != nullptr;
+    node.has_sinks = sinks != nullptr;
+    node.scale     = kq_scale;
+    node.softcap   = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+    node.max_bias  = hparams.f_max_alibi_bias;
+
+    if (graph.arch == LLM_ARCH_GROK) {
+        // as in build_attn_mha without flash attention, which is what defines this model
+        node.scale   = kq_scale*hparams.f_attn_out_scale;
+        node.softcap = hparams.f_attn_logit_softcapping;
+    }
+
+    const int64_t n_stream = kq_mask->ne[3];
+    const int64_t n_tokens = q->ne[2]/n_stream;
+    const int64_t plan_len = kvq_planner_plan_len(planner.get(), n_tokens);
+    const int64_t n_splits = kvq_attend_splits(layout, n_tokens,
+            graph.n_tokens > 1 ? cparams.n_threads_batch : cparams.n_threads);
+
+    GGML_ASSERT(kq_mask->ne[1] == n_tokens && k_mem->ne[1] == n_stream && ggml_nelements(plan) >= plan_len*n_stream);
+
+    plan = ggml_view_2d(ctx0, plan, plan_len, n_stream, plan_len*sizeof(int32_t), 0);
+
+    std::vector<ggml_tensor *> src = { as_rows(ctx0, q), k_mem, v_mem, kq_mask, plan };
+    if (k_cur) {
+        k_cur = as_rows(ctx0, k_cur);
+        v_cur = as_rows(ctx0, v_cur);
+        src.push_back(k_cur);
+        src.push_back(v_cur);
+    }
+    if (sinks) {
+        GGML_ASSERT(sinks->type == GGML_TYPE_F32 && ggml_nelements(sinks) == n_head);
+        src.push_back(sinks);
+    }
+
+    void * userdata = keep(node);
+
+    ggml_tensor * cur;
+
+    if (n_splits == 1) {
+        cur = ggml_custom_4d(ctx0, GGML_TYPE_F32, n_embd_v*n_head, q->ne[2], 1, 1, src.data(), src.size(),
+                kvq_node_attend, GGML_N_TASKS_MAX, userdata);
+    } else {
+        ggml_tensor * split = ggml_custom_4d(ctx0, GGML_TYPE_F32, n_embd_v + 2, n_head*n_tokens, n_splits, n_stream,
+                src.data(), src.size(), kvq_node_attend_split, GGML_N_TASKS_MAX, userdata);
+        graph.cb(split, "kvq_split", il);
+
+        ggml_tensor * src_combine[2] = { split, sinks };
+
+        cur = ggml_custom_4d(ctx0, GGML_TYPE_F32, n_embd_v*n_head, q->ne[2], 1, 1, src_combine, sinks ? 2 : 1,
+                kvq_node_combine, GGML_N_TASKS_MAX, userdata);
+    }
+
+    ggml_build_forward_expand(graph.gf, cur);
+
+    if (k_cur) {
+        ggml_tensor * src_store[6] = { k_cur, v_cur, k_mem, v_mem, plan, cur };
+
+        ggml_tensor * store = ggml_custom_4d(ctx0, GGML_TYPE_F32, 1, 1, 1, 1, src_store, 6,
+                kvq_node_store, GGML_N_TASKS_MAX, userdata);
+        graph.cb(store, "kvq_store", il);
+
+        ggml_build_forward_expand(graph.gf, store);
+    }
+
+    return cur;
+}

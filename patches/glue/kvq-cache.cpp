@@ -1,0 +1,160 @@
+// Making a cache: the recipe, what is refused, the bytes of each layer.
+
+#include "kvq-glue.h"
+
+#include "llama-impl.h"
+#include "llama-hparams.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-memory-hybrid-iswa.h"
+
+#include <typeinfo>
+
+// nullptr when off
+static const char * kvq_env() {
+    const char * spec = getenv("LLAMA_ARG_KVQ");
+
+    return spec && *spec && strcmp(spec, "off") != 0 ? spec : nullptr;
+}
+
+void llama_kvq_must(kvq_status status, const char * what) {
+    if (status != 0) {
+        GGML_ABORT("kvq: %s: %s", what, kvq_last_error());
+    }
+}
+
+std::unique_ptr<llama_kvq> llama_kvq_new(llama_kv_cache & kv, ggml_type type_k, ggml_type type_v) {
+    const char * spec = kvq_env();
+    if (!spec) {
+        return nullptr;
+    }
+
+    if (kvq_abi_version() != KVQ_ABI_VERSION) {
+        throw std::runtime_error(format("kvq: the library has ABI %u, this program was built for %u: "
+                    "rebuild it with the library's kvq.h",
+                    kvq_abi_version(), (uint32_t) KVQ_ABI_VERSION));
+    }
+    if (type_k != GGML_TYPE_F16 || type_v != GGML_TYPE_F16) {
+        throw std::runtime_error(format("kvq: --kvq replaces the cache types (K %s, V %s): leave -ctk and -ctv at f16",
+                    ggml_type_name(type_k), ggml_type_name(type_v)));
+    }
+
+    return std::make_unique<llama_kvq_cache>(kv, spec);
+}
+
+void llama_kvq_check(const llama_memory_i * memory) {
+    if (!kvq_env()) {
+        return;
+    }
+    if (!memory) {
+        throw std::runtime_error("kvq: this model has no KV cache (encoder or diffusion model): run it with --kvq off");
+    }
+
+    // exact types: what derives from or wraps these reads the cache in a way of its own
+    const auto & type = typeid(*memory);
+    if (type != typeid(llama_kv_cache)      && type != typeid(llama_kv_cache_iswa) &&
+        type != typeid(llama_memory_hybrid) && type != typeid(llama_memory_hybrid_iswa)) {
+        throw std::runtime_error("kvq: this model has no plain attention KV cache (recurrent or sparse attention): "
+                "run it with --kvq off");
+    }
+}
+
+llama_kvq_cache::llama_kvq_cache(llama_kv_cache & kv, const char * spec) : kv(kv) {
+    if (kv.other) {
+        throw std::runtime_error("kvq: this context shares the KV cache of another one: run it with --kvq off");
+    }
+    if (kv.hparams.is_mla()) {
+        throw std::runtime_error("kvq: this model caches no V (MLA): run it with --kvq off");
+    }
+
+    kvq_recipe * r = nullptr;
+    if (kvq_recipe_parse(spec, &r) != 0) {
+        throw std::runtime_error(format("kvq: --kvq %s: %s", spec, kvq_last_error()));
+    }
+    recipe.reset(r);
+
+    kvq_planner * p = nullptr;
+    if (kvq_planner_new(r, kv.get_size(), kv.n_stream, kv.n_seq_max, &p) != 0) {
+        throw std::runtime_error(format("kvq: --kvq %s: %s", spec, kvq_last_error()));
+    }
+    planner.reset(p);
+}
+
+kvq_shape llama_kvq_cache::layer_shape(uint32_t il) const {
+    return {
+        /*.n_heads    =*/ kv.hparams.n_head(il),
+        /*.n_kv_heads =*/ kv.hparams.n_head_kv(il),
+        /*.head_dim_k =*/ kv.hparams.n_embd_head_k(il),
+        /*.head_dim_v =*/ kv.hparams.n_embd_head_v(il),
+    };
+}
+
+ggml_tensor * llama_kvq_cache::new_k(ggml_context * ctx, ggml_backend_buffer_type_t buft, uint32_t il) {
+    if (!ggml_backend_buft_is_host(buft)) {
+        throw std::runtime_error(format("kvq: the KV cache of layer %u would be in %s memory, "
+                    "this build attends on the CPU only: use -ngl 0 or --no-kv-offload",
+                    il, ggml_backend_buft_name(buft)));
+    }
+
+    const kvq_shape shape = layer_shape(il);
+
+    kvq_layout * layout = nullptr;
+    if (kvq_layout_new(recipe.get(), &shape, kv.get_size(), kvq_planner_n_slots(planner.get()), &layout) != 0) {
+        throw std::runtime_error(format("kvq: layer %u (%u heads, %u KV heads, head sizes K %u, V %u): %s",
+                    il, shape.n_heads, shape.n_kv_heads, shape.head_dim_k, shape.head_dim_v, kvq_last_error()));
+    }
+    layouts.emplace_back(layout);
+
+    return ggml_new_tensor_3d(ctx, GGML_TYPE_I8, kvq_layout_k_bytes(layout), 1, kv.n_stream);
+}
+
+ggml_tensor * llama_kvq_cache::new_v(ggml_context * ctx, uint32_t il) {
+    GGML_UNUSED(il); // new_k comes first
+
+    return ggml_new_tensor_3d(ctx, GGML_TYPE_I8, kvq_layout_v_bytes(layouts.back().get()), 1, kv.n_stream);
+}
+
+std::string llama_kvq_cache::spec() const {
+    std::vector<char> buf(4096);
+    if (kvq_recipe_spec(recipe.get(), buf.data(), buf.size()) != 0) {
+        throw std::runtime_error(format("kvq: %s", kvq_last_error()));
+    }
+    return buf.data();
+}
+
+void llama_kvq_cache::log_info() const {
+    if (layouts.empty()) {
+        return;
+    }
+
+    double bits_k   = 0.0;
+    double bits_v   = 0.0;
+    size_t size_f16 = 0;
+
+    for (size_t i = 0; i < layouts.size(); ++i) {
+        const uint32_t il = kv.layers[i].il;
+
+        bits_k   += kvq_layout_bits_k(layouts[i].get())/layouts.size();
+        bits_v   += kvq_layout_bits_v(layouts[i].get())/layouts.size();
+        size_f16 += sizeof(ggml_fp16_t)*kv.get_size()*kv.n_stream*
+            (kv.hparams.n_embd_k_gqa(il) + kv.hparams.n_embd_v_gqa(il));
+    }
+
+    const double mib    = 1024.0*1024.0;
+    const size_t size_k = kv.size_k_bytes();
+    const size_t size_v = kv.size_v_bytes();
+
+    LLAMA_LOG_INFO("kvq: %s: %.3f bits per value of K, %.3f of V; "
+            "K %.2f MiB, V %.2f MiB with the exact rows, %.2fx smaller than f16\n",
+            spec().c_str(), bits_k, bits_v, size_k/mib, size_v/mib, (double) size_f16/(size_k + size_v));
+}
+
+void llama_kvq_cache::clear() {
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        kvq_planner_reset(planner.get(), s);
+    }
+}
+
+void llama_kvq_cache::copy_stream(uint32_t src, uint32_t dst) {
+    llama_kvq_must(kvq_planner_copy_stream(planner.get(), src, dst), "stream copy");
+}

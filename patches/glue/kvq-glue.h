@@ -1,0 +1,95 @@
+#pragma once
+
+#include "llama-kvq.h"
+#include "llama-kv-cache.h"
+
+#include <kvq.h>
+
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+struct kvq_deleter {
+    void operator()(kvq_recipe  * p) const { kvq_recipe_free (p); }
+    void operator()(kvq_layout  * p) const { kvq_layout_free (p); }
+    void operator()(kvq_planner * p) const { kvq_planner_free(p); }
+};
+
+using kvq_recipe_ptr  = std::unique_ptr<kvq_recipe,  kvq_deleter>;
+using kvq_layout_ptr  = std::unique_ptr<kvq_layout,  kvq_deleter>;
+using kvq_planner_ptr = std::unique_ptr<kvq_planner, kvq_deleter>;
+
+// what a custom node needs besides its sources and their shapes; constant while the cache lives
+struct llama_kvq_node {
+    const kvq_layout * layout;
+
+    bool has_rows;  // k_cur and v_cur are sources
+    bool has_sinks;
+
+    float scale;
+    float softcap;
+    float max_bias;
+};
+
+struct kvq_state_writer;
+struct kvq_state_reader;
+
+bool operator==(const llama_kvq_node & a, const llama_kvq_node & b);
+
+// the kvq side of one llama_kv_cache
+struct llama_kvq_cache : llama_kvq {
+    llama_kvq_cache(llama_kv_cache & kv, const char * spec);
+
+    ggml_tensor * new_k(ggml_context * ctx, ggml_backend_buffer_type_t buft, uint32_t il) override;
+    ggml_tensor * new_v(ggml_context * ctx, uint32_t il) override;
+    void log_info() const override;
+
+    ggml_tensor * build_plan(ggml_context * ctx, const llama_ubatch & ubatch) const override;
+    void set_plan(ggml_tensor * dst, const llama_ubatch & ubatch,
+            const std::vector<llama_seq_id> & strm, const std::vector<std::vector<uint32_t>> & idxs) override;
+
+    ggml_tensor * build_attn(const llm_graph_context & graph,
+            ggml_tensor * q, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * k_mem, ggml_tensor * v_mem,
+            ggml_tensor * plan, ggml_tensor * kq_mask, ggml_tensor * kq_b, ggml_tensor * sinks,
+            float kq_scale, int il) override;
+
+    void clear() override;
+    void copy_stream(uint32_t src, uint32_t dst) override;
+    bool shift(llama_context * lctx) override;
+
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id) const override;
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id) override;
+
+private:
+    std::string spec() const;
+
+    kvq_shape layer_shape(uint32_t il) const;
+
+    // a pointer that graphs may hold: equal nodes share one entry
+    void * keep(const llama_kvq_node & node);
+
+    void plan_stream(uint32_t strm, const std::vector<kvq_row> & rows, int32_t * plan, size_t len);
+
+    bool shift_cells(llama_context * lctx, uint32_t strm, uint32_t cell0, uint32_t n,
+            const std::vector<int32_t> & location);
+
+    void state_write_all(kvq_state_writer & out) const;
+    void state_write_seq(kvq_state_writer & out, llama_seq_id seq_id) const;
+    void state_read_all(kvq_state_reader & in);
+    void state_read_seq(kvq_state_reader & in, llama_seq_id seq_id);
+
+    void decode_pages(size_t il, const std::vector<uint8_t> * bytes, size_t n_pages,
+            std::vector<float> & k, std::vector<float> & v) const;
+
+    llama_kv_cache & kv;
+
+    kvq_recipe_ptr              recipe;
+    kvq_planner_ptr             planner;
+    std::vector<kvq_layout_ptr> layouts; // as kv.layers
+
+    std::deque<llama_kvq_node> nodes;
+};
+
+// a status that must not be: the arguments were checked when the graph was built
+void llama_kvq_must(kvq_status status, const char * what);

@@ -1,0 +1,48 @@
+// One plan per ubatch and cache: it tells every layer which cells are exact, which are packed, what to seal and where
+// new rows go.
+
+#include "kvq-glue.h"
+
+#include "llama-impl.h"
+
+ggml_tensor * llama_kvq_cache::build_plan(ggml_context * ctx, const llama_ubatch & ubatch) const {
+    const uint32_t n_stream = kv.n_stream == 1 ? 1 : ubatch.n_seqs_unq;
+    const size_t   len      = kvq_planner_plan_len(planner.get(), ubatch.n_tokens/n_stream)*n_stream;
+
+    // upstream decides by ne[0] == n_tokens whether a graph can be reused, as for the k_idxs that this replaces
+    ggml_tensor * plan = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, ubatch.n_tokens,
+            (len + ubatch.n_tokens - 1)/ubatch.n_tokens);
+
+    ggml_set_input(plan);
+    ggml_set_name(plan, "attn_inp_kvq_plan");
+
+    return plan;
+}
+
+// the ubatch is in the cells already: this is right for every cell but those of its own rows, which the planner knows
+static bool cell_is_live(void * user, uint32_t stream, uint32_t cell) {
+    return !(*(const llama_kv_cells_vec *) user)[stream].is_empty(cell);
+}
+
+void llama_kvq_cache::plan_stream(uint32_t strm, const std::vector<kvq_row> & rows, int32_t * plan, size_t len) {
+    llama_kvq_must(kvq_planner_plan(planner.get(), strm, rows.data(), rows.size(),
+                cell_is_live, &kv.v_cells, plan, len), "plan");
+}
+
+void llama_kvq_cache::set_plan(ggml_tensor * dst, const llama_ubatch & ubatch,
+        const std::vector<llama_seq_id> & strm, const std::vector<std::vector<uint32_t>> & idxs) {
+    const size_t n_tokens = idxs[0].size();
+    const size_t len      = kvq_planner_plan_len(planner.get(), n_tokens);
+
+    GGML_ASSERT(ggml_nelements(dst) >= (int64_t) (len*strm.size()));
+
+    std::vector<kvq_row> rows(n_tokens);
+
+    for (size_t s = 0; s < strm.size(); ++s) {
+        for (size_t i = 0; i < n_tokens; ++i) {
+            rows[i] = { idxs[s][i], ubatch.pos[s*n_tokens + i] };
+        }
+
+        plan_stream(strm[s], rows, (int32_t *) dst->data + s*len, len);
+    }
+}

@@ -1,0 +1,321 @@
+// Saved state: header, checks and the whole cache.
+
+#include "kvq-state.h"
+
+#include "llama-impl.h"
+
+#include <algorithm>
+
+static const uint32_t KVQ_STATE_MAGIC   = 0x5351564b; // "KVQS"
+static const uint32_t KVQ_STATE_VERSION = 1;
+
+void kvq_state_call(kvq_status status, const char * what) {
+    if (status != 0) {
+        throw std::runtime_error(format("kvq: %s: %s", what, kvq_last_error()));
+    }
+}
+
+std::vector<kvq_range> kvq_state_ranges(const kvq_layout * layout, kvq_side side, kvq_state_part part,
+        uint32_t page0, uint32_t n_pages) {
+    std::vector<kvq_range> res;
+    if (part == KVQ_STATE_PAGES && n_pages == 0) {
+        return res;
+    }
+
+    auto get = [&](kvq_range * out, size_t cap, size_t * n) {
+        return part == KVQ_STATE_SLOTS
+            ? kvq_layout_slot_ranges(layout, side, out, cap, n)
+            : kvq_layout_page_ranges(layout, side, page0, n_pages, out, cap, n);
+    };
+
+    size_t n = 0;
+    kvq_state_call(get(nullptr, 0, &n), "state ranges");
+    res.resize(n);
+    kvq_state_call(get(res.data(), n, &n), "state ranges");
+
+    return res;
+}
+
+size_t kvq_state_size(const std::vector<kvq_range> & ranges) {
+    size_t size = 0;
+    for (const auto & r : ranges) {
+        size += r.size;
+    }
+    return size;
+}
+
+void kvq_state_get(const ggml_tensor * t, const std::vector<kvq_range> & ranges, uint8_t * dst) {
+    for (const auto & r : ranges) {
+        ggml_backend_tensor_get(t, dst, r.offset, r.size);
+        dst += r.size;
+    }
+}
+
+void kvq_state_set(ggml_tensor * t, const std::vector<kvq_range> & ranges, const uint8_t * src) {
+    for (const auto & r : ranges) {
+        ggml_backend_tensor_set(t, src, r.offset, r.size);
+        src += r.size;
+    }
+}
+
+static std::string layout_format(const kvq_layout * layout) {
+    std::vector<char> buf(4096);
+    kvq_state_call(kvq_layout_format(layout, buf.data(), buf.size()), "layout format");
+    return buf.data();
+}
+
+void llama_kvq_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
+    if (kv.get_has_shift() || !kv.sc_info.empty()) {
+        throw std::runtime_error("kvq: a position shift or sequence copy is still to be applied: "
+                "decode before saving the state");
+    }
+
+    kvq_state_writer out { io, {} };
+
+    out.value<uint32_t>(KVQ_STATE_MAGIC);
+    out.value<uint32_t>(KVQ_STATE_VERSION);
+    out.value<uint32_t>(seq_id != -1);
+    out.value<uint32_t>(kv.n_stream);
+    out.value<uint32_t>(kv.get_size());
+    out.value<uint32_t>(kvq_planner_n_slots(planner.get()));
+    out.value<uint32_t>(kvq_recipe_page(recipe.get()));
+    out.value<uint32_t>(kv.has_cell_ext());
+    out.string(spec());
+    out.value<uint32_t>(layouts.size());
+    for (const auto & layout : layouts) {
+        out.string(layout_format(layout.get()));
+    }
+
+    if (seq_id == -1) {
+        state_write_all(out);
+    } else {
+        state_write_seq(out, seq_id);
+    }
+
+    out.finish();
+}
+
+void llama_kvq_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
+    kvq_state_reader in { io, {} };
+
+    const bool is_seq = seq_id != -1;
+
+    if (in.value<uint32_t>() != KVQ_STATE_MAGIC) {
+        throw std::runtime_error("kvq: this state was not saved with kvq: restore it with --kvq off");
+    }
+    const auto version = in.value<uint32_t>();
+    if (version != KVQ_STATE_VERSION) {
+        throw std::runtime_error(format("kvq: the saved state has version %u, this program reads %u",
+                    version, KVQ_STATE_VERSION));
+    }
+    if (in.value<uint32_t>() != is_seq) {
+        throw std::runtime_error(is_seq
+                ? "kvq: this is the state of a whole context, not of a sequence"
+                : "kvq: this is the state of a sequence, not of a whole context");
+    }
+
+    const auto n_stream = in.value<uint32_t>();
+    const auto n_cells  = in.value<uint32_t>();
+    const auto n_slots  = in.value<uint32_t>();
+    const auto page     = in.value<uint32_t>();
+    const auto has_ext  = in.value<uint32_t>();
+    const auto recipe_0 = in.string();
+
+    if (recipe_0 != spec()) {
+        throw std::runtime_error(format("kvq: the state was saved with --kvq %s, this context has %s",
+                    recipe_0.c_str(), spec().c_str()));
+    }
+    // a sequence goes into any free cells, a whole context only into its like
+    const bool same_size =
+        n_stream == kv.n_stream && n_cells == kv.get_size() && n_slots == kvq_planner_n_slots(planner.get());
+
+    if (!is_seq && !same_size) {
+        throw std::runtime_error(format("kvq: the state was saved with %u streams of %u cells and %u exact rows, "
+                    "this context has %u, %u and %u",
+                    n_stream, n_cells, n_slots, kv.n_stream, kv.get_size(), kvq_planner_n_slots(planner.get())));
+    }
+    if (page != kvq_recipe_page(recipe.get()) || has_ext != (uint32_t) kv.has_cell_ext()) {
+        throw std::runtime_error("kvq: the state was saved by another kind of cache");
+    }
+    if (in.value<uint32_t>() != layouts.size()) {
+        throw std::runtime_error("kvq: the state was saved with another number of layers");
+    }
+    for (size_t i = 0; i < layouts.size(); ++i) {
+        const auto fmt = in.string();
+        const auto fmt_cur = layout_format(layouts[i].get());
+        if (fmt != fmt_cur) {
+            throw std::runtime_error(format("kvq: layer %u was saved as %s, this context has %s",
+                        kv.layers[i].il, fmt.c_str(), fmt_cur.c_str()));
+        }
+    }
+
+    if (is_seq) {
+        state_read_seq(in, seq_id);
+    } else {
+        state_read_all(in);
+    }
+}
+
+void llama_kvq_cache::state_write_all(kvq_state_writer & out) const {
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        const auto & cells = kv.v_cells[s];
+
+        out.value<uint32_t>(cells.get_used());
+        out.value<uint32_t>(kv.v_heads[s]);
+
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            if (cells.is_empty(i)) {
+                continue;
+            }
+            out.value<uint32_t>(i);
+            out.value<llama_pos>(cells.pos_get(i));
+            if (kv.has_cell_ext()) {
+                out.value(cells.ext_get(i));
+            }
+            out.value<uint32_t>(cells.seq_count(i));
+            for (llama_seq_id id = 0; id < (llama_seq_id) LLAMA_MAX_SEQ; ++id) {
+                if (cells.seq_has(i, id)) {
+                    out.value<llama_seq_id>(id);
+                }
+            }
+        }
+
+        size_t size = 0;
+        kvq_state_call(kvq_planner_export_size(planner.get(), s, &size), "planner state");
+        std::vector<uint8_t> buf(size);
+        kvq_state_call(kvq_planner_export(planner.get(), s, buf.data(), size), "planner state");
+        out.value<uint64_t>(size);
+        out.bytes(buf.data(), size);
+
+        const uint32_t page    = kvq_recipe_page(recipe.get());
+        const uint32_t n_pages = (cells.used_max_p1() + page - 1)/page;
+
+        for (size_t i = 0; i < layouts.size(); ++i) {
+            for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
+                const ggml_tensor * t = side == KVQ_SIDE_K ? kv.layers[i].k_stream[s] : kv.layers[i].v_stream[s];
+
+                for (auto part : { KVQ_STATE_SLOTS, KVQ_STATE_PAGES }) {
+                    const auto ranges = kvq_state_ranges(layouts[i].get(), side, part, 0, n_pages);
+
+                    buf.resize(kvq_state_size(ranges));
+                    kvq_state_get(t, ranges, buf.data());
+                    out.bytes(buf.data(), buf.size());
+                }
+            }
+        }
+    }
+}
+
+void llama_kvq_cache::state_read_all(kvq_state_reader & in) {
+    struct stream_t {
+        uint32_t head;
+        std::vector<kvq_state_cell>       cells;
+        std::vector<std::vector<uint8_t>> bytes; // as written: layers, sides, parts
+        uint32_t n_pages = 0;
+    };
+    std::vector<stream_t> streams(kv.n_stream);
+
+    // a planner of its own takes the snapshots, and the place of the old one when all of them fit
+    kvq_planner * p = nullptr;
+    kvq_state_call(kvq_planner_new(recipe.get(), kv.get_size(), kv.n_stream, kv.n_seq_max, &p), "planner");
+    kvq_planner_ptr planner_new(p);
+
+    const auto damaged = [](const char * what) {
+        throw std::runtime_error(format("kvq: the saved state is damaged (%s)", what));
+    };
+
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        auto & stream = streams[s];
+
+        const auto n_used = in.value<uint32_t>();
+        stream.head       = in.value<uint32_t>();
+        if (n_used > kv.get_size() || stream.head > kv.get_size()) {
+            damaged("cells");
+        }
+
+        int64_t last = -1;
+        for (uint32_t i = 0; i < n_used; ++i) {
+            kvq_state_cell cell;
+            cell.cell = in.value<uint32_t>();
+            cell.pos  = in.value<llama_pos>();
+            if (kv.has_cell_ext()) {
+                cell.ext = in.value<llama_kv_cell_ext>();
+            }
+            const auto n_seq = in.value<uint32_t>();
+            if (cell.cell <= last || cell.cell >= kv.get_size() || cell.pos < 0 ||
+                n_seq == 0 || n_seq > LLAMA_MAX_SEQ) {
+                damaged("cells");
+            }
+            last = cell.cell;
+            for (uint32_t j = 0; j < n_seq; ++j) {
+                const auto id = in.value<llama_seq_id>();
+                if (id < 0 || (uint32_t) id >= kv.n_seq_max || kv.seq_to_stream[id] != s ||
+                    (j > 0 && id <= cell.seq_ids.back())) {
+                    damaged("sequence ids");
+                }
+                cell.seq_ids.push_back(id);
+            }
+            stream.cells.push_back(std::move(cell));
+        }
+
+        const auto size = in.value<uint64_t>();
+        if (size > uint64_t(64)*kv.get_size() + 64*1024) {
+            damaged("planner");
+        }
+        const auto snapshot = in.buffer(size);
+        kvq_state_call(kvq_planner_import(planner_new.get(), s, snapshot.data(), snapshot.size()),
+                "the saved state is damaged");
+
+        std::vector<int32_t> location(kv.get_size());
+        kvq_state_call(kvq_planner_locate(planner_new.get(), s, location.data()), "planner");
+        for (const auto & cell : stream.cells) {
+            if (location[cell.cell] == -1) {
+                damaged("a cell without its row");
+            }
+        }
+
+        const uint32_t page = kvq_recipe_page(recipe.get());
+        stream.n_pages = (last + page)/page;
+
+        for (const auto & layout : layouts) {
+            for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
+                for (auto part : { KVQ_STATE_SLOTS, KVQ_STATE_PAGES }) {
+                    const auto ranges = kvq_state_ranges(layout.get(), side, part, 0, stream.n_pages);
+                    stream.bytes.push_back(in.buffer(kvq_state_size(ranges)));
+                }
+            }
+        }
+    }
+
+    in.finish();
+
+    kv.clear(true);
+    planner = std::move(planner_new);
+
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        auto & cells = kv.v_cells[s];
+
+        for (const auto & cell : streams[s].cells) {
+            cells.pos_set(cell.cell, cell.pos);
+            if (kv.has_cell_ext()) {
+                cells.ext_set(cell.cell, cell.ext);
+            }
+            for (const auto id : cell.seq_ids) {
+                cells.seq_add(cell.cell, id);
+            }
+        }
+        kv.v_heads[s] = streams[s].head;
+
+        auto bytes = streams[s].bytes.begin();
+        for (size_t i = 0; i < layouts.size(); ++i) {
+            for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
+                ggml_tensor * t = side == KVQ_SIDE_K ? kv.layers[i].k_stream[s] : kv.layers[i].v_stream[s];
+
+                for (auto part : { KVQ_STATE_SLOTS, KVQ_STATE_PAGES }) {
+                    const auto ranges = kvq_state_ranges(layouts[i].get(), side, part, 0, streams[s].n_pages);
+                    kvq_state_set(t, ranges, (bytes++)->data());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,330 @@
+// Tests of the patched llama.cpp through its public API alone:
+//   test_llama MODEL RECIPE [NMSE]
+// Compares a kvq context with an f16 one (prefill, decode, several sequences, sequence copy, K-shift), and checks that
+// saved state comes back bit-identical and that damaged state is refused. Exit status 2: this model refuses the recipe.
+
+#include "llama.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+static int n_failed = 0;
+
+static void check(bool ok, const char * what, double value = 0.0) {
+    printf("  %-6s %s (%g)\n", ok ? "ok" : "FAILED", what, value);
+    n_failed += !ok;
+}
+
+struct run_params {
+    const char * recipe;
+    bool         unified;
+    int          n_seq;
+    int          n_ctx; // all sequences together
+};
+
+struct run {
+    llama_context * ctx;
+    int             n_vocab;
+
+    run(llama_model * model, const run_params & p) {
+        setenv("LLAMA_ARG_KVQ", p.recipe, 1);
+
+        auto cparams = llama_context_default_params();
+        cparams.n_ctx           = p.n_ctx;
+        cparams.n_batch         = p.n_ctx;
+        cparams.n_ubatch        = 48; // not a divisor of the page
+        cparams.n_seq_max       = p.n_seq;
+        cparams.kv_unified      = p.unified;
+        cparams.n_threads       = 2;
+        cparams.n_threads_batch = 2;
+        cparams.no_perf         = true;
+
+        ctx     = llama_init_from_model(model, cparams);
+        n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
+    }
+    ~run() { llama_free(ctx); }
+
+    run(const run &) = delete;
+
+    llama_memory_t mem() { return llama_get_memory(ctx); }
+
+    // tokens[i] goes to seqs[i] at pos[i]; logits of all of them
+    std::vector<float> decode(const std::vector<llama_token> & tokens, const std::vector<llama_seq_id> & seqs,
+            const std::vector<llama_pos> & pos) {
+        llama_batch batch = llama_batch_init(tokens.size(), 0, 1);
+        for (size_t i = 0; i < tokens.size(); ++i) {
+            batch.token   [i]    = tokens[i];
+            batch.pos     [i]    = pos[i];
+            batch.n_seq_id[i]    = 1;
+            batch.seq_id  [i][0] = seqs[i];
+            batch.logits  [i]    = true;
+        }
+        batch.n_tokens = tokens.size();
+
+        std::vector<float> res;
+        if (llama_decode(ctx, batch) == 0) {
+            res.assign(llama_get_logits(ctx), llama_get_logits(ctx) + tokens.size()*n_vocab);
+        }
+        llama_batch_free(batch);
+        return res;
+    }
+
+    // n tokens of one sequence from position p0, in one batch or one by one
+    std::vector<float> feed(llama_seq_id seq, llama_pos p0, int n, bool one_by_one = false) {
+        std::vector<float> res;
+        for (int i = 0; i < n; i += one_by_one ? 1 : n) {
+            std::vector<llama_token>  tokens;
+            std::vector<llama_pos>    pos;
+            for (int j = i; j < (one_by_one ? i + 1 : n); ++j) {
+                tokens.push_back((unsigned) (17*(p0 + j)*(p0 + j) + 131*seq + 7) % n_vocab);
+                pos.push_back(p0 + j);
+            }
+            const auto cur = decode(tokens, std::vector<llama_seq_id>(tokens.size(), seq), pos);
+            if (cur.empty()) {
+                return {};
+            }
+            res.insert(res.end(), cur.begin(), cur.end());
+        }
+        return res;
+    }
+};
+
+static double nmse(const std::vector<float> & a, const std::vector<float> & b) {
+    if (a.empty() || a.size() != b.size()) {
+        return INFINITY;
+    }
+    double err = 0.0;
+    double sum = 0.0;
+    for (size_t i = 0; i < a.size(); ++i) {
+        if (std::isinf(a[i]) && a[i] == b[i]) {
+            continue; // tokens that the model masks out
+        }
+        err += (a[i] - b[i])*(a[i] - b[i]);
+        sum += a[i]*a[i];
+    }
+    return err/sum;
+}
+
+static bool same(const std::vector<float> & a, const std::vector<float> & b) {
+    return !a.empty() && a.size() == b.size() && memcmp(a.data(), b.data(), a.size()*sizeof(float)) == 0;
+}
+
+static void test_sequences(llama_model * model, const char * recipe, bool unified, double limit) {
+    printf("%s cache, 3 sequences\n", unified ? "unified" : "split");
+
+    run exact (model, { "off",  unified, 3, 1536 });
+    run packed(model, { recipe, unified, 3, 1536 });
+
+    const auto both = [&](const char * what, auto f) {
+        const auto a = f(exact);
+        const auto b = f(packed);
+        const double e = nmse(a, b);
+        check(e <= limit, what, e);
+    };
+
+    both("prefill",             [&](run & r) { return r.feed(0, 0, 300); });
+    both("second sequence",     [&](run & r) { return r.feed(1, 0, 200); });
+    both("decode",              [&](run & r) { return r.feed(0, 300, 20, true); });
+    both("interleaved batches", [&](run & r) {
+        std::vector<float> res;
+        for (int i = 0; i < 40; ++i) {
+            const auto cur = r.decode({ 5 + i, 6 + i, 7 + i }, { 0, 1, 2 }, { 320 + i, 200 + i, i });
+            res.insert(res.end(), cur.begin(), cur.end());
+        }
+        return res;
+    });
+
+    const bool can_rm = [&] { // recurrent parts cannot remove a part of a sequence
+        const bool a = llama_memory_seq_rm(exact .mem(), 0, 280, -1);
+        const bool b = llama_memory_seq_rm(packed.mem(), 0, 280, -1);
+        return a && b;
+    }();
+    if (can_rm) {
+        both("rewind and again", [&](run & r) { return r.feed(0, 280, 60); });
+    }
+    both("sequence copy", [&](run & r) {
+        llama_memory_seq_rm(r.mem(), 2, -1, -1);
+        llama_memory_seq_cp(r.mem(), 1, 2, -1, -1);
+        return r.feed(2, 240, 30, true);
+    });
+    if (getenv("KVQ_TEST_QUICK")) {
+        return;
+    }
+    both("clear", [&](run & r) {
+        llama_memory_clear(r.mem(), false);
+        return r.feed(1, 0, 150);
+    });
+}
+
+// afterwards llama.cpp's view of the cache ends before pages that still hold bytes
+static void test_rewind(llama_model * model, const char * recipe, double limit) {
+    printf("rewind\n");
+
+    run exact (model, { "off",  true, 1, 1024 });
+    run packed(model, { recipe, true, 1, 1024 });
+
+    const auto rewind = [](run & r) {
+        r.feed(0, 0, 700);
+        return llama_memory_seq_rm(r.mem(), 0, 30, -1) ? r.feed(0, 30, 60) : std::vector<float>();
+    };
+
+    const auto a = rewind(exact);
+    if (a.empty()) {
+        printf("  (not for this model)\n");
+        return;
+    }
+    const double e = nmse(a, rewind(packed));
+    check(e <= limit, "far back", e);
+}
+
+static void test_shift(llama_model * model, const char * recipe, double limit) {
+    printf("K-shift\n");
+
+    run exact (model, { "off",  true, 1, 1024 });
+    run packed(model, { recipe, true, 1, 1024 });
+
+    const auto shift = [](run & r) {
+        r.feed(0, 0, 400);
+        if (!llama_memory_can_shift(r.mem()) || !llama_memory_seq_rm(r.mem(), 0, 50, 150)) {
+            return std::vector<float>();
+        }
+        llama_memory_seq_add(r.mem(), 0, 150, -1, -100);
+        return r.feed(0, 300, 40, true);
+    };
+
+    const auto a = shift(exact);
+    if (a.empty()) {
+        printf("  (not for this model)\n");
+        return;
+    }
+    const double e = nmse(a, shift(packed));
+    check(e <= 4.0*limit, "decode after the shift", e); // packed rows are encoded twice
+}
+
+static void test_state(llama_model * model, const char * recipe) {
+    printf("state\n");
+
+    run r(model, { recipe, true, 2, 1024 });
+
+    r.feed(0, 0, 333);
+    r.feed(1, 0, 100);
+    r.feed(0, 333, 30, true);
+
+    std::vector<uint8_t> all(llama_state_get_size(r.ctx));
+    check(llama_state_get_data(r.ctx, all.data(), all.size()) == all.size(), "save all", all.size());
+    std::vector<uint8_t> seq(llama_state_seq_get_size(r.ctx, 0));
+    check(llama_state_seq_get_data(r.ctx, seq.data(), seq.size(), 0) == seq.size(), "save a sequence", seq.size());
+
+    const auto expected = r.feed(0, 363, 150, true);
+
+    check(llama_state_set_data(r.ctx, all.data(), all.size()) != 0, "restore all");
+    check(same(expected, r.feed(0, 363, 150, true)), "logits after it are bit-identical");
+
+    {
+        run other(model, { recipe, true, 2, 1024 });
+        check(llama_state_set_data(other.ctx, all.data(), all.size()) != 0, "restore all in a new context");
+        check(same(expected, other.feed(0, 363, 150, true)), "logits after it are bit-identical");
+    }
+    {
+        run other(model, { recipe, false, 2, 2048 });
+        check(llama_state_seq_set_data(other.ctx, seq.data(), seq.size(), 1) != 0,
+                "restore the sequence as another one, in another cache");
+        llama_memory_clear(other.mem(), true);
+        other.feed(1, 0, 70);
+        check(llama_state_seq_set_data(other.ctx, seq.data(), seq.size(), 0) != 0,
+                "restore the sequence beside another one");
+        const auto first = other.feed(0, 363, 1);
+        check(same(std::vector<float>(expected.begin(), expected.begin() + first.size()), first),
+                "the first logits after it are bit-identical");
+    }
+    {
+        // no whole page is free in between
+        run other(model, { recipe, true, 2, 1024 });
+        for (int i = 0; i < 1024 - 364; i += 60) {
+            other.feed(1, i, std::min(60, 1024 - 364 - i));
+        }
+        llama_memory_seq_rm(other.mem(), 1, 100, 200);
+        if (llama_state_seq_set_data(other.ctx, seq.data(), seq.size(), 0) != 0) {
+            const auto first = other.feed(0, 363, 1);
+            const double e = nmse(std::vector<float>(expected.begin(), expected.begin() + first.size()), first);
+            check(e < 0.01, "restore between other sequences", e);
+        } else {
+            check(false, "restore between other sequences");
+        }
+    }
+    {
+        run other(model, { "off", true, 2, 1024 });
+        check(llama_state_set_data(other.ctx, all.data(), all.size()) == 0, "an f16 cache refuses it");
+    }
+
+    // damaged state is refused and changes nothing
+    llama_state_set_data(r.ctx, all.data(), all.size());
+    std::mt19937 rng(1);
+    int n_accepted = 0;
+    for (int i = 0; i < 60; ++i) {
+        auto bad = i%2 ? all : seq;
+        if (i%4 < 2) {
+            bad.resize(rng()%bad.size());
+        } else {
+            bad[64 + rng()%(bad.size() - 64)] ^= 1 << rng()%8;
+        }
+        const size_t n = i%2
+            ? llama_state_set_data(r.ctx, bad.data(), bad.size())
+            : llama_state_seq_set_data(r.ctx, bad.data(), bad.size(), 0);
+        n_accepted += n != 0;
+    }
+    check(n_accepted <= 2, "damaged states are refused (what llama.cpp itself saves has no checksum)", n_accepted);
+    if (n_accepted == 0) {
+        check(same(expected, r.feed(0, 363, 150, true)), "the cache is as it was");
+    }
+}
+
+int main(int argc, char ** argv) {
+    if (argc < 3) {
+        fprintf(stderr, "usage: %s MODEL RECIPE [NMSE]\n", argv[0]);
+        return 1;
+    }
+    const char * recipe = argv[2];
+    const double limit  = argc > 3 ? atof(argv[3]) : 1e-3;
+
+    llama_log_set([](ggml_log_level level, const char * text, void *) {
+        if (level == GGML_LOG_LEVEL_ERROR && getenv("KVQ_TEST_LOG")) {
+            fputs(text, stderr);
+        } else if (level == GGML_LOG_LEVEL_ERROR && strstr(text, "context: kvq: ")) {
+            fputs(strstr(text, "kvq: "), stdout);
+        }
+    }, nullptr);
+    llama_backend_init();
+
+    auto mparams = llama_model_default_params();
+    mparams.n_gpu_layers = 0;
+    llama_model * model = llama_model_load_from_file(argv[1], mparams);
+    if (!model) {
+        fprintf(stderr, "cannot load %s\n", argv[1]);
+        return 1;
+    }
+    {
+        run r(model, { recipe, true, 1, 512 });
+        if (!r.ctx) {
+            return 2;
+        }
+    }
+
+    test_sequences(model, recipe, true,  limit);
+    if (!getenv("KVQ_TEST_QUICK")) {
+        test_sequences(model, recipe, false, limit);
+        test_state(model, recipe);
+    }
+    test_rewind(model, recipe, limit);
+    test_shift(model, recipe, limit);
+
+    llama_model_free(model);
+    printf(n_failed ? "%d failed\n" : "all passed\n", n_failed);
+
+    return n_failed != 0;
+}
