@@ -461,6 +461,8 @@ kvq_status kvq_dequantize(const kvq_layout *layout,
 // [n][n_kv_heads][head_dim_k]. Exact rows stay exact (half precision), rows in pages are encoded again. Meant for
 // shifts of positions that rotate the keys. `location` comes from kvq_planner_locate; cells that are nowhere are
 // skipped.
+//
+// Ask for whole pages (kvq_recipe_page) where you can: only a page of which all rows change is encoded from scratch.
 kvq_status kvq_requantize_k(const kvq_layout *layout,
                             uint8_t *k_mem,
                             const int32_t *location,

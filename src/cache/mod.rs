@@ -15,6 +15,7 @@ mod state;
 mod tests;
 
 pub use cells::MAX_SEQUENCES;
+pub(crate) use rope::split_location;
 pub use rope::Rope;
 
 use std::sync::{Mutex, PoisonError};

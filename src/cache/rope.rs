@@ -7,7 +7,8 @@ use super::{Cache, STREAM};
 use crate::codec::Side;
 use crate::error::{Error, Result};
 use crate::parallel;
-use crate::store;
+use crate::planner::CellState;
+use crate::store::{self, ABSENT, IN_PAGE};
 
 /// How the keys that a cache stores were rotated (RoPE): pair i of the first `n_rot` values is turned by
 /// `pos * freq_scale * freq_base^(-2i / n_rot)`.
@@ -58,10 +59,17 @@ impl Rope {
 impl Cache {
     /// Turns the stored keys of cells whose positions move by `delta`.
     pub(super) fn rotate_keys(&mut self, rope: &Rope, moved: &[usize], delta: i32) -> Result<()> {
-        let mut location = vec![-1; self.params.n_cells];
+        let mut location = vec![ABSENT; self.params.n_cells];
         self.planner.locate(STREAM, &mut location)?;
         let mut changed = vec![0; self.params.n_cells];
         moved.iter().for_each(|&cell| changed[cell] = 1);
+        let held: Vec<u32> =
+            (0..self.params.n_cells as u32).filter(|&cell| location[cell as usize] != ABSENT).collect();
+        let mut sealed = vec![false; self.params.n_cells];
+        for (&cell, state) in held.iter().zip(self.planner.export(STREAM, &held)?) {
+            sealed[cell as usize] = !matches!(state, CellState::Exact { encoded: false, .. });
+        }
+        let places = split_location(&location, |cell| sealed[cell]);
         let page = self.planner.config().page;
         let pages: Vec<Range<usize>> = (0..self.params.n_cells.div_ceil(page))
             .map(|index| index * page..((index + 1) * page).min(self.params.n_cells))
@@ -80,9 +88,23 @@ impl Cache {
                 for (row, _) in rows.chunks_exact_mut(dim).zip(changed).filter(|(_, &changed)| changed == 1) {
                     rope.rotate(row, &angles);
                 }
-                store::requantize_k_head(layout, region, &location, cells.start, rows, changed)?;
+                for location in &places {
+                    store::requantize_k_head(layout, region, location, cells.start, rows, changed)?;
+                }
             }
             Ok(())
         })
     }
+}
+
+/// Keys have to be replaced wherever they are: in slots, and in pages also behind a slot, for a row that is sealed
+/// while in the window is in both. `location` is split into the slots and the pages, of which `is_sealed` names those
+/// behind slots. Two calls of [`store::requantize_k_head`] then reach all rows; it makes a new page header if all rows
+/// of the page change, so a page must be given whole.
+pub(crate) fn split_location(location: &[i32], is_sealed: impl Fn(usize) -> bool) -> [Vec<i32>; 2] {
+    // What is no location at all stays, to be refused.
+    let slots = location.iter().map(|&at| if at == IN_PAGE { ABSENT } else { at });
+    let in_page = |(cell, &at): (usize, &i32)| at == IN_PAGE || (at >= 0 && is_sealed(cell));
+    let pages = location.iter().enumerate().map(|cell| if in_page(cell) { IN_PAGE } else { ABSENT });
+    [slots.collect(), pages.collect()]
 }

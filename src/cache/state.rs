@@ -20,7 +20,6 @@ use std::io::{self, Write};
 use super::cells::Cells;
 use super::checksum::Checksum;
 use super::{Cache, STREAM};
-use crate::codec::REGISTRY;
 use crate::error::{Error, Result, Status};
 use crate::planner::Planner;
 
@@ -160,15 +159,11 @@ impl Cache {
             let super::Rope { n_rot, freq_base, freq_scale, interleaved } = rope;
             format!("{n_rot}/{freq_base}/{freq_scale}/{interleaved}")
         });
-        let codecs: Vec<_> = REGISTRY.iter().map(|codec| format!("{} {}", codec.name, codec.format_version)).collect();
         format!(
-            "{}; {}; heads {}/{} of {}/{}; layers {n_layers}; cells {n_cells}; sequences {n_seq_max}; slots {}; rope {rope}",
+            "{}; {}; n_heads={}; layers={n_layers}; cells={n_cells}; sequences={n_seq_max}; slots={}; rope={rope}",
             self.recipe.spec(),
-            codecs.join(" "),
+            self.layout.format(),
             shape.n_heads,
-            shape.n_kv_heads,
-            shape.head_dim_k,
-            shape.head_dim_v,
             self.planner.n_slots(),
         )
     }

@@ -123,9 +123,8 @@ pub unsafe extern "C" fn kvq_layout_slot_ranges(
         // SAFETY: a live layout, as the header requires.
         let layout = unsafe { &shared(layout, "layout")?.layout };
         let side = side_of(side)?;
-        let slots = layout.slot_range(side, 0).start..layout.slot_range(side, layout.n_slots() - 1).end;
         // SAFETY: out is NULL or has room for cap ranges, n_out has room for a size, as the header requires.
-        unsafe { write_ranges(layout, side, &[slots], out, cap, n_out) }
+        unsafe { write_ranges(layout, side, &[layout.slots_range(side)], out, cap, n_out) }
     })
 }
 

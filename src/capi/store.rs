@@ -4,6 +4,7 @@ use super::attention::rows;
 use super::layout::kvq_layout;
 use super::{check, check_part, guard, product, shared, slice, slice_mut};
 use crate::attention::Rows;
+use crate::cache::split_location;
 use crate::codec::Side;
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
@@ -122,6 +123,8 @@ pub unsafe extern "C" fn kvq_dequantize(
 /// [n][n_kv_heads][head_dim_k]. Exact rows stay exact (half precision), rows in pages are encoded again. Meant for
 /// shifts of positions that rotate the keys. `location` comes from kvq_planner_locate; cells that are nowhere are
 /// skipped.
+///
+/// Ask for whole pages (kvq_recipe_page) where you can: only a page of which all rows change is encoded from scratch.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_requantize_k(
     layout: *const kvq_layout,
@@ -146,12 +149,17 @@ pub unsafe extern "C" fn kvq_requantize_k(
                 slice_mut(k_mem, heads * layout.head_bytes(Side::Key), "k_mem")?,
             )
         };
+        // Which slots have a copy in their page is not known here. To rewrite too many does no harm: sealing writes
+        // them.
+        let places = split_location(location, |_| true);
         let mut head_rows = vec![0.0; cells.len() * dim];
         for (head, region) in memory.chunks_exact_mut(layout.head_bytes(Side::Key)).enumerate() {
             for (to, from) in head_rows.chunks_exact_mut(dim).zip(all_rows.chunks_exact(heads * dim)) {
                 to.copy_from_slice(&from[head * dim..][..dim]);
             }
-            store::requantize_k_head(layout, region, location, cells.start, &head_rows, changed)?;
+            for location in &places {
+                store::requantize_k_head(layout, region, location, cells.start, &head_rows, changed)?;
+            }
         }
         Ok(())
     })

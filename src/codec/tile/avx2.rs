@@ -313,8 +313,8 @@ pub(crate) use by_width_and_rows;
 
 #[cfg(test)]
 mod tests {
-    use crate::codec::tile::Width;
     use super::*;
+    use crate::codec::tile::Width;
     use crate::simd::{Isa, IsaToken};
 
     /// Compares all strips with sums over single codes, for coefficients that the kernels may be given.

@@ -1,0 +1,11 @@
+# Fails unless PROGRAM contains AddressSanitizer exactly if SANITIZE is on.
+execute_process(COMMAND "${NM}" "${PROGRAM}" OUTPUT_VARIABLE symbols RESULT_VARIABLE result)
+if(NOT result EQUAL 0)
+    message(FATAL_ERROR "${NM} failed on ${PROGRAM}")
+endif()
+string(FIND "${symbols}" "__asan_init" at)
+if(SANITIZE AND at EQUAL -1)
+    message(FATAL_ERROR "built without AddressSanitizer")
+elseif(NOT SANITIZE AND NOT at EQUAL -1)
+    message(FATAL_ERROR "built with AddressSanitizer")
+endif()

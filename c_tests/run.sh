@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Every check of the project, from a fresh clone: Rust, C, patches, patched llama.cpp. About 30 minutes on 2 cores the
+# first time. Ends with "N passed, N failed, N skipped" and a status; each step's output is in build/checks.
+set -euo pipefail
+# shellcheck source=patches/lib.sh
+. "$(dirname "$0")/../patches/lib.sh"
+
+logs=$root/build/checks
+cmake_dir=$root/build/c_tests
+mkdir -p "$logs"
+cd "$root"
+
+passed=0 failed=0 skipped=0
+skip() { skipped=$((skipped + 1)); echo "SKIP    $1: $2"; }
+
+# step NAME COMMAND...: runs it into a log of its own; a failure is shown and counted, and the next step runs all the
+# same.
+step() {
+    local name=$1 log start=$SECONDS
+    log=$logs/$(printf '%s' "$name" | tr -c 'a-zA-Z0-9\n' '_').log
+    shift
+    # In a subshell, since die and a failing command end the shell they run in.
+    if (set -e; run_logged "$log" "$name" "$@"); then
+        passed=$((passed + 1))
+        echo "ok      $name ($((SECONDS - start)) s)"
+    else
+        failed=$((failed + 1))
+        echo "FAILED  $name ($((SECONDS - start)) s): $log"
+        grep -E '^(FAILED|error)|panicked|[0-9]+ failed' "$log" | head -n 20 | sed 's/^/        /' || true
+    fi
+}
+
+# Patches stay small: at most 5 files, 350 changed lines, 12 files of llama.cpp.
+patch_budget() {
+    local files lines n
+    n=$(find patches -maxdepth 1 -name '0*.patch' | wc -l)
+    lines=$(cat patches/0*.patch | grep -c -E '^(\+([^+]|$|\+[^+])|-([^-]|$|-[^-]))')
+    files=$(sed -n 's,^+++ b/,,p' patches/0*.patch | sort -u | wc -l)
+    echo "$n patches, $lines changed lines, $files upstream files"
+    ((n >= 1 && n <= 5 && lines <= 350 && files <= 12))
+}
+
+isa_here() {
+    case $1 in
+        scalar) true ;;
+        *) grep -q -m 1 -w "$2" /proc/cpuinfo 2>/dev/null ;;
+    esac
+}
+
+c_tests() {
+    local variant=$1
+    shift
+    cmake -S c_tests -B "$cmake_dir/$variant" -G Ninja "-DKVQ_LIB_DIR=${CARGO_TARGET_DIR:-$root/target}/release" "$@" &&
+        cmake --build "$cmake_dir/$variant" --parallel "$jobs"
+}
+
+need cmake=cmake ninja=ninja-build ccache=ccache g++=g++ valgrind=valgrind python3=python3
+need_rust
+if command -v rustup >/dev/null; then
+    { cargo fmt --version && cargo clippy --version; } >/dev/null 2>&1 || rustup component add rustfmt clippy
+fi
+
+step "rustfmt" cargo fmt --check
+step "clippy" cargo clippy --release --all-targets -- -D warnings
+step "cargo build" cargo build --release
+for pair in scalar= avx2=avx2 avx512=avx512bw; do
+    isa=${pair%%=*}
+    if isa_here "$isa" "${pair#*=}"; then
+        step "cargo test, $isa" env KVQ_ISA="$isa" cargo test --release
+    else
+        skip "cargo test, $isa" "this processor has none"
+    fi
+done
+
+step "C tests: build" c_tests plain
+step "C tests" ctest --test-dir "$cmake_dir/plain" --output-on-failure -LE valgrind
+step "C tests: valgrind" ctest --test-dir "$cmake_dir/plain" --output-on-failure -L valgrind --no-tests=error
+step "C tests: build with sanitizers" c_tests asan -DKVQ_SANITIZE=ON
+step "C tests: sanitizers" ctest --test-dir "$cmake_dir/asan" --output-on-failure -LE valgrind
+
+step "patch budget" patch_budget
+step "patched and unpatched llama.cpp: build" patches/build.sh --tests --stock
+step "llama.cpp integration" patches/integration.sh
+
+eval_model=../shared/models/eval-105m-q8_0.gguf
+eval_text=../shared/text/amazon.txt
+if [ -f "$eval_model" ] && [ -f "$eval_text" ]; then
+    step "quality on the evaluation model" patches/eval.py -m "$eval_model" -f "$eval_text" --chunks 2 \
+        -o build/eval/check --at-most 0.35,0.75,3.0 skvq:k=4,v=4 skvq:k=3,v=3 skvq:k=2,v=2
+    step "pass-key retrieval" patches/passkey.py -m "$eval_model" -f "$eval_text" -n 8 --max 1200 --at-least 0.85 \
+        -o build/eval/check-passkey skvq:k=4,v=4 skvq:k=3,v=3
+else
+    skip "quality on the evaluation model" "no $eval_model"
+    skip "pass-key retrieval" "no $eval_model"
+fi
+
+echo "$passed passed, $failed failed, $skipped skipped"
+((failed == 0))

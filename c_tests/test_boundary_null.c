@@ -1,0 +1,213 @@
+/* NULL for every pointer of every function: an error or a harmless value, never a crash, and no output is touched. */
+#include "check.h"
+
+#define UNTOUCHED ((void *)(uintptr_t)0x5a5a)
+
+static bool always(void *user, uint32_t stream, uint32_t cell) {
+    (void)user, (void)stream, (void)cell;
+    return true;
+}
+
+static void recipe_and_layout(kvq_recipe *recipe, kvq_layout *layout) {
+    const kvq_shape shape = {4, 2, 64, 64};
+    kvq_recipe *new_recipe = UNTOUCHED;
+    kvq_layout *new_layout = UNTOUCHED;
+    char text[512];
+    size_t n = 77;
+    kvq_range ranges[8];
+    CHECK_INVALID(kvq_recipe_parse(NULL, &new_recipe));
+    CHECK_INVALID(kvq_recipe_parse("skvq", NULL));
+    CHECK_INVALID(kvq_recipe_spec(NULL, text, sizeof text));
+    CHECK_INVALID(kvq_recipe_spec(recipe, NULL, sizeof text));
+    CHECK(kvq_recipe_page(NULL) == 0);
+    CHECK_INVALID(kvq_layout_new(NULL, &shape, 64, 16, &new_layout));
+    CHECK_INVALID(kvq_layout_new(recipe, NULL, 64, 16, &new_layout));
+    CHECK_INVALID(kvq_layout_new(recipe, &shape, 64, 16, NULL));
+    CHECK(kvq_layout_k_bytes(NULL) == 0 && kvq_layout_v_bytes(NULL) == 0);
+    CHECK(kvq_layout_bits_k(NULL) == 0 && kvq_layout_bits_v(NULL) == 0);
+    CHECK_INVALID(kvq_layout_format(NULL, text, sizeof text));
+    CHECK_INVALID(kvq_layout_format(layout, NULL, sizeof text));
+    CHECK_INVALID(kvq_layout_slot_ranges(NULL, KVQ_SIDE_K, ranges, 8, &n));
+    CHECK_INVALID(kvq_layout_slot_ranges(layout, KVQ_SIDE_K, ranges, 8, NULL));
+    CHECK_INVALID(kvq_layout_page_ranges(NULL, KVQ_SIDE_K, 0, 1, ranges, 8, &n));
+    CHECK_INVALID(kvq_layout_page_ranges(layout, KVQ_SIDE_K, 0, 1, ranges, 8, NULL));
+    CHECK(new_recipe == UNTOUCHED && new_layout == UNTOUCHED && n == 77);
+    kvq_recipe_free(NULL);
+    kvq_layout_free(NULL);
+}
+
+static void planner(kvq_recipe *recipe, kvq_planner *planner) {
+    kvq_planner *new_planner = UNTOUCHED;
+    const kvq_row row = {0, 0};
+    const uint32_t cell = 0;
+    const size_t len = kvq_planner_plan_len(planner, 1);
+    int32_t *plan = make(len, sizeof(int32_t));
+    size_t size = 77;
+    uint8_t byte = 0;
+    CHECK_INVALID(kvq_planner_new(NULL, 64, 1, 1, &new_planner));
+    CHECK_INVALID(kvq_planner_new(recipe, 64, 1, 1, NULL));
+    CHECK(kvq_planner_n_slots(NULL) == 0 && kvq_planner_plan_len(NULL, 1) == 0);
+    CHECK_INVALID(kvq_planner_plan(NULL, 0, &row, 1, always, NULL, plan, len));
+    CHECK_INVALID(kvq_planner_plan(planner, 0, NULL, 1, always, NULL, plan, len));
+    CHECK_INVALID(kvq_planner_plan(planner, 0, &row, 1, NULL, NULL, plan, len));
+    CHECK_INVALID(kvq_planner_plan(planner, 0, &row, 1, always, NULL, NULL, len));
+    kvq_planner_reset(NULL, 0);
+    CHECK_INVALID(kvq_planner_copy_stream(NULL, 0, 0));
+    CHECK_INVALID(kvq_planner_locate(NULL, 0, plan));
+    CHECK_INVALID(kvq_planner_locate(planner, 0, NULL));
+    CHECK_INVALID(kvq_planner_export_size(NULL, 0, &size));
+    CHECK_INVALID(kvq_planner_export_size(planner, 0, NULL));
+    CHECK_INVALID(kvq_planner_export(NULL, 0, &byte, 1));
+    CHECK_INVALID(kvq_planner_export(planner, 0, NULL, 1));
+    CHECK_INVALID(kvq_planner_import(NULL, 0, &byte, 1));
+    CHECK_INVALID(kvq_planner_import(planner, 0, NULL, 1));
+    CHECK_INVALID(kvq_planner_adopt(NULL, 0, &cell, 1));
+    CHECK_INVALID(kvq_planner_adopt(planner, 0, NULL, 1));
+    CHECK(new_planner == UNTOUCHED && size == 77);
+    kvq_planner_free(NULL);
+    free(plan);
+}
+
+static void layer(kvq_layout *layout, kvq_planner *planner) {
+    static float rows[4 * 64], out[4 * 66];
+    const size_t len = kvq_planner_plan_len(planner, 1);
+    int32_t *plan = make(len, sizeof(int32_t)), *location = make(64, sizeof(int32_t));
+    uint8_t *k_mem = make(kvq_layout_k_bytes(layout), 1), *v_mem = make(kvq_layout_v_bytes(layout), 1);
+    const uint8_t changed = 1;
+    const kvq_row row = {0, 0};
+    CHECK_OK(kvq_planner_plan(planner, 0, &row, 1, always, NULL, plan, len));
+    CHECK_OK(kvq_planner_locate(planner, 0, location));
+
+    const kvq_attend_args good = {
+        .q = rows, .q_stride_token = 256, .q_stride_head = 64,
+        .k_cur = rows, .k_stride_token = 128, .k_stride_head = 64,
+        .v_cur = rows, .v_stride_token = 128, .v_stride_head = 64,
+        .k_mem = k_mem, .v_mem = v_mem, .plan = plan, .plan_len = len,
+        .n_kv = 64, .scale = 0.125f, .n_tokens = 1, .n_splits = 1, .out = out,
+    };
+    CHECK_INVALID(kvq_attend(NULL, &good, 0, 1));
+    CHECK_INVALID(kvq_attend(layout, NULL, 0, 1));
+#define WITHOUT(field)                                \
+    do {                                              \
+        kvq_attend_args bad = good;                   \
+        bad.field = NULL;                             \
+        CHECK_INVALID(kvq_attend(layout, &bad, 0, 1)); \
+    } while (0)
+    WITHOUT(q);
+    WITHOUT(k_cur);
+    WITHOUT(v_cur);
+    WITHOUT(k_mem);
+    WITHOUT(v_mem);
+    WITHOUT(plan);
+    WITHOUT(out);
+#undef WITHOUT
+    CHECK_OK(kvq_attend(layout, &good, 0, 1));
+
+    CHECK(kvq_attend_splits(NULL, 1, 1) == 0);
+    CHECK_INVALID(kvq_combine(NULL, out, NULL, 1, 1, rows, 0, 1));
+    CHECK_INVALID(kvq_combine(layout, NULL, NULL, 1, 1, rows, 0, 1));
+    CHECK_INVALID(kvq_combine(layout, out, NULL, 1, 1, NULL, 0, 1));
+
+    const kvq_store_args store = {
+        .k_cur = rows, .k_stride_token = 128, .k_stride_head = 64,
+        .v_cur = rows, .v_stride_token = 128, .v_stride_head = 64,
+        .k_mem = k_mem, .v_mem = v_mem, .plan = plan, .plan_len = len, .n_tokens = 1,
+    };
+    CHECK_INVALID(kvq_store(NULL, &store, 0, 1));
+    CHECK_INVALID(kvq_store(layout, NULL, 0, 1));
+#define WITHOUT(field)                               \
+    do {                                             \
+        kvq_store_args bad = store;                  \
+        bad.field = NULL;                            \
+        CHECK_INVALID(kvq_store(layout, &bad, 0, 1)); \
+    } while (0)
+    WITHOUT(k_cur);
+    WITHOUT(v_cur);
+    WITHOUT(k_mem);
+    WITHOUT(v_mem);
+    WITHOUT(plan);
+#undef WITHOUT
+    CHECK_OK(kvq_store(layout, &store, 0, 1));
+
+    CHECK_INVALID(kvq_dequantize(NULL, k_mem, v_mem, location, 0, 1, rows, rows));
+    CHECK_INVALID(kvq_dequantize(layout, NULL, v_mem, location, 0, 1, rows, NULL));
+    CHECK_INVALID(kvq_dequantize(layout, k_mem, NULL, location, 0, 1, NULL, rows));
+    CHECK_INVALID(kvq_dequantize(layout, k_mem, v_mem, NULL, 0, 1, rows, rows));
+    CHECK_OK(kvq_dequantize(layout, NULL, NULL, location, 0, 1, NULL, NULL));
+    CHECK_INVALID(kvq_requantize_k(NULL, k_mem, location, 0, 1, rows, &changed));
+    CHECK_INVALID(kvq_requantize_k(layout, NULL, location, 0, 1, rows, &changed));
+    CHECK_INVALID(kvq_requantize_k(layout, k_mem, NULL, 0, 1, rows, &changed));
+    CHECK_INVALID(kvq_requantize_k(layout, k_mem, location, 0, 1, NULL, &changed));
+    CHECK_INVALID(kvq_requantize_k(layout, k_mem, location, 0, 1, rows, NULL));
+    free(plan);
+    free(location);
+    free(k_mem);
+    free(v_mem);
+}
+
+static void cache(kvq_recipe *recipe) {
+    static float rows[4 * 64], out[4 * 64];
+    const kvq_cache_params params = {.shape = {4, 2, 64, 64}, .n_layers = 1, .n_cells = 64, .n_seq_max = 2};
+    kvq_cache *cache = NULL, *other = UNTOUCHED;
+    const uint32_t seq = 0;
+    int32_t pos = 0, last = 77;
+    size_t size = 77;
+    uint8_t byte = 0;
+    CHECK_INVALID(kvq_cache_new(NULL, &params, &other));
+    CHECK_INVALID(kvq_cache_new(recipe, NULL, &other));
+    CHECK_INVALID(kvq_cache_new(recipe, &params, NULL));
+    CHECK(other == UNTOUCHED);
+    CHECK_OK(kvq_cache_new(recipe, &params, &cache));
+    CHECK_INVALID(kvq_cache_begin(NULL, &seq, &pos, 1));
+    CHECK_INVALID(kvq_cache_begin(cache, NULL, &pos, 1));
+    CHECK_INVALID(kvq_cache_begin(cache, &seq, NULL, 1));
+    CHECK_OK(kvq_cache_begin(cache, &seq, &pos, 1));
+    CHECK_INVALID(kvq_cache_attend(NULL, 0, rows, rows, rows, NULL, out));
+    CHECK_INVALID(kvq_cache_attend(cache, 0, NULL, rows, rows, NULL, out));
+    CHECK_INVALID(kvq_cache_attend(cache, 0, rows, NULL, rows, NULL, out));
+    CHECK_INVALID(kvq_cache_attend(cache, 0, rows, rows, NULL, NULL, out));
+    CHECK_INVALID(kvq_cache_attend(cache, 0, rows, rows, rows, NULL, NULL));
+    CHECK_OK(kvq_cache_attend(cache, 0, rows, rows, rows, NULL, out));
+    CHECK_INVALID(kvq_cache_end(NULL));
+    CHECK_OK(kvq_cache_end(cache));
+    CHECK_INVALID(kvq_cache_seq_rm(NULL, 0, 0, 1));
+    CHECK_INVALID(kvq_cache_seq_cp(NULL, 0, 1, 0, 1));
+    CHECK_INVALID(kvq_cache_seq_keep(NULL, 0));
+    CHECK_INVALID(kvq_cache_seq_shift(NULL, 0, 0, 1, 1));
+    CHECK_INVALID(kvq_cache_seq_range(NULL, 0, &pos, &last));
+    CHECK_INVALID(kvq_cache_seq_range(cache, 0, NULL, &last));
+    CHECK_INVALID(kvq_cache_seq_range(cache, 0, &pos, NULL));
+    CHECK_INVALID(kvq_cache_clear(NULL));
+    CHECK(kvq_cache_n_tokens(NULL) == 0 && kvq_cache_bytes(NULL) == 0);
+    CHECK_INVALID(kvq_cache_save_file(NULL, "x"));
+    CHECK_INVALID(kvq_cache_save_file(cache, NULL));
+    CHECK_INVALID(kvq_cache_load_file(NULL, "x"));
+    CHECK_INVALID(kvq_cache_load_file(cache, NULL));
+    CHECK_INVALID(kvq_cache_save_size(NULL, &size));
+    CHECK_INVALID(kvq_cache_save_size(cache, NULL));
+    CHECK_INVALID(kvq_cache_save_memory(NULL, &byte, 1, &size));
+    CHECK_INVALID(kvq_cache_save_memory(cache, NULL, 1, &size));
+    CHECK_INVALID(kvq_cache_save_memory(cache, &byte, 1, NULL));
+    CHECK_INVALID(kvq_cache_load_memory(NULL, &byte, 1));
+    CHECK_INVALID(kvq_cache_load_memory(cache, NULL, 1));
+    CHECK(last == 77 && size == 77);
+    kvq_cache_free(cache);
+    kvq_cache_free(NULL);
+}
+
+int main(void) {
+    kvq_recipe *recipe = recipe_of("skvq:page=64,window=16,sinks=1");
+    kvq_planner *a_planner = NULL;
+    kvq_layout *a_layout = NULL;
+    const kvq_shape shape = {4, 2, 64, 64};
+    CHECK_OK(kvq_planner_new(recipe, 64, 1, 1, &a_planner));
+    CHECK_OK(kvq_layout_new(recipe, &shape, 64, kvq_planner_n_slots(a_planner), &a_layout));
+    recipe_and_layout(recipe, a_layout);
+    planner(recipe, a_planner);
+    layer(a_layout, a_planner);
+    cache(recipe);
+    kvq_recipe_free(recipe);
+    kvq_planner_free(a_planner);
+    kvq_layout_free(a_layout);
+    return 0;
+}

@@ -1,0 +1,137 @@
+/* The low-level path against exact attention: parts, splits, both mask types, the view after the store, rows read and
+   replaced. */
+#include "layer.h"
+
+static const kvq_shape SHAPE = {4, 2, 64, 96};
+
+/* float to half for 0 and -infinity, all that a causal mask holds. */
+static uint16_t *half_mask(const layer *l, const exact *e) {
+    uint16_t *mask = make((size_t)l->n * e->n, sizeof(uint16_t));
+    for (size_t i = 0; i < (size_t)l->n * e->n; i++) {
+        mask[i] = l->mask[i] == 0 ? 0 : 0xfc00;
+    }
+    return mask;
+}
+
+static void attend_in_parts(const layer *l, const exact *e, uint32_t n_parts) {
+    const size_t n_out = (size_t)l->n * SHAPE.n_heads * SHAPE.head_dim_v;
+    float *out = make(n_out, sizeof(float));
+    memset(out, 0xff, n_out * sizeof(float)); /* NaN: every value must be written */
+    const kvq_attend_args args = layer_attend_args(l, e, out);
+    for (uint32_t part = n_parts; part-- > 0;) {
+        CHECK_OK(kvq_attend(l->layout, &args, part, n_parts));
+    }
+    CHECK_NMSE(out, l->expected, n_out, NMSE_8_BITS);
+    free(out);
+}
+
+static void attend_in_splits(const layer *l, const exact *e, uint32_t n_splits) {
+    const size_t n_rows = (size_t)l->n * SHAPE.n_heads;
+    float *partial = make(n_splits * n_rows * (SHAPE.head_dim_v + 2), sizeof(float));
+    float *out = make(n_rows * SHAPE.head_dim_v, sizeof(float));
+    uint16_t *mask = half_mask(l, e);
+    kvq_attend_args args = layer_attend_args(l, e, partial);
+    args.n_splits = n_splits;
+    args.mask = mask;
+    args.mask_is_f16 = 1;
+    CHECK_OK(kvq_attend(l->layout, &args, 0, 2));
+    CHECK_OK(kvq_attend(l->layout, &args, 1, 2));
+    for (uint32_t part = 0; part < 3; part++) {
+        CHECK_OK(kvq_combine(l->layout, partial, NULL, n_splits, l->n, out, part, 3));
+    }
+    CHECK_NMSE(out, l->expected, n_rows * SHAPE.head_dim_v, NMSE_8_BITS);
+    free(partial);
+    free(out);
+    free(mask);
+}
+
+/* As layers do that share another layer's memory: no current rows, after the store. */
+static void attend_after_store(const layer *l, const exact *e) {
+    const size_t n_out = (size_t)l->n * SHAPE.n_heads * SHAPE.head_dim_v;
+    float *out = make(n_out, sizeof(float));
+    kvq_attend_args args = layer_attend_args(l, e, out);
+    args.k_cur = args.v_cur = NULL;
+    CHECK_OK(kvq_attend(l->layout, &args, 0, 1));
+    CHECK_NMSE(out, l->expected, n_out, NMSE_8_BITS);
+    free(out);
+}
+
+static void read_rows(const layer *l, const exact *e) {
+    const size_t n_k = (size_t)SHAPE.n_kv_heads * SHAPE.head_dim_k, n_v = (size_t)SHAPE.n_kv_heads * SHAPE.head_dim_v;
+    const uint32_t first = (uint32_t)e->n / 3, n = (uint32_t)e->n - first;
+    int32_t *location = make(l->n_cells, sizeof(int32_t));
+    float *k = make(n * n_k, sizeof(float)), *v = make(n * n_v, sizeof(float));
+    double *exact_k = make(n * n_k, sizeof(double)), *exact_v = make(n * n_v, sizeof(double));
+    for (size_t i = 0; i < n * n_k; i++) exact_k[i] = e->k[first * n_k + i];
+    for (size_t i = 0; i < n * n_v; i++) exact_v[i] = e->v[first * n_v + i];
+    CHECK_OK(kvq_planner_locate(l->planner, 0, location));
+    for (uint32_t cell = 0; cell < l->n_cells; cell++) {
+        CHECK((location[cell] == -1) == (cell >= e->n));
+    }
+    CHECK_OK(kvq_dequantize(l->layout, l->k_mem, l->v_mem, location, first, n, k, v));
+    CHECK_NMSE(k, exact_k, n * n_k, NMSE_8_BITS);
+    CHECK_NMSE(v, exact_v, n * n_v, NMSE_8_BITS);
+    /* Cells that hold nothing give zeros; one side alone is left as asked. */
+    memset(k, 0xff, n_k * sizeof(float));
+    CHECK_OK(kvq_dequantize(l->layout, l->k_mem, NULL, location, (uint32_t)e->n, 1, k, NULL));
+    for (size_t i = 0; i < n_k; i++) CHECK(k[i] == 0);
+    CHECK_INVALID(kvq_dequantize(l->layout, l->k_mem, l->v_mem, location, 1, l->n_cells, k, v));
+    CHECK_INVALID(kvq_dequantize(l->layout, l->k_mem, l->v_mem, location, UINT32_MAX, 1, k, v));
+    free(location);
+    free(k);
+    free(v);
+    free(exact_k);
+    free(exact_v);
+}
+
+/* Negates the keys of every third cell, in slots and in pages; the others stay. */
+static void rewrite_keys(const layer *l, exact *e) {
+    const size_t n_k = (size_t)SHAPE.n_kv_heads * SHAPE.head_dim_k;
+    const uint32_t n = (uint32_t)e->n;
+    int32_t *location = make(l->n_cells, sizeof(int32_t));
+    uint8_t *changed = make(n, 1);
+    float *k = make(n * n_k, sizeof(float));
+    double *expected = make(n * n_k, sizeof(double));
+    CHECK_OK(kvq_planner_locate(l->planner, 0, location));
+    for (uint32_t cell = 0; cell < n; cell++) {
+        changed[cell] = cell % 3 == 0;
+        for (size_t i = 0; i < n_k && changed[cell]; i++) e->k[cell * n_k + i] *= -1;
+    }
+    for (size_t i = 0; i < n * n_k; i++) expected[i] = e->k[i];
+    CHECK_OK(kvq_requantize_k(l->layout, l->k_mem, location, 0, n, e->k, changed));
+    CHECK_OK(kvq_dequantize(l->layout, l->k_mem, NULL, location, 0, n, k, NULL));
+    CHECK_NMSE(k, expected, n * n_k, NMSE_8_BITS);
+    free(location);
+    free(changed);
+    free(k);
+    free(expected);
+}
+
+int main(void) {
+    const uint32_t ubatches[] = {1, 40, 1, 22, 1, 64, 130, 1, 1, 38}, n_cells = 320;
+    layer l = layer_new(SPEC_8_BITS, SHAPE, n_cells);
+    exact e = exact_new(SHAPE, n_cells);
+    uint64_t seed = 5;
+    CHECK(kvq_attend_splits(l.layout, 1, 1) == 1 && kvq_attend_splits(l.layout, 1, 64) >= 1);
+    for (size_t i = 0; i < sizeof ubatches / sizeof *ubatches; i++) {
+        layer_begin_ubatch(&l, &e, &seed, ubatches[i]);
+        attend_in_parts(&l, &e, 1);
+        attend_in_parts(&l, &e, 2);
+        attend_in_parts(&l, &e, 7);
+        attend_in_splits(&l, &e, 2);
+        attend_in_splits(&l, &e, 5);
+        const kvq_store_args store = layer_store_args(&l, &e);
+        for (uint32_t part = 0; part < 3; part++) {
+            CHECK_OK(kvq_store(l.layout, &store, part, 3));
+        }
+        attend_after_store(&l, &e);
+        read_rows(&l, &e);
+        /* Now the window holds rows that are in their page too; later steps read them from there. */
+        if (e.n == 259) {
+            rewrite_keys(&l, &e);
+        }
+    }
+    layer_free(&l);
+    exact_free(&e);
+    return 0;
+}
