@@ -210,6 +210,11 @@ impl SideLayout {
         &region[slot * self.head_dim * 2..][..self.head_dim * 2]
     }
 
+    /// The FP16 rows of `n` exact slots from `first`.
+    pub(crate) fn slots<'a>(&self, region: &'a [u8], first: usize, n: usize) -> &'a [u8] {
+        &region[first * self.head_dim * 2..][..n * self.head_dim * 2]
+    }
+
     /// The FP16 row of an exact slot, to write to.
     pub(crate) fn slot_mut<'a>(&self, region: &'a mut [u8], slot: usize) -> &'a mut [u8] {
         &mut region[slot * self.head_dim * 2..][..self.head_dim * 2]

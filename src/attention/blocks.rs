@@ -1,6 +1,8 @@
 //! The blocks of rows that attention walks over, and the part of the mask that belongs to each.
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
+
 use super::{AttendArgs, Mask};
 
 /// Exact rows that are processed together.
@@ -50,7 +52,7 @@ pub(super) fn page_mask(
     args: &AttendArgs,
     page: usize,
     columns: usize,
-    tokens: std::ops::Range<usize>,
+    tokens: Range<usize>,
     out: &mut Vec<f32>,
 ) -> Visible {
     let bits = args.plan.page_bits(args.view(), page);
@@ -107,30 +109,37 @@ fn f16_mask(from: &[u16], to: &mut [f32]) {
     }
 }
 
-/// Fills `out[tokens][columns]` with the mask of exact rows that belong to `cells` (-1: none).
+/// Columns of the mask and the weights of `n` exact rows: whole vectors.
+pub(super) fn mask_columns(n: usize) -> usize {
+    n.next_multiple_of(16)
+}
+
+/// Fills `out[tokens][mask_columns(n)]` with the mask of the first `n` of the exact rows that belong to `cells` (-1: none);
+/// rows from `n` on are visible to no token.
 pub(super) fn cell_mask(
     args: &AttendArgs,
     cells: &[i32],
-    columns: usize,
-    tokens: std::ops::Range<usize>,
+    tokens: Range<usize>,
     out: &mut Vec<f32>,
-) -> Visible {
+) -> (usize, Visible) {
+    let value = |token: usize, cell: i32| match args.mask {
+        _ if cell < 0 || cell as usize >= args.n_kv => f32::NEG_INFINITY,
+        Mask::None => 0.0,
+        Mask::F32(mask) => mask[token * args.mask_stride_token + cell as usize],
+        Mask::F16(mask) => half::f16::from_bits(mask[token * args.mask_stride_token + cell as usize]).to_f32(),
+    };
+    let seen = |cell: &i32| tokens.clone().any(|token| value(token, *cell) != f32::NEG_INFINITY);
+    let n = cells.iter().rposition(seen).map_or(0, |last| last + 1);
+    if n == 0 {
+        return (0, Visible::None);
+    }
+    let columns = mask_columns(n);
     out.clear();
     out.resize(tokens.len() * columns, f32::NEG_INFINITY);
     for (token, out) in tokens.zip(out.chunks_exact_mut(columns)) {
-        let at = token * args.mask_stride_token;
-        for (out, &cell) in out.iter_mut().zip(cells) {
-            if cell < 0 || cell as usize >= args.n_kv {
-                continue;
-            }
-            *out = match args.mask {
-                Mask::None => 0.0,
-                Mask::F32(mask) => mask[at + cell as usize],
-                Mask::F16(mask) => half::f16::from_bits(mask[at + cell as usize]).to_f32(),
-            };
-        }
+        out.iter_mut().zip(&cells[..n]).for_each(|(out, &cell)| *out = value(token, cell));
     }
-    classify(out)
+    (n, classify(out))
 }
 
 fn classify(mask: &[f32]) -> Visible {

@@ -4,14 +4,15 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::blocks::{blocks, cell_mask, current_cells, page_mask, slot_cells, Block, Visible, EXACT_BLOCK};
+use super::blocks::{
+    blocks, cell_mask, current_cells, mask_columns, page_mask, slot_cells, Block, Visible, EXACT_BLOCK,
+};
 use super::partial::finish;
-use super::{alibi_slope, region, AttendArgs, Rows};
+use super::{alibi_slope, region, AttendArgs};
 use crate::codec::query::{Probabilities, Query};
 use crate::codec::Side;
-use crate::layout::{Layout, SideLayout};
+use crate::layout::Layout;
 use crate::simd::{ExactRows, Logits, State};
-use crate::store::finite;
 
 /// Query rows (tokens times query heads of a KV head) of a tile: enough to pay for unpacking a page, few enough that
 /// scores and outputs stay in the first-level cache.
@@ -30,7 +31,6 @@ pub(super) struct Workspace {
     probabilities: Probabilities,
     mask: Vec<f32>,
     exact: Vec<f32>,
-    half: Vec<u16>,
     slopes: Vec<f32>,
     mask_row: Vec<u32>,
     state: State,
@@ -74,20 +74,19 @@ pub(super) fn run(
             }
             Block::Slots(first) => {
                 let cells = slot_cells(args, first);
-                let load = |side: &SideLayout, region: &[u8], half: &mut Vec<u16>, out: &mut [f32]| {
-                    load_slots(layout, side, region, first, cells.len(), half, out);
-                };
-                exact_block(layout, args, cells, tokens.clone(), work, |side, work| match side {
-                    Side::Key => load(key, k_region, &mut work.half, &mut work.exact),
-                    Side::Value => load(value, v_region, &mut work.half, &mut work.exact),
+                exact_block(layout, args, cells, tokens.clone(), work, |side, n, work| {
+                    let (side, region) = if side == Side::Key { (key, k_region) } else { (value, v_region) };
+                    (layout.kernels().f16_to_f32)(side.slots(region, first, n), &mut work.exact);
                 });
             }
             Block::Current(first) => {
                 let Some((k, v)) = args.current else { continue };
                 let cells = current_cells(args, first);
-                exact_block(layout, args, cells, tokens.clone(), work, |side, work| {
-                    let rows = if side == Side::Key { k } else { v };
-                    load_current(&rows, first, cells.len(), head, layout.side(side).head_dim, &mut work.exact);
+                exact_block(layout, args, cells, tokens.clone(), work, |side, n, work| {
+                    let (rows, dim) = if side == Side::Key { (k, key.head_dim) } else { (v, value.head_dim) };
+                    for (i, out) in work.exact.chunks_exact_mut(dim).take(n).enumerate() {
+                        (layout.kernels().copy_finite)(rows.row(first + i, head, dim), out);
+                    }
                 });
             }
         }
@@ -122,55 +121,34 @@ fn softmax(layout: &Layout, args: &AttendArgs, visible: Visible, columns: usize,
     (layout.kernels().softmax)(&mut work.probabilities.p[..n], columns, &logits, &mut work.state);
 }
 
-/// Attends a block of exact rows; `load` fills `work.exact` with their keys or values.
+/// Attends a block of exact rows; `load` fills `work.exact` with the keys or values of the first so many of them.
 fn exact_block(
     layout: &Layout,
     args: &AttendArgs,
     cells: &[i32],
     tokens: Range<usize>,
     work: &mut Workspace,
-    load: impl Fn(Side, &mut Workspace),
+    load: impl Fn(Side, usize, &mut Workspace),
 ) {
-    let visible = cell_mask(args, cells, EXACT_BLOCK, tokens, &mut work.mask);
+    let (n, visible) = cell_mask(args, cells, tokens, &mut work.mask);
     if visible == Visible::None {
         return;
     }
-    work.probabilities.resize(work.slopes.len(), EXACT_BLOCK);
+    let columns = mask_columns(n);
+    work.probabilities.resize(work.slopes.len(), columns);
     for side in [Side::Key, Side::Value] {
         let dim = layout.side(side).head_dim;
         work.exact.resize(EXACT_BLOCK * dim, 0.0);
-        load(side, work);
-        let rows = ExactRows { data: &work.exact, n: cells.len(), dim };
+        load(side, n, work);
+        let rows = ExactRows { data: &work.exact, n, dim };
         if side == Side::Key {
             work.probabilities.p.fill(0.0);
-            (layout.kernels().exact_scores)(&work.q, rows, &mut work.probabilities.p, EXACT_BLOCK);
-            softmax(layout, args, visible, EXACT_BLOCK, work);
+            (layout.kernels().exact_scores)(&work.q, rows, &mut work.probabilities.p, columns);
+            softmax(layout, args, visible, columns, work);
         } else {
             let p = &work.probabilities;
-            (layout.kernels().exact_accumulate)(&p.p, EXACT_BLOCK, rows, &mut work.state.exact);
+            (layout.kernels().exact_accumulate)(&p.p, columns, rows, &mut work.state.exact);
         }
-    }
-}
-
-fn load_slots(
-    layout: &Layout,
-    side: &SideLayout,
-    region: &[u8],
-    first: usize,
-    n: usize,
-    half: &mut Vec<u16>,
-    out: &mut [f32],
-) {
-    half.clear();
-    for slot in first..first + n {
-        half.extend(side.slot(region, slot).chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])));
-    }
-    (layout.kernels().f16_to_f32)(half, out);
-}
-
-fn load_current(rows: &Rows, first: usize, n: usize, head: usize, dim: usize, out: &mut [f32]) {
-    for (i, out) in out.chunks_exact_mut(dim).take(n).enumerate() {
-        out.iter_mut().zip(rows.row(first + i, head, dim)).for_each(|(o, x)| *o = finite(*x));
     }
 }
 

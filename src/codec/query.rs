@@ -49,7 +49,9 @@ impl Query {
         &self.rotated
     }
 
-    /// Takes rows `[n_rows][head_dim]`, already multiplied by the softmax scale.
+    /// Takes rows `[n_rows][head_dim]`, already multiplied by the softmax scale. Inlined, so that each instruction set
+    /// compiles it for itself.
+    #[inline(always)]
     pub(crate) fn prepare(&mut self, rows: &[f32], form: &QueryForm) {
         let QueryForm { head_dim, group, planes, .. } = *form;
         let n_groups = head_dim / group;
@@ -80,8 +82,15 @@ impl Query {
     }
 }
 
+/// To the nearest integer, halves away from zero; `f32::round` would be a call.
+#[inline(always)]
+fn nearest(x: f32) -> i32 {
+    (x + if x < 0.0 { -0.5 } else { 0.5 }) as i32
+}
+
 /// Rounds a group to one or two int8 planes; gives the unit and the integer sum.
-fn round_group(x: &[f32], high: Option<&mut [i8]>, low: &mut [i8]) -> (f32, i64) {
+#[inline(always)]
+fn round_group(x: &[f32], high: Option<&mut [i8]>, low: &mut [i8]) -> (f32, i32) {
     let top = if high.is_some() { INT8_MAX * PLANE as f32 } else { INT8_MAX };
     let max = x.iter().fold(0f32, |a, b| a.max(b.abs()));
     if max == 0.0 || !max.is_finite() {
@@ -92,16 +101,16 @@ fn round_group(x: &[f32], high: Option<&mut [i8]>, low: &mut [i8]) -> (f32, i64)
     match high {
         None => {
             for (low, x) in low.iter_mut().zip(x) {
-                let n = (x * inverse).round() as i32;
-                total += i64::from(n);
+                let n = nearest(x * inverse);
+                total += n;
                 *low = n as i8;
             }
         }
         Some(high) => {
             for ((low, high), x) in low.iter_mut().zip(high).zip(x) {
-                let n = (x * inverse).round() as i32;
-                total += i64::from(n);
-                let h = (n + PLANE / 2).div_euclid(PLANE);
+                let n = nearest(x * inverse);
+                total += n;
+                let h = (n + PLANE / 2) >> 7;
                 (*high, *low) = (h as i8, (n - h * PLANE) as i8);
             }
         }

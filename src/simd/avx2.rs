@@ -13,6 +13,8 @@ static KERNELS: Kernels = Kernels {
     softmax: |scores, columns, logits, state| unsafe { softmax(scores, columns, logits, state) },
     // SAFETY: as above.
     f16_to_f32: |from, to| unsafe { f16_to_f32(from, to) },
+    // SAFETY: as above.
+    copy_finite: |from, to| unsafe { copy_finite(from, to) },
 };
 
 /// The table, given the proof that this CPU can run it.
@@ -225,9 +227,17 @@ fn softmax(scores: &mut [f32], columns: usize, logits: &Logits, state: &mut Stat
 }
 
 #[target_feature(enable = "avx2,f16c")]
-fn f16_to_f32(from: &[u16], to: &mut [f32]) {
-    for (f, t) in from.chunks_exact(8).zip(to.chunks_exact_mut(8)) {
+fn f16_to_f32(from: &[u8], to: &mut [f32]) {
+    for (f, t) in from.chunks_exact(16).zip(to.chunks_exact_mut(8)) {
         // SAFETY: the chunk holds eight half floats.
-        store(t, 0, _mm256_cvtph_ps(unsafe { _mm_loadu_si128(f.as_ptr().cast()) }));
+        let x = _mm256_cvtph_ps(unsafe { _mm_loadu_si128(f.as_ptr().cast()) });
+        let x = _mm256_and_ps(_mm256_cmp_ps::<_CMP_ORD_Q>(x, x), x);
+        let x = _mm256_max_ps(_mm256_min_ps(x, _mm256_set1_ps(65504.0)), _mm256_set1_ps(-65504.0));
+        store(t, 0, x);
     }
+}
+
+#[target_feature(enable = "avx2")]
+fn copy_finite(from: &[f32], to: &mut [f32]) {
+    super::scalar::copy_finite(from, to);
 }

@@ -13,6 +13,8 @@ static KERNELS: Kernels = Kernels {
     softmax: |scores, columns, logits, state| unsafe { softmax(scores, columns, logits, state) },
     // SAFETY: as above.
     f16_to_f32: |from, to| unsafe { f16_to_f32(from, to) },
+    // SAFETY: as above.
+    copy_finite: |from, to| unsafe { copy_finite(from, to) },
 };
 
 /// The table, given the proof that this CPU can run it.
@@ -201,9 +203,17 @@ fn softmax(scores: &mut [f32], columns: usize, logits: &Logits, state: &mut Stat
 }
 
 #[target_feature(enable = "avx512f,avx512vl,f16c")]
-fn f16_to_f32(from: &[u16], to: &mut [f32]) {
-    for (f, t) in from.chunks_exact(16).zip(to.chunks_exact_mut(16)) {
+fn f16_to_f32(from: &[u8], to: &mut [f32]) {
+    for (f, t) in from.chunks_exact(32).zip(to.chunks_exact_mut(16)) {
         // SAFETY: the chunk holds sixteen half floats.
-        store(t, 0, _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(f.as_ptr().cast()) }));
+        let x = _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(f.as_ptr().cast()) });
+        let x = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_ORD_Q>(x, x), x);
+        let x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(65504.0)), _mm512_set1_ps(-65504.0));
+        store(t, 0, x);
     }
+}
+
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq")]
+fn copy_finite(from: &[f32], to: &mut [f32]) {
+    super::scalar::copy_finite(from, to);
 }

@@ -144,8 +144,10 @@ pub(crate) struct Kernels {
     pub(crate) exact_accumulate: fn(p: &[f32], columns: usize, rows: ExactRows, acc: &mut [f32]),
     /// Turns scores `[n_rows][columns]` into weights in place and updates the state.
     pub(crate) softmax: fn(scores: &mut [f32], columns: usize, logits: &Logits, state: &mut State),
-    /// Half precision to single precision.
-    pub(crate) f16_to_f32: fn(&[u16], &mut [f32]),
+    /// Little-endian half precision to single precision; what is not finite as [`finite`](crate::store::finite) says.
+    pub(crate) f16_to_f32: fn(&[u8], &mut [f32]),
+    /// Copies a row, with what is not finite as [`finite`](crate::store::finite) says.
+    pub(crate) copy_finite: fn(&[f32], &mut [f32]),
 }
 
 /// The kernels of an instruction set.

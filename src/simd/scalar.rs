@@ -2,8 +2,9 @@
 #![forbid(unsafe_code)]
 
 use super::{ExactRows, Kernels, Logits, State};
+use crate::store::finite;
 
-pub(super) static KERNELS: Kernels = Kernels { exact_scores, exact_accumulate, softmax, f16_to_f32 };
+pub(super) static KERNELS: Kernels = Kernels { exact_scores, exact_accumulate, softmax, f16_to_f32, copy_finite };
 
 fn exact_scores(q: &[f32], rows: ExactRows, scores: &mut [f32], columns: usize) {
     for (q, scores) in q.chunks_exact(rows.dim).zip(scores.chunks_exact_mut(columns)) {
@@ -47,8 +48,16 @@ fn softmax(scores: &mut [f32], columns: usize, logits: &Logits, state: &mut Stat
     }
 }
 
-fn f16_to_f32(from: &[u16], to: &mut [f32]) {
-    to.iter_mut().zip(from).for_each(|(t, f)| *t = half::f16::from_bits(*f).to_f32());
+fn f16_to_f32(from: &[u8], to: &mut [f32]) {
+    for (t, f) in to.iter_mut().zip(from.chunks_exact(2)) {
+        *t = finite(half::f16::from_le_bytes([f[0], f[1]]).to_f32());
+    }
+}
+
+/// Inlined, so that each instruction set compiles it for itself.
+#[inline(always)]
+pub(super) fn copy_finite(from: &[f32], to: &mut [f32]) {
+    to.iter_mut().zip(from).for_each(|(t, f)| *t = finite(*f));
 }
 
 impl State {

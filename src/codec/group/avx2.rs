@@ -4,7 +4,8 @@
 
 use std::arch::x86_64::*;
 
-use super::{scalar, GroupCodec, GroupKernels, PageRef, Probabilities, Query};
+use super::{scalar, GroupCodec, GroupKernels, PageRef, Probabilities, Query, QueryForm};
+use crate::codec::hadamard;
 use crate::codec::query::PLANE;
 use crate::codec::tile::avx2::{by_width_and_rows, dot, join_planes, planes, put_pairs, Coefficients, MAX_ROWS, STRIP};
 use crate::codec::tile::Width;
@@ -15,6 +16,10 @@ use crate::simd::IsaToken;
 static KERNELS: GroupKernels = GroupKernels {
     // SAFETY: the table is only reachable through `kernels`, which takes the proof that the CPU has these features.
     seal: |codec, header, page, rows| unsafe { seal(codec, header, page, rows) },
+    // SAFETY: as above.
+    prepare: |query, rows, form| unsafe { prepare(query, rows, form) },
+    // SAFETY: as above.
+    untransform: |row| unsafe { untransform(row) },
     // SAFETY: as above.
     scores: |codec, page, query, out| unsafe { scores(codec, page, query, out) },
     // SAFETY: as above.
@@ -29,6 +34,16 @@ pub(super) fn kernels(_token: IsaToken) -> &'static GroupKernels {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn seal(codec: &GroupCodec, header: &mut [u8], page: &mut [u8], rows: &mut super::SealRows) {
     scalar::seal(codec, header, page, rows);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn prepare(query: &mut Query, rows: &[f32], form: &QueryForm) {
+    query.prepare(rows, form);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn untransform(row: &mut [f32]) {
+    hadamard::rotate(row);
 }
 
 /// Eight bytes as integers.

@@ -16,7 +16,7 @@ use std::fmt;
 
 use super::query::{Probabilities, Query, QueryForm};
 use super::tile::{Tile, Width};
-use super::{hadamard, PageCodec, PageRef, SealRows, Side};
+use super::{PageCodec, PageRef, SealRows, Side};
 use crate::error::{Error, Result, Status};
 use crate::simd::{Isa, IsaToken};
 
@@ -146,6 +146,8 @@ pub struct GroupCodec {
 #[derive(Debug)]
 pub(crate) struct GroupKernels {
     seal: fn(&GroupCodec, &mut [u8], &mut [u8], &mut SealRows),
+    prepare: fn(&mut Query, &[f32], &QueryForm),
+    untransform: fn(&mut [f32]),
     scores: fn(&GroupCodec, PageRef, &Query, &mut [f32]),
     accumulate: fn(&GroupCodec, PageRef, &mut Probabilities, &mut [f32]),
 }
@@ -236,7 +238,7 @@ impl PageCodec for GroupCodec {
             centre: self.params.width.centre(),
             rotate: self.params.rotate,
         };
-        query.prepare(rows, &form);
+        (self.kernels.prepare)(query, rows, &form);
     }
 
     fn scores(&self, page: PageRef, query: &Query, scores: &mut [f32]) {
@@ -249,7 +251,7 @@ impl PageCodec for GroupCodec {
 
     fn untransform(&self, row: &mut [f32]) {
         if self.params.rotate {
-            hadamard::rotate(row);
+            (self.kernels.untransform)(row);
         }
     }
 }

@@ -13,7 +13,13 @@ use crate::codec::tile::Width;
 use crate::codec::Side;
 use crate::shape::MAX_HEAD_DIM;
 
-pub(super) static KERNELS: GroupKernels = GroupKernels { seal: |c, h, p, r| seal(c, h, p, r), scores, accumulate };
+pub(super) static KERNELS: GroupKernels = GroupKernels {
+    seal: |codec, header, page, rows| seal(codec, header, page, rows),
+    prepare: |query, rows, form| query.prepare(rows, form),
+    untransform: |row| hadamard::rotate(row),
+    scores,
+    accumulate,
+};
 
 const LANES: usize = 16;
 
