@@ -98,15 +98,17 @@ fn is_zero(args: &AttendArgs, token: usize, first: usize, n: usize) -> bool {
     }
 }
 
-/// Mask values are nearly always 0 or minus infinity.
-fn f16_mask(from: &[u16], to: &mut [f32]) {
-    for (from, to) in from.iter().zip(to) {
-        *to = match *from {
-            0 => 0.0,
-            0xfc00 => f32::NEG_INFINITY,
-            bits => half::f16::from_bits(bits).to_f32(),
-        };
+/// Mask values are nearly always 0 or minus infinity; the general conversion is slow.
+fn f16_value(bits: u16) -> f32 {
+    match bits {
+        0 => 0.0,
+        0xfc00 => f32::NEG_INFINITY,
+        bits => half::f16::from_bits(bits).to_f32(),
     }
+}
+
+fn f16_mask(from: &[u16], to: &mut [f32]) {
+    to.iter_mut().zip(from).for_each(|(to, from)| *to = f16_value(*from));
 }
 
 /// Columns of the mask and the weights of `n` exact rows: whole vectors.
@@ -122,23 +124,33 @@ pub(super) fn cell_mask(
     tokens: Range<usize>,
     out: &mut Vec<f32>,
 ) -> (usize, Visible) {
-    let value = |token: usize, cell: i32| match args.mask {
-        _ if cell < 0 || cell as usize >= args.n_kv => f32::NEG_INFINITY,
-        Mask::None => 0.0,
-        Mask::F32(mask) => mask[token * args.mask_stride_token + cell as usize],
-        Mask::F16(mask) => half::f16::from_bits(mask[token * args.mask_stride_token + cell as usize]).to_f32(),
-    };
-    let seen = |cell: &i32| tokens.clone().any(|token| value(token, *cell) != f32::NEG_INFINITY);
-    let n = cells.iter().rposition(seen).map_or(0, |last| last + 1);
+    let (n_tokens, columns) = (tokens.len(), mask_columns(cells.len()));
+    out.clear();
+    out.resize(n_tokens * columns, f32::NEG_INFINITY);
+    let mut n = 0;
+    for (token, out) in tokens.zip(out.chunks_exact_mut(columns)) {
+        let at = token * args.mask_stride_token;
+        for (i, (out, &cell)) in out.iter_mut().zip(cells).enumerate() {
+            if cell < 0 || cell as usize >= args.n_kv {
+                continue;
+            }
+            *out = match args.mask {
+                Mask::None => 0.0,
+                Mask::F32(mask) => mask[at + cell as usize],
+                Mask::F16(mask) => f16_value(mask[at + cell as usize]),
+            };
+            if *out != f32::NEG_INFINITY {
+                n = n.max(i + 1);
+            }
+        }
+    }
     if n == 0 {
         return (0, Visible::None);
     }
-    let columns = mask_columns(n);
-    out.clear();
-    out.resize(tokens.len() * columns, f32::NEG_INFINITY);
-    for (token, out) in tokens.zip(out.chunks_exact_mut(columns)) {
-        out.iter_mut().zip(&cells[..n]).for_each(|(out, &cell)| *out = value(token, cell));
+    for token in 1..n_tokens {
+        out.copy_within(token * columns..token * columns + mask_columns(n), token * mask_columns(n));
     }
+    out.truncate(n_tokens * mask_columns(n));
     (n, classify(out))
 }
 
