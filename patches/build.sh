@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# Builds llama.cpp with the kvq patches: everything a user needs, from a fresh clone.
+#
+#   patches/build.sh             patched llama.cpp into build/llama/bin
+#   patches/build.sh --tests     and the programs that patches/integration.sh runs
+#   patches/build.sh --stock     and llama-perplexity of the same tree without patches, into build/stock/llama/bin
+#
+#   LLAMA_CPP_DIR=/your/checkout   use that llama.cpp instead of the pinned one; it is copied, never modified
+#   JOBS=N                         parallel compile jobs (default: all cores)
+#
+# Writes into build/ and target/ of this repository; missing system packages are installed where apt-get and root
+# allow it.
+set -euo pipefail
+# shellcheck source=patches/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+build=$root/build
+targets=(llama-perplexity llama-bench llama-completion llama-server llama-cli llama-quantize)
+want_stock=no want_tests=no
+for arg in "$@"; do
+    case $arg in
+        --tests) want_tests=yes targets+=(test-llama-archs) ;;
+        --stock) want_stock=yes ;;
+        *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2 ;;
+    esac
+done
+
+# upstream KEY: the word after KEY in patches/UPSTREAM; `package==version` is the source distribution.
+upstream() { tr -s ' \n' '\n' <"$root/patches/UPSTREAM" | grep -A 1 -x -F -- "$1" | tail -n 1; }
+
+# The tree inside the pinned source distribution: seconds, tools and tests included, no history.
+fetch_pinned() {
+    local pin package archive pip=(python3 -m pip)
+    pin=$(grep -o -E '[a-z-]+==[0-9.]+' "$root/patches/UPSTREAM")
+    package=${pin%%==*}
+    archive=$build/sdist/${package//-/_}-${pin##*==}.tar.gz
+    if [ ! -f "$archive" ]; then
+        if ! python3 -m pip --version >/dev/null 2>&1; then
+            python3 -m venv "$build/venv" >/dev/null 2>&1 || die "needs pip; install python3-pip and python3-venv"
+            pip=("$build/venv/bin/python" -m pip)
+        fi
+        run_logged "$build/download.log" "downloading $pin" "${pip[@]}" download --no-deps \
+            --no-binary "$package" "$pin" --dest "$build/sdist"
+    fi
+    echo "$(upstream sha256)  $archive" | sha256sum --check --status ||
+        die "$archive is not the pinned one; delete it and retry"
+    mkdir -p "$1"
+    tar -xzf "$archive" -C "$1" --strip-components=3 "$(basename "$archive" .tar.gz)/vendor/llama.cpp"
+}
+
+ggml_version() {
+    sed -n 's/^set(GGML_VERSION_\(MAJOR\|MINOR\|PATCH\) \([0-9]*\))/\2/p' "$1/ggml/CMakeLists.txt" | paste -sd .
+}
+
+commit() {
+    if [ -z "${LLAMA_CPP_DIR:-}" ]; then
+        upstream llama.cpp
+    else
+        git -C "$LLAMA_CPP_DIR" rev-parse HEAD 2>/dev/null || echo unknown
+    fi
+}
+
+copy_checkout() {
+    local pinned
+    [ -f "$LLAMA_CPP_DIR/ggml/CMakeLists.txt" ] || die "LLAMA_CPP_DIR=$LLAMA_CPP_DIR is no llama.cpp checkout"
+    pinned="commit $(upstream llama.cpp), ggml $(upstream ggml)"
+    if [ "$(ggml_version "$LLAMA_CPP_DIR")" != "$(upstream ggml)" ] || [[ $(commit) != "$(upstream llama.cpp)"* ]]; then
+        say "WARNING: LLAMA_CPP_DIR is commit $(commit), ggml $(ggml_version "$LLAMA_CPP_DIR")"
+        say "WARNING: the patches are made for $pinned; they may not apply, or not do what they should"
+    fi
+    mkdir -p "$1"
+    tar -C "$LLAMA_CPP_DIR" --exclude=.git --exclude='./build*' --exclude='./models/*.bin' -cf - . | tar -C "$1" -xf -
+}
+
+# prepare DIR [PATCH...]: a tree with these patches, renewed when source or patches change. Unpatched files keep their
+# old times, so that a renewed tree recompiles only what depends on a patch.
+prepare() {
+    local dir=$1 stamp patch
+    shift
+    stamp=$({ cat "$root/patches/UPSTREAM" "$@"; checkout_id; } | sha256sum)
+    [ "$(cat "$dir/.kvq-stamp" 2>/dev/null)" = "$stamp" ] && return
+    rm -rf "$dir"
+    if [ -n "${LLAMA_CPP_DIR:-}" ]; then copy_checkout "$dir"; else fetch_pinned "$dir"; fi
+    for patch in "$@"; do
+        if patch -d "$dir" -p1 --dry-run --batch --reverse --force <"$patch" >/dev/null 2>&1; then
+            say "$(basename "$patch") is already in this tree"
+        elif ! patch -d "$dir" -p1 --batch --forward --no-backup-if-mismatch <"$patch" >"$build/patch.log" 2>&1; then
+            cat "$build/patch.log" >&2
+            die "$(basename "$patch") does not apply; it is made for $(upstream llama.cpp), ggml $(upstream ggml)"
+        fi
+    done
+    echo "$stamp" >"$dir/.kvq-stamp"
+}
+
+# Which state of the user's checkout a prepared tree was made from.
+checkout_id() {
+    [ -n "${LLAMA_CPP_DIR:-}" ] || return 0
+    commit
+    find "$LLAMA_CPP_DIR" -name .git -prune -o -path "$LLAMA_CPP_DIR/build*" -prune -o \
+        -type f -printf '%p %s %T@\n' | sort
+}
+
+# The instruction sets of this machine, but never AMX: ggml's AMX path crashes with Q8_0 weights when gcc 12 builds it.
+isa_flags() {
+    if [ "$(uname -m)" != x86_64 ] || [ ! -r /proc/cpuinfo ]; then
+        echo -DGGML_NATIVE=ON
+        return
+    fi
+    local pair has
+    has=" $(grep -m 1 '^flags' /proc/cpuinfo) "
+    echo -DGGML_NATIVE=OFF -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF -DGGML_AMX_BF16=OFF
+    for pair in SSE42=sse4_2 AVX=avx AVX2=avx2 FMA=fma F16C=f16c BMI2=bmi2 AVX_VNNI=avx_vnni AVX512=avx512bw \
+        AVX512_VBMI=avx512vbmi AVX512_VNNI=avx512_vnni AVX512_BF16=avx512_bf16; do
+        if [[ $has == *" ${pair#*=} "* ]]; then echo "-DGGML_${pair%%=*}=ON"; else echo "-DGGML_${pair%%=*}=OFF"; fi
+    done
+}
+
+# compile SOURCE BINARY LOG TARGETS [CMAKE FLAGS...]. ccache sees both trees at the same relative place, so they share
+# objects.
+compile() {
+    local source=$1 binary=$2 log=$3 flags
+    read -r -a targets_of_tree <<<"$4"
+    shift 4
+    export CCACHE_DIR=${CCACHE_DIR:-$build/ccache} CCACHE_NOHASHDIR=1 CCACHE_BASEDIR
+    CCACHE_BASEDIR=$(dirname "$source")
+    # The trees carry no history: without this, llama.cpp's build would take this repository's commit for its own.
+    export GIT_CEILING_DIRECTORIES=$CCACHE_BASEDIR
+    # Flags as words: every one of them is free of blanks.
+    read -r -a flags <<<"$(isa_flags | paste -sd ' ')"
+    flags+=(-DCMAKE_BUILD_TYPE=Release -DCMAKE_C_COMPILER_LAUNCHER=ccache -DCMAKE_CXX_COMPILER_LAUNCHER=ccache
+        -DGGML_CCACHE=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+        -DLLAMA_BUILD_NUMBER=0 "-DLLAMA_BUILD_COMMIT=$(commit)" "$@")
+    run_logged "$log" "configuring $binary" cmake -S "$source" -B "$binary" -G Ninja "${flags[@]}"
+    run_logged "$log" "compiling ${targets_of_tree[*]} (about 5 minutes on 2 cores the first time)" \
+        cmake --build "$binary" --parallel "$jobs" --target "${targets_of_tree[@]}"
+}
+
+need cmake=cmake ninja=ninja-build ccache=ccache g++=g++ patch=patch python3=python3 tar=tar gzip=gzip
+if [ -z "${LLAMA_CPP_DIR:-}" ] && ! python3 -m pip --version >/dev/null 2>&1; then need pip3=python3-pip; fi
+need_rust
+mkdir -p "$build"
+
+run_logged "$build/cargo.log" "building libkvq" cargo build --release --manifest-path "$root/Cargo.toml"
+prepare "$build/llama.cpp" "$root"/patches/[0-9]*.patch
+compile "$build/llama.cpp" "$build/llama" "$build/llama.log" "${targets[*]}" -DGGML_KVQ=ON "-DKVQ_DIR=$root" \
+    "-DKVQ_LIB=${CARGO_TARGET_DIR:-$root/target}/release/libkvq.a"
+if [ "$want_tests" = yes ]; then
+    run_logged "$build/tests.log" "compiling patches/tests/test_llama.cpp" g++ -std=c++17 -O2 -Wall -Wextra \
+        -I "$build/llama.cpp/include" -I "$build/llama.cpp/ggml/include" "$root/patches/tests/test_llama.cpp" \
+        -o "$build/llama/bin/test_llama" -L "$build/llama/bin" -lllama -lggml -lggml-base "-Wl,-rpath,\$ORIGIN"
+fi
+if [ "$want_stock" = yes ]; then
+    prepare "$build/stock/llama.cpp"
+    compile "$build/stock/llama.cpp" "$build/stock/llama" "$build/stock.log" llama-perplexity
+fi
+say "ready: $build/llama/bin"

@@ -1,0 +1,116 @@
+"""The parts of patches/integration.sh that are no one-liner in a shell. Each prints what it found."""
+
+import json
+import pathlib
+import struct
+import subprocess
+import sys
+import threading
+
+from passkey import server
+from runs import RunError, Runs, markdown
+
+# Mean KLD of a recipe, at most this share of stock q4_0's on the small model.
+BARS = {"skvq:k=4,v=4": 0.15, "skvq:k=3,v=3": 0.3, "skvq:k=3,v=2": 0.5, "skvq:k=2,v=2": 0.8}
+
+
+def odd_model(path, head_dim=40):
+    """A llama model of one layer, zero weights, no vocabulary, and a head size that kvq has no page for."""
+    n_heads, n_ff, n_vocab = 2, 64, 32
+    n_embd = n_heads * head_dim
+
+    def string(text):
+        return struct.pack("<Q", len(text)) + text.encode()
+
+    def entry(key, value):
+        kind, packed = {str: (8, lambda v: string(v)), int: (4, lambda v: struct.pack("<I", v)),
+                        float: (6, lambda v: struct.pack("<f", v))}[type(value)]
+        return string(key) + struct.pack("<I", kind) + packed(value)
+
+    metadata = {"general.architecture": "llama", "tokenizer.ggml.model": "none", "llama.vocab_size": n_vocab,
+                "llama.context_length": 512, "llama.embedding_length": n_embd, "llama.block_count": 1,
+                "llama.feed_forward_length": n_ff, "llama.attention.head_count": n_heads,
+                "llama.attention.head_count_kv": n_heads,
+                "llama.rope.dimension_count": head_dim, "llama.attention.layer_norm_rms_epsilon": 1e-5}
+    tensors = {"token_embd": (n_embd, n_vocab), "output_norm": (n_embd,), "blk.0.attn_norm": (n_embd,),
+               "blk.0.ffn_norm": (n_embd,), "blk.0.ffn_gate": (n_embd, n_ff), "blk.0.ffn_up": (n_embd, n_ff),
+               "blk.0.ffn_down": (n_ff, n_embd),
+               **{f"blk.0.attn_{name}": (n_embd, n_embd) for name in ("q", "k", "v", "output")}}
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
+    head += b"".join(entry(key, value) for key, value in metadata.items())
+    offset = 0
+    for name, dims in tensors.items():
+        head += string(name + ".weight") + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+        head += struct.pack("<IQ", 0, offset)
+        size = 4
+        for dim in dims:
+            size *= dim
+        offset += -(-size // 32) * 32
+    pathlib.Path(path).write_bytes(head + bytes(-len(head) % 32) + bytes(offset))
+
+
+def completions(bin_dir, model, kv, log):
+    """Two requests at once through llama-server, with two slots: both must answer, with text."""
+    answers = {}
+    with server(bin_dir, model, kv, 2048, pathlib.Path(log), 2, n_parallel=2) as one:
+        def ask(prompt):
+            answers[prompt] = one.complete(prompt, 24)
+        threads = [threading.Thread(target=ask, args=[p]) for p in ("The river " * 150, "Once upon a time")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    print(answers)
+    if len(answers) != 2 or not all(answer.strip() for answer in answers.values()):
+        raise RunError("an answer is empty")
+
+
+def bars(bin_dir, store, model, text):
+    """Mean KLD of the recipes against stock q4_0 in the same run, and the order of the recipes among themselves."""
+    runs = Runs(bin_dir, store)
+    found = {kv: runs.divergence(model, text, kv, 1024, 4) for kv in ["q4_0", *BARS]}
+    share = {kv: found[kv]["mean"] / found["q4_0"]["mean"] for kv in found}
+    print(markdown(["cache", "mean KLD", "99.9 %", "/ q4_0", "at most"], [
+        [kv, f"{r['mean']:.6f}", f"{r['p999']:.4f}", f"{share[kv]:.3f}", BARS.get(kv, "")] for kv, r in found.items()]))
+    runs.drop_base_logits()
+    over = [kv for kv, bar in BARS.items() if not share[kv] <= bar]
+    if over:
+        raise RunError(f"over the bar: {' '.join(over)}")
+    order = [found[kv]["mean"] for kv in BARS]
+    if order != sorted(order):
+        raise RunError("fewer bits gave a smaller divergence: something is not as named")
+
+
+def bench(bin_dir, model, threads="2"):
+    """llama-bench with a list of caches, one with a comma in it, behind tokens whose state it saves and restores."""
+    command = [pathlib.Path(bin_dir) / "llama-bench", "-m", model, "-t", threads, "-p", "64", "-n", "8", "-d", "300",
+               "-r", "2", "-o", "json", "-kvq", "off,skvq,skvq:k=3,v=2"]
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True)
+    said = run.stderr.decode()
+    print(said)
+    if "damaged" in said:
+        raise RunError("llama-bench could not restore the state that it had saved")
+    tests = json.loads(run.stdout)
+    caches = sorted({t["kvq"] for t in tests})
+    print(caches, [round(t["avg_ts"]) for t in tests])
+    if len(tests) != 6 or caches != ["off", "skvq", "skvq:k=3,v=2"] or not all(t["avg_ts"] > 0 for t in tests):
+        raise RunError("expected 2 results for each of 3 caches")
+
+
+def damage(source, target, how):
+    """A copy of a saved state: cut to a share (`cut 0.5`) or one bit changed at a share of its length (`flip 0.5`)."""
+    kind, share = how.split()
+    data = bytearray(pathlib.Path(source).read_bytes())
+    at = int(len(data) * float(share))
+    if kind == "cut":
+        del data[at:]
+    else:
+        data[at] ^= 0x10
+    pathlib.Path(target).write_bytes(data)
+
+
+if __name__ == "__main__":
+    try:
+        {f.__name__: f for f in (odd_model, completions, bars, bench, damage)}[sys.argv[1]](*sys.argv[2:])
+    except (RunError, subprocess.CalledProcessError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# What kvq does to a model, in one table: builds what is needed, then measures stock f16, q8_0, q4_0 and kvq recipes.
+#
+#   patches/demo.sh [MODEL.gguf [TEXT]]     default: the small model and text in models/
+#
+#   KVQ_RECIPES="skvq:k=4,v=4 ..."   recipes, separated by blanks
+#   KVQ_CHUNKS=6                     chunks of text that are scored
+#   KVQ_DEPTH=4096                   tokens in the cache when speed is measured
+#
+# Finished results are kept in build/demo, so that a second run takes seconds.
+set -euo pipefail
+# shellcheck source=patches/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+model=${1:-$root/models/tiny-12m-q8_0.gguf}
+text=${2:-$root/models/amazon-excerpt.txt}
+read -r -a recipes <<<"${KVQ_RECIPES:-skvq:k=4,v=4 skvq:k=3,v=3 skvq:k=3,v=2 skvq:k=2,v=2}"
+[ -f "$model" ] || die "no such model: $model"
+[ -f "$text" ] || die "no such text: $text"
+
+"$root/patches/build.sh"
+exec python3 -B "$root/patches/demo.py" --bin "$root/build/llama/bin" --store "$root/build/demo" \
+    --model "$model" --text "$text" --chunks "${KVQ_CHUNKS:-6}" --depth "${KVQ_DEPTH:-4096}" \
+    f16 f16/no-fa q8_0 q4_0 "${recipes[@]}"

@@ -1,0 +1,177 @@
+#!/usr/bin/env bash
+# Integration tests of patched llama.cpp on the small model: kvq off changes nothing, programs run, what is unsupported
+# is refused with one line, saved states are checked, quality stays within its bars. Ends with
+# "N passed, N failed, N skipped".
+#
+#   patches/integration.sh [--check-stock DIR]     DIR: programs of the same llama.cpp without patches
+#                                                  (default: build/stock/llama/bin, made by patches/build.sh --stock)
+#   KVQ_BIN=DIR    programs under test (default: build/llama/bin)
+set -euo pipefail
+# shellcheck source=patches/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+bin=${KVQ_BIN:-$root/build/llama/bin}
+stock=$root/build/stock/llama/bin
+if [ "${1:-}" = --check-stock ]; then stock=${2:?--check-stock needs a folder}; fi
+model=$root/models/tiny-12m-q8_0.gguf
+text=$root/models/amazon-excerpt.txt
+work=$root/build/integration
+[ -x "$bin/llama-completion" ] || die "no programs in $bin: run patches/build.sh --tests first"
+rm -rf "$work"
+mkdir -p "$work"
+cd "$work"
+unset LLAMA_ARG_KVQ
+# An assertion is a failure here, not a case for the debugger that ggml starts.
+export GGML_NO_BACKTRACE=1
+
+passed=0 failed=0 skipped=0
+pass() { passed=$((passed + 1)); echo "ok      $1"; }
+fail() { failed=$((failed + 1)); echo "FAILED  $1"; sed 's/^/        /' "$2" | tail -n "${3:-12}"; }
+skip() { skipped=$((skipped + 1)); echo "SKIP    $1"; }
+
+# check NAME COMMAND...: the command succeeds.
+check() {
+    local name=$1 rc=0
+    shift
+    "$@" >out.log 2>&1 </dev/null || rc=$?
+    if ((rc == 0)); then pass "$name"; else echo "status $rc" >>out.log; fail "$name" out.log; fi
+}
+
+# refused NAME PATTERN COMMAND...: the command fails by itself (no signal, no assertion) and says PATTERN in one line.
+refused() {
+    local name=$1 pattern=$2 rc=0 lines
+    shift 2
+    "$@" >out.log 2>&1 </dev/null || rc=$?
+    # Upstream makes a context twice where it fits parameters to memory, so the same line may stand there again.
+    lines=$({ grep -E -- "$pattern" out.log || true; } | sed 's/^[0-9. ]*//' | sort -u | wc -l)
+    echo "status $rc; $lines lines with: $pattern; expected one" >>out.log
+    if ((rc < 1 || rc >= 124 || lines != 1)) ||
+        grep -q -E 'GGML_ASSERT|GGML_ABORT|terminate called|panicked' out.log; then
+        fail "$name" out.log
+    else
+        pass "$name"
+    fi
+}
+
+completion() { timeout 300 "$bin/llama-completion" -m "$model" -t 2 --temp 0 -no-cnv --no-warmup -lv 4 "$@"; }
+# Token probabilities as 16-bit numbers, of 511 positions of each of two contexts: what "the same output" means below.
+probabilities() {
+    local programs=$1 file=$2
+    shift 2
+    "$programs/llama-perplexity" -m "$model" -f "$text" -t 2 -fa on -c 1024 -b 1024 -ub 64 --chunks 2 "$@" \
+        --kl-divergence-base "$file"
+}
+checks() { python3 -B "$root/patches/checks.py" "$@"; }
+prompt=$(head -c 2600 "$text")
+
+echo "== kvq off"
+probabilities "$bin" plain.dat >plain.log 2>&1 </dev/null || fail "llama-perplexity without kvq" plain.log
+same_when_off() {
+    probabilities "$bin" off.dat --kvq off && cmp plain.dat off.dat &&
+        LLAMA_ARG_KVQ=off probabilities "$bin" off.dat && cmp plain.dat off.dat
+}
+check "--kvq off and LLAMA_ARG_KVQ=off give the output of no option" same_when_off
+if [ -x "$stock/llama-perplexity" ]; then
+    same_as_stock() {
+        probabilities "$stock" stock.dat "$@" && probabilities "$bin" off.dat --kvq off "$@" && cmp stock.dat off.dat
+    }
+    check "--kvq off gives the bits of unpatched llama.cpp, f16" same_as_stock
+    check "--kvq off gives the bits of unpatched llama.cpp, q8_0" same_as_stock -ctk q8_0 -ctv q8_0
+else
+    skip "comparison with unpatched llama.cpp: no $stock/llama-perplexity (patches/build.sh --stock)"
+fi
+differs_when_on() { probabilities "$bin" on.dat --kvq skvq:k=2,v=2 && ! cmp -s plain.dat on.dat; }
+check "--kvq on gives another output" differs_when_on
+
+echo "== programs"
+says_kvq() { "$@" >said.log 2>&1; grep -E 'kvq: skvq.* bits per value of K' said.log || { cat said.log; return 1; }; }
+check "llama-completion --kvq skvq, and its line on bits and MiB" says_kvq \
+    completion --kvq skvq -c 1024 -n 16 -p "$prompt"
+by_variable() { LLAMA_ARG_KVQ=skvq says_kvq completion -c 1024 -n 4 -p "$prompt"; }
+check "llama-completion with LLAMA_ARG_KVQ=skvq" by_variable
+repeats() {
+    completion --kvq skvq:k=3,v=3 -c 1024 -n 48 -p "$prompt" 2>/dev/null >first.txt
+    completion --kvq skvq:k=3,v=3 -c 1024 -n 48 -p "$prompt" 2>/dev/null >second.txt
+    cmp first.txt second.txt && [ "$(wc -c <first.txt)" -gt 2650 ]
+}
+check "llama-completion gives the same text twice" repeats
+check "llama-completion beyond its context (K-shift)" \
+    completion --kvq skvq -c 512 -n 600 --context-shift --ignore-eos -p "The river"
+check "llama-perplexity, eight sequences at once" probabilities "$bin" many.dat --kvq skvq -c 256 -b 2048
+check "llama-bench -kvq off,skvq,skvq:k=3,v=2" checks bench "$bin" "$model"
+check "llama-server, two requests at once" checks completions "$bin" "$model" skvq server.log
+for widths in k=2,v=2 k=3,v=2 k=3,v=3 k=4,v=4 k=8,v=8; do
+    check "skvq:$widths makes a cache" says_kvq completion --kvq "skvq:$widths" -c 512 -n 2 -p x
+done
+
+echo "== refusals"
+refused "an unknown recipe" 'kvq.*nosuch' completion -c 512 -n 1 -p x --kvq nosuch
+refused "an unknown key" 'kvq.*colour' completion -c 512 -n 1 -p x --kvq skvq:colour=3
+refused "a width out of range" 'kvq.*\bk\b' completion -c 512 -n 1 -p x --kvq skvq:k=99
+refused "an empty value" 'kvq.*\bk\b' completion -c 512 -n 1 -p x --kvq skvq:k=
+refused "a bad recipe in LLAMA_ARG_KVQ" 'kvq.*nosuch' \
+    env LLAMA_ARG_KVQ=nosuch "$bin/llama-completion" -m "$model" -n 1 -p x
+refused "a bad recipe in llama-bench" 'kvq.*nosuch' "$bin/llama-bench" -m "$model" -p 8 -n 0 -r 1 -kvq nosuch
+refused "a bad recipe in llama-server" 'kvq.*nosuch' timeout 60 "$bin/llama-server" -m "$model" --port 0 --kvq nosuch
+refused "-ctk q8_0 beside --kvq" 'kvq.*(cache types|-ctk)' completion -c 512 -n 1 -p x --kvq skvq -fa on -ctk q8_0
+refused "-ctv q4_0 beside --kvq" 'kvq.*(cache types|-ctv)' completion -c 512 -n 1 -p x --kvq skvq -fa on -ctv q4_0
+checks odd_model odd.gguf
+check "a model with heads of 40 runs without kvq" "$bin/llama-bench" -m odd.gguf -p 8 -n 0 -r 1 -t 2
+refused "heads of 40" 'kvq.*40' "$bin/llama-bench" -m odd.gguf -p 8 -n 0 -r 1 -t 2 -kvq skvq
+
+echo "== saved states"
+save() { completion --kvq "$1" -c 1024 -n 1 -p "$prompt" --prompt-cache "$2"; }
+continued() { completion --kvq "$1" -c 1024 -n 48 -p "$prompt" --prompt-cache "$2" --prompt-cache-ro; }
+check "saving" save skvq:k=3,v=3 state.bin
+restores() {
+    continued skvq:k=3,v=3 state.bin >restored.txt 2>restored.log || return
+    cmp first.txt restored.txt && grep 'exact match' restored.log
+}
+check "a restored state continues as the run that made it" restores
+# A damaged state may be found out by llama.cpp's own checks or by kvq's; each says so in one line.
+for how in "cut 0.2" "cut 0.5" "cut 0.99" "flip 0.0" "flip 0.05" "flip 0.3" "flip 0.5" "flip 0.7" "flip 0.95" \
+    "flip 0.999"; do
+    checks damage state.bin damaged.bin "$how"
+    refused "a damaged state: $how" 'failed to load session file' continued skvq:k=3,v=3 damaged.bin
+done
+refused "a state of another recipe" 'failed to load session file' continued skvq:k=2,v=2 state.bin
+refused "a kvq state without kvq" 'failed to load session file' continued off state.bin
+check "saving without kvq" save off plain.bin
+refused "a state without kvq" 'failed to load session file' continued skvq:k=3,v=3 plain.bin
+
+echo "== quality"
+check "mean KLD against stock q4_0" checks bars "$bin" "$work/bars" "$model" "$text"
+tail -n 8 out.log
+
+echo "== llama.cpp's API, and every architecture of llama.cpp"
+if [ -x "$bin/test_llama" ] && [ -x "$bin/test-llama-archs" ]; then
+    check "sequences, copies, shift, saved states" "$bin/test_llama" "$model" skvq:k=8,v=8
+    # Small random models, one of each architecture. Status 2: refused, with a reason; that is right for some.
+    mkdir -p archs
+    check "making the models" "$bin/test-llama-archs" -o archs
+    test_arch() { KVQ_TEST_QUICK=1 timeout 300 "$bin/test_llama" "$1" "$2" 0.02; }
+    refusals=0
+    for arch in archs/*.gguf; do
+        name=$(basename "$arch" .gguf)
+        rc=0
+        test_arch "$arch" skvq:k=8,v=8 >out.log 2>&1 || rc=$?
+        if ((rc == 0)); then
+            pass "$name"
+        elif ((rc == 2)); then
+            refusals=$((refusals + 1))
+            echo "refused $name: $(tail -n 1 out.log)"
+        elif ! test_arch "$arch" off >/dev/null 2>&1; then
+            # Some random models cannot take the positions of the test, or a shift, whatever their cache is.
+            skip "$name: fails in llama.cpp itself, without kvq"
+        else
+            echo "status $rc" >>out.log
+            fail "$name" out.log
+        fi
+    done
+    check "no more than 22 architectures are refused: $refusals" [ "$refusals" -le 22 ]
+else
+    skip "API and architectures: no test_llama and test-llama-archs (patches/build.sh --tests)"
+fi
+
+echo "$passed passed, $failed failed, $skipped skipped"
+((failed == 0))
