@@ -12,6 +12,9 @@ pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 
 use super::query::{Probabilities, Query, QueryForm};
