@@ -86,7 +86,7 @@ eval_model=../shared/models/eval-105m-q8_0.gguf
 eval_text=../shared/text/amazon.txt
 if [ -f "$eval_model" ] && [ -f "$eval_text" ]; then
     step "quality on the evaluation model" patches/eval.py -m "$eval_model" -f "$eval_text" --chunks 2 \
-        -o build/eval/check --at-most 0.35,0.75,3.0 skvq:k=4,v=4 skvq:k=3,v=3 skvq:k=2,v=2
+        -o build/eval/check --at-most 0.2,0.4,1.2 skvq:k=4,v=4 skvq:k=3,v=3 skvq:k=2,v=2
     step "pass-key retrieval" patches/passkey.py -m "$eval_model" -f "$eval_text" -n 8 --max 1200 --at-least 0.85 \
         -o build/eval/check-passkey skvq:k=4,v=4 skvq:k=3,v=3
 else

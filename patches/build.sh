@@ -62,7 +62,6 @@ commit() {
 
 copy_checkout() {
     local pinned
-    [ -f "$LLAMA_CPP_DIR/ggml/CMakeLists.txt" ] || die "LLAMA_CPP_DIR=$LLAMA_CPP_DIR is no llama.cpp checkout"
     pinned="commit $(upstream llama.cpp), ggml $(upstream ggml)"
     if [ "$(ggml_version "$LLAMA_CPP_DIR")" != "$(upstream ggml)" ] || [[ $(commit) != "$(upstream llama.cpp)"* ]]; then
         say "WARNING: LLAMA_CPP_DIR is commit $(commit), ggml $(ggml_version "$LLAMA_CPP_DIR")"
@@ -135,6 +134,11 @@ compile() {
         cmake --build "$binary" --parallel "$jobs" --target "${targets_of_tree[@]}"
 }
 
+if [ -n "${LLAMA_CPP_DIR:-}" ]; then
+    [ -f "$LLAMA_CPP_DIR/ggml/CMakeLists.txt" ] || die "LLAMA_CPP_DIR=$LLAMA_CPP_DIR is no llama.cpp checkout"
+    LLAMA_CPP_DIR=$(cd "$LLAMA_CPP_DIR" && pwd)
+    [[ $LLAMA_CPP_DIR/ != "$build"/* ]] || die "LLAMA_CPP_DIR is in $build, which this script renews"
+fi
 need cmake=cmake ninja=ninja-build ccache=ccache g++=g++ patch=patch python3=python3 tar=tar gzip=gzip
 if [ -z "${LLAMA_CPP_DIR:-}" ] && ! python3 -m pip --version >/dev/null 2>&1; then need pip3=python3-pip; fi
 need_rust

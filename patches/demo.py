@@ -31,7 +31,7 @@ def main():
     runs.drop_base_logits()
 
     print(f"\nQuality: context {n_ctx}, {args.chunks} chunks, ubatches of 64, divergence (KLD) against f16.")
-    print(f"Speed: tokens/s behind {args.depth} tokens, a prompt of 512 and decode.")
+    print(f"Speed: tokens/s behind {args.depth} tokens, a prompt of 512 and decode; on a busy machine it means little.")
     print("Bits: of a packed value, with all metadata. MiB: everything. f16/no-fa: the floor of what KLD can show.\n")
     print(markdown(["KV cache", "bits", f"MiB at {n_ctx}", "MiB at 32768", "PPL", "mean KLD", "99.9 % KLD", "same top",
                     "prompt t/s", "decode t/s"], rows))

@@ -70,7 +70,10 @@ need_rust() {
     fi
     if command -v rustup >/dev/null; then
         mkdir -p "$root/build"
-        run_logged "$root/build/rustup.log" "installing the stable Rust toolchain" rustup default stable
+        run_logged "$root/build/rustup.log" "installing the stable Rust toolchain" \
+            rustup toolchain install stable --profile minimal --component rustfmt,clippy
+        # The user's default toolchain stays what it is.
+        export RUSTUP_TOOLCHAIN=stable
         hash -r
     fi
     rust_is_new_enough ||
