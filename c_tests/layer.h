@@ -27,7 +27,7 @@ static inline layer layer_new(const char *spec, kvq_shape shape, uint32_t n_cell
     layer l = {.n_cells = n_cells};
     kvq_recipe *recipe = recipe_of(spec);
     CHECK_OK(kvq_planner_new(recipe, n_cells, 1, 1, &l.planner));
-    CHECK_OK(kvq_layout_new(recipe, &shape, n_cells, kvq_planner_n_slots(l.planner), &l.layout));
+    CHECK_OK(kvq_layout_new(recipe, &shape, 0, n_cells, kvq_planner_n_slots(l.planner), &l.layout));
     kvq_recipe_free(recipe);
     l.k_mem = aligned(&l.raw[0], kvq_layout_k_bytes(l.layout));
     l.v_mem = aligned(&l.raw[1], kvq_layout_v_bytes(l.layout));

@@ -20,15 +20,17 @@ static void recipe_and_layout(kvq_recipe *recipe, kvq_layout *layout) {
     CHECK_INVALID(kvq_recipe_spec(NULL, text, sizeof text));
     CHECK_INVALID(kvq_recipe_spec(recipe, NULL, sizeof text));
     CHECK(kvq_recipe_page(NULL) == 0);
-    CHECK_INVALID(kvq_layout_new(NULL, &shape, 64, 16, &new_layout));
-    CHECK_INVALID(kvq_layout_new(recipe, NULL, 64, 16, &new_layout));
-    CHECK_INVALID(kvq_layout_new(recipe, &shape, 64, 16, NULL));
+    CHECK_INVALID(kvq_layout_new(NULL, &shape, 0, 64, 16, &new_layout));
+    CHECK_INVALID(kvq_layout_new(recipe, NULL, 0, 64, 16, &new_layout));
+    CHECK_INVALID(kvq_layout_new(recipe, &shape, 0, 64, 16, NULL));
     CHECK(kvq_layout_k_bytes(NULL) == 0 && kvq_layout_v_bytes(NULL) == 0);
     CHECK(kvq_layout_bits_k(NULL) == 0 && kvq_layout_bits_v(NULL) == 0);
     CHECK_INVALID(kvq_layout_format(NULL, text, sizeof text));
     CHECK_INVALID(kvq_layout_format(layout, NULL, sizeof text));
     CHECK_INVALID(kvq_layout_slot_ranges(NULL, KVQ_SIDE_K, ranges, 8, &n));
     CHECK_INVALID(kvq_layout_slot_ranges(layout, KVQ_SIDE_K, ranges, 8, NULL));
+    CHECK_INVALID(kvq_layout_pool_ranges(NULL, KVQ_SIDE_K, ranges, 8, &n));
+    CHECK_INVALID(kvq_layout_pool_ranges(layout, KVQ_SIDE_K, ranges, 8, NULL));
     CHECK_INVALID(kvq_layout_page_ranges(NULL, KVQ_SIDE_K, 0, 1, ranges, 8, &n));
     CHECK_INVALID(kvq_layout_page_ranges(layout, KVQ_SIDE_K, 0, 1, ranges, 8, NULL));
     CHECK(new_recipe == UNTOUCHED && new_layout == UNTOUCHED && n == 77);
@@ -129,6 +131,15 @@ static void layer(kvq_layout *layout, kvq_planner *planner) {
 #undef WITHOUT
     CHECK_OK(kvq_store(layout, &store, 0, 1));
 
+    const uint32_t no_cell = 0;
+    CHECK_INVALID(kvq_pool_adopt(NULL, k_mem, v_mem, k_mem, v_mem, &no_cell, &no_cell, 1));
+    CHECK_INVALID(kvq_pool_adopt(layout, NULL, v_mem, k_mem, v_mem, &no_cell, &no_cell, 1));
+    CHECK_INVALID(kvq_pool_adopt(layout, k_mem, NULL, k_mem, v_mem, &no_cell, &no_cell, 1));
+    CHECK_INVALID(kvq_pool_adopt(layout, k_mem, v_mem, NULL, v_mem, &no_cell, &no_cell, 1));
+    CHECK_INVALID(kvq_pool_adopt(layout, k_mem, v_mem, k_mem, NULL, &no_cell, &no_cell, 1));
+    CHECK_INVALID(kvq_pool_adopt(layout, k_mem, v_mem, k_mem, v_mem, NULL, &no_cell, 1));
+    CHECK_INVALID(kvq_pool_adopt(layout, k_mem, v_mem, k_mem, v_mem, &no_cell, NULL, 1));
+
     CHECK_INVALID(kvq_dequantize(NULL, k_mem, v_mem, location, 0, 1, rows, rows));
     CHECK_INVALID(kvq_dequantize(layout, NULL, v_mem, location, 0, 1, rows, NULL));
     CHECK_INVALID(kvq_dequantize(layout, k_mem, NULL, location, 0, 1, NULL, rows));
@@ -196,12 +207,12 @@ static void cache(kvq_recipe *recipe) {
 }
 
 int main(void) {
-    kvq_recipe *recipe = recipe_of("skvq:page=64,window=16,sinks=1");
+    kvq_recipe *recipe = recipe_of("ott:page=64,window=16,sinks=1,skip-layers=0");
     kvq_planner *a_planner = NULL;
     kvq_layout *a_layout = NULL;
     const kvq_shape shape = {4, 2, 64, 64};
     CHECK_OK(kvq_planner_new(recipe, 64, 1, 1, &a_planner));
-    CHECK_OK(kvq_layout_new(recipe, &shape, 64, kvq_planner_n_slots(a_planner), &a_layout));
+    CHECK_OK(kvq_layout_new(recipe, &shape, 0, 64, kvq_planner_n_slots(a_planner), &a_layout));
     recipe_and_layout(recipe, a_layout);
     planner(recipe, a_planner);
     layer(a_layout, a_planner);

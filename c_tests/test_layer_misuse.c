@@ -98,14 +98,14 @@ int main(void) {
     kvq_layout *layout = NULL;
     const kvq_shape shapes[] = {{4, 0, 64, 64}, {0, 1, 64, 64}, {3, 2, 64, 64}, {4, 2, 65, 64}, {4, 2, 64, 512}};
     for (size_t i = 0; i < 5; i++) {
-        CHECK_STATUS(kvq_layout_new(recipe, &shapes[i], 64, 16, &layout), KVQ_STATUS_SHAPE);
+        CHECK_STATUS(kvq_layout_new(recipe, &shapes[i], 0, 64, 16, &layout), KVQ_STATUS_SHAPE);
     }
-    CHECK_STATUS(kvq_layout_new(recipe, &SHAPE, 64, 16, &layout), KVQ_STATUS_RECIPE);
+    CHECK_STATUS(kvq_layout_new(recipe, &SHAPE, 0, 64, 16, &layout), KVQ_STATUS_RECIPE);
     kvq_recipe_free(recipe);
     recipe = recipe_of("skvq");
-    CHECK_INVALID(kvq_layout_new(recipe, &SHAPE, 0, 16, &layout));
-    CHECK_INVALID(kvq_layout_new(recipe, &SHAPE, UINT32_MAX, 16, &layout));
-    CHECK_INVALID(kvq_layout_new(recipe, &SHAPE, 64, UINT32_MAX, &layout));
+    CHECK_INVALID(kvq_layout_new(recipe, &SHAPE, 0, 0, 16, &layout));
+    CHECK_INVALID(kvq_layout_new(recipe, &SHAPE, 0, UINT32_MAX, 16, &layout));
+    CHECK_INVALID(kvq_layout_new(recipe, &SHAPE, 0, 64, UINT32_MAX, &layout));
     CHECK(layout == NULL);
     kvq_recipe_free(recipe);
     free(out);

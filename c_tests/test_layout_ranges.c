@@ -4,7 +4,7 @@
 static kvq_layout *layout_of(const char *spec, kvq_shape shape, uint32_t n_cells, uint32_t n_slots) {
     kvq_recipe *recipe = recipe_of(spec);
     kvq_layout *layout = NULL;
-    CHECK_OK(kvq_layout_new(recipe, &shape, n_cells, n_slots, &layout));
+    CHECK_OK(kvq_layout_new(recipe, &shape, 0, n_cells, n_slots, &layout));
     kvq_recipe_free(recipe);
     return layout;
 }

@@ -28,7 +28,7 @@
 
 
 // Rises with every change to a function or struct of this header. Compare it with kvq_abi_version() at start.
-#define KVQ_ABI_VERSION 1
+#define KVQ_ABI_VERSION 2
 
 // Smallest supported head size.
 #define KVQ_MIN_HEAD_DIM 64
@@ -216,6 +216,13 @@ typedef struct {
     const int32_t *plan;
     // Integers in `plan`.
     size_t plan_len;
+    // Queries of this ubatch, float [n_tokens][n_heads][head_dim_k], from which some recipes learn which channels of
+    // the keys matter. NULL: they learn nothing from this ubatch.
+    const float *q;
+    // Distance between tokens in `q`.
+    size_t q_stride_token;
+    // Distance between heads in `q`.
+    size_t q_stride_head;
     // Rows; the plan's n_tokens.
     uint32_t n_tokens;
 } kvq_store_args;
@@ -306,12 +313,14 @@ kvq_status kvq_recipe_spec(const kvq_recipe *recipe, char *buf, size_t buf_size)
 // Cells in a page of a recipe. 0 if `recipe` is NULL.
 uint32_t kvq_recipe_page(const kvq_recipe *recipe);
 
-// Makes the layout of a layer of `shape` for `n_cells` cells and `n_slots` exact rows (kvq_planner_n_slots).
+// Makes the layout of a layer of `shape` for `n_cells` cells and `n_slots` exact rows (kvq_planner_n_slots). `layer`
+// counts from 0; some recipes treat the first layers differently.
 //
 // KVQ_STATUS_SHAPE if the head sizes or counts are not supported, KVQ_STATUS_RECIPE if the recipe does not fit them.
 // Free the result with kvq_layout_free.
 kvq_status kvq_layout_new(const kvq_recipe *recipe,
                           const kvq_shape *shape,
+                          uint32_t layer,
                           uint32_t n_cells,
                           uint32_t n_slots,
                           kvq_layout **out);
@@ -338,11 +347,18 @@ double kvq_layout_bits_v(const kvq_layout *layout);
 // enough.
 kvq_status kvq_layout_format(const kvq_layout *layout, char *buf, size_t buf_size);
 
-// Lists where the exact rows of all KV heads lie in the memory of `side`: one range per head, ascending.
+// Lists where everything but the pages of all KV heads lies in the memory of `side`: exact rows, outlier pool and what
+// was learned from queries; one range per head, ascending.
 //
 // Writes the number of ranges to `n_out`, and to `out` unless it is NULL, which has room for `cap`;
 // KVQ_STATUS_BUFFER_TOO_SMALL if that is too few.
 kvq_status kvq_layout_slot_ranges(const kvq_layout *layout, kvq_side side, kvq_range *out, size_t cap, size_t *n_out);
+
+// Lists where the outlier pool of all KV heads lies in the memory of `side`: one range per head, ascending; none if
+// the recipe or the layer has no pool. For kvq_pool_adopt.
+//
+// `out`, `cap` and `n_out` as in kvq_layout_slot_ranges.
+kvq_status kvq_layout_pool_ranges(const kvq_layout *layout, kvq_side side, kvq_range *out, size_t cap, size_t *n_out);
 
 // Lists where the pages [page0, page0 + n_pages) of all KV heads lie in the memory of `side`: per head a range of
 // headers and a range of pages, ascending. Two layouts of the same kvq_layout_format give the same number of ranges of
@@ -470,6 +486,19 @@ kvq_status kvq_requantize_k(const kvq_layout *layout,
                             uint32_t n,
                             const float *k_rows,
                             const uint8_t *changed);
+
+// Takes over saved members of the outlier pool: those of the cells `from[i]` become members for the cells `to[i]`,
+// whose pages the caller has put into the memory. `saved_k` and `saved_v` hold the bytes of kvq_layout_pool_ranges, one
+// range after the other, of a layout with the same kvq_layout_format. What the pool held for the cells `to` is
+// forgotten. A member that finds no room is read from its page from then on.
+kvq_status kvq_pool_adopt(const kvq_layout *layout,
+                          uint8_t *k_mem,
+                          uint8_t *v_mem,
+                          const uint8_t *saved_k,
+                          const uint8_t *saved_v,
+                          const uint32_t *from,
+                          const uint32_t *to,
+                          uint32_t n);
 
 // Makes an empty cache. All its memory is reserved here. Free it with kvq_cache_free.
 kvq_status kvq_cache_new(const kvq_recipe *recipe, const kvq_cache_params *params, kvq_cache **out);

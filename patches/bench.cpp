@@ -350,7 +350,7 @@ public:
         ok(kvq_planner_new(recipe, c.n_kv, 1, 1, &planner_));
         const uint32_t dim = c.head_dim;
         const kvq_shape shape = { uint32_t(c.n_heads()), N_KV_HEADS, dim, dim };
-        ok(kvq_layout_new(recipe, &shape, c.n_kv, kvq_planner_n_slots(planner_), &layout_));
+        ok(kvq_layout_new(recipe, &shape, 2, c.n_kv, kvq_planner_n_slots(planner_), &layout_));
         kvq_recipe_free(recipe);
         k_mem_ = std::make_unique<Buffer>(kvq_layout_k_bytes(layout_));
         v_mem_ = std::make_unique<Buffer>(kvq_layout_v_bytes(layout_));

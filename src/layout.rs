@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::codec::{PageCodec, PageRef, Side, HEADER_BYTES};
 use crate::error::{Error, Result};
+use crate::pool::PoolParams;
 use crate::recipe::{Recipe, SideRecipe};
 use crate::shape::Shape;
 use crate::simd::{kernels, IsaToken, Kernels};
@@ -18,6 +19,9 @@ use crate::simd::{kernels, IsaToken, Kernels};
 /// | part | bytes | |
 /// |---|---|---|
 /// | exact slots | `n_slots * head_dim * 2` | FP16 rows `[slot][head_dim]`, as appended (not rotated) |
+/// | outlier pool | `pool_rows * head_dim * 2` | FP16 rows of outlier tokens, for recipes that trace them |
+/// | pool's cells | `pool_rows * 4` | u32: 1 + the cell of each row, 0 if it is free |
+/// | query moments | `(head_dim + 1) * 4` | keys of codecs that want them: f32 mean of the squared queries by channel, and how many |
 /// | page headers | `n_pages * 4` | see the codec |
 /// | pages | `n_pages * page_bytes` | see the codec; page `i` holds cells `i * page` and up |
 ///
@@ -28,6 +32,8 @@ pub struct Layout {
     n_cells: usize,
     n_slots: usize,
     page: usize,
+    pool: Option<PoolParams>,
+    pool_rows: usize,
     sides: [SideLayout; 2],
     token: IsaToken,
 }
@@ -37,6 +43,11 @@ pub struct Layout {
 pub(crate) struct SideLayout {
     pub(crate) codec: Arc<dyn PageCodec>,
     pub(crate) head_dim: usize,
+    pool: usize,
+    pool_table: usize,
+    pool_table_end: usize,
+    moments: usize,
+    moments_end: usize,
     headers: usize,
     pages: usize,
     page_bytes: usize,
@@ -44,19 +55,26 @@ pub(crate) struct SideLayout {
 }
 
 impl Layout {
-    /// The layout of one layer with `n_cells` cells in each stream and the planner's number of exact slots.
+    /// The layout of layer `layer` of a model with `n_cells` cells in each stream and the planner's number of exact slots.
     ///
     /// # Errors
     ///
     /// [`crate::error::Status::Shape`] for unsupported head sizes or counts, [`crate::error::Status::Recipe`] if the recipe does not
     /// fit the head size, [`crate::error::Status::InvalidArgument`] for zero or absurd sizes,
     /// [`crate::error::Status::Unsupported`] if `KVQ_ISA` asks for what the CPU lacks.
-    pub fn new(recipe: &Recipe, shape: Shape, n_cells: usize, n_slots: usize) -> Result<Layout> {
-        Self::with_isa(recipe, shape, n_cells, n_slots, IsaToken::detect()?)
+    pub fn new(recipe: &Recipe, shape: Shape, layer: usize, n_cells: usize, n_slots: usize) -> Result<Layout> {
+        Self::with_isa(recipe, shape, layer, n_cells, n_slots, IsaToken::detect()?)
     }
 
     /// [`Layout::new`] with kernels of a given instruction set.
-    pub fn with_isa(recipe: &Recipe, shape: Shape, n_cells: usize, n_slots: usize, token: IsaToken) -> Result<Layout> {
+    pub fn with_isa(
+        recipe: &Recipe,
+        shape: Shape,
+        layer: usize,
+        n_cells: usize,
+        n_slots: usize,
+        token: IsaToken,
+    ) -> Result<Layout> {
         shape.validate()?;
         if n_cells == 0 || n_cells > i32::MAX as usize || n_slots == 0 || n_slots > 1 << 24 {
             return Err(Error::invalid(format!(
@@ -64,21 +82,39 @@ impl Layout {
             )));
         }
         let n_pages = n_cells.div_ceil(recipe.page);
+        let pool_rows = recipe.pool.map_or(0, |pool| pool.rows(layer));
         let side = |side, head_dim: u32, side_recipe: &SideRecipe| -> Result<SideLayout> {
             let head_dim = head_dim as usize;
             let codec = side_recipe.codec(side, head_dim, recipe.page, token)?;
-            let headers = (n_slots * head_dim * 2).next_multiple_of(64);
+            let pool = (n_slots * head_dim * 2).next_multiple_of(64);
+            let pool_table = pool + (pool_rows * head_dim * 2).next_multiple_of(64);
+            let pool_table_end = pool_table + pool_rows * 4;
+            let moments = pool_table_end.next_multiple_of(64);
+            let moments_end = moments + if codec.wants_queries() { (head_dim + 1) * 4 } else { 0 };
+            let headers = moments_end.next_multiple_of(64);
             let pages = headers + (n_pages * HEADER_BYTES).next_multiple_of(64);
             let page_bytes = codec.page_bytes();
             let head_bytes = n_pages.checked_mul(page_bytes).and_then(|n| n.checked_add(pages));
             let head_bytes = head_bytes
                 .filter(|n| n.checked_mul(shape.n_kv_heads as usize).is_some_and(|n| n < isize::MAX as usize))
                 .ok_or_else(|| Error::invalid(format!("{n_cells} cells do not fit in memory")))?;
-            Ok(SideLayout { codec, head_dim, headers, pages, page_bytes, head_bytes })
+            Ok(SideLayout {
+                codec,
+                head_dim,
+                pool,
+                pool_table,
+                pool_table_end,
+                moments,
+                moments_end,
+                headers,
+                pages,
+                page_bytes,
+                head_bytes,
+            })
         };
         let sides =
             [side(Side::Key, shape.head_dim_k, &recipe.key)?, side(Side::Value, shape.head_dim_v, &recipe.value)?];
-        Ok(Layout { shape, n_cells, n_slots, page: recipe.page, sides, token })
+        Ok(Layout { shape, n_cells, n_slots, page: recipe.page, pool: recipe.pool, pool_rows, sides, token })
     }
 
     /// The layer's shape.
@@ -99,6 +135,15 @@ impl Layout {
     /// Cells in a page.
     pub fn page(&self) -> usize {
         self.page
+    }
+
+    /// Rows of each head's outlier pool; 0 if the recipe or the layer has none.
+    pub fn pool_rows(&self) -> usize {
+        self.pool_rows
+    }
+
+    pub(crate) fn pool(&self) -> Option<&PoolParams> {
+        self.pool.as_ref().filter(|_| self.pool_rows > 0)
     }
 
     /// Pages of a head, the last one possibly not full.
@@ -157,9 +202,15 @@ impl Layout {
         at..at + HEADER_BYTES
     }
 
-    /// Byte range of the exact slots inside a head region.
+    /// Byte range of everything before the pages inside a head region: exact slots, outlier pool and query moments.
     pub fn slots_range(&self, side: Side) -> std::ops::Range<usize> {
-        0..self.n_slots * self.side(side).head_dim * 2
+        0..self.side(side).moments_end
+    }
+
+    /// Byte range of the outlier pool, its cells included, inside a head region.
+    pub fn pool_range(&self, side: Side) -> std::ops::Range<usize> {
+        let side = self.side(side);
+        side.pool..side.pool_table_end
     }
 
     /// One line that is equal for two layouts exactly if they understand each other's page bytes and slots: codecs with
@@ -168,13 +219,14 @@ impl Layout {
         let [k, v] = &self.sides;
         let shape = self.shape;
         format!(
-            "k={};v={};page={};n_kv_heads={};head_dim={}/{}",
+            "k={};v={};page={};n_kv_heads={};head_dim={}/{}{}",
             k.codec.format(),
             v.codec.format(),
             self.page,
             shape.n_kv_heads,
             shape.head_dim_k,
-            shape.head_dim_v
+            shape.head_dim_v,
+            if self.pool_rows > 0 { format!(";pool={}", self.pool_rows) } else { String::new() }
         )
     }
 
@@ -213,6 +265,41 @@ impl SideLayout {
     /// The FP16 rows of `n` exact slots from `first`.
     pub(crate) fn slots<'a>(&self, region: &'a [u8], first: usize, n: usize) -> &'a [u8] {
         &region[first * self.head_dim * 2..][..n * self.head_dim * 2]
+    }
+
+    /// The FP16 row of a member of the outlier pool.
+    pub(crate) fn pool_row<'a>(&self, region: &'a [u8], row: usize) -> &'a [u8] {
+        self.pool_rows(region, row + 1).split_at(row * self.head_dim * 2).1
+    }
+
+    /// The first `n` FP16 rows of the outlier pool.
+    pub(crate) fn pool_rows<'a>(&self, region: &'a [u8], n: usize) -> &'a [u8] {
+        &region[self.pool..][..n * self.head_dim * 2]
+    }
+
+    /// The FP16 row of a member of the outlier pool, to write to.
+    pub(crate) fn pool_row_mut<'a>(&self, region: &'a mut [u8], row: usize) -> &'a mut [u8] {
+        &mut region[self.pool + row * self.head_dim * 2..][..self.head_dim * 2]
+    }
+
+    /// The cells of the outlier pool, as the layout has them.
+    pub(crate) fn pool_table<'a>(&self, region: &'a [u8]) -> &'a [u8] {
+        &region[self.pool_table..self.pool_table_end]
+    }
+
+    /// [`SideLayout::pool_table`], to write to.
+    pub(crate) fn pool_table_mut<'a>(&self, region: &'a mut [u8]) -> &'a mut [u8] {
+        &mut region[self.pool_table..self.pool_table_end]
+    }
+
+    /// The second moments of the queries and their number, as the layout has them; empty if the codec wants none.
+    pub(crate) fn moments<'a>(&self, region: &'a [u8]) -> &'a [u8] {
+        &region[self.moments..self.moments_end]
+    }
+
+    /// [`SideLayout::moments`], to write to.
+    pub(crate) fn moments_mut<'a>(&self, region: &'a mut [u8]) -> &'a mut [u8] {
+        &mut region[self.moments..self.moments_end]
     }
 
     /// The FP16 row of an exact slot, to write to.

@@ -20,6 +20,7 @@ pub mod layout;
 pub mod parallel;
 pub mod plan;
 pub mod planner;
+pub mod pool;
 pub mod recipe;
 pub mod reference;
 pub mod shape;

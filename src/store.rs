@@ -7,7 +7,8 @@ use crate::attention::Rows;
 use crate::codec::{SealRows, Side};
 use crate::error::{Error, Result};
 use crate::layout::{Layout, SideLayout};
-use crate::plan::{Plan, Source, View};
+use crate::plan::{Plan, Record, Source, View};
+use crate::pool;
 
 /// Keys and values are kept within the range of FP16; NaN counts as 0.
 #[inline(always)]
@@ -33,52 +34,147 @@ fn read_slot(side: &SideLayout, region: &[u8], slot: usize, out: &mut [f32]) {
     }
 }
 
-/// Executes a plan for one side and KV head of one layer: encodes the rows that leave the exact part, then writes the
-/// ubatch's rows that stay exact to their slots. `region` is that head's region ([`Layout::head_bytes`]), `current` holds
-/// the ubatch's rows of all heads.
+/// What a layer's store step takes in, `[n_tokens][heads][head_dim]`.
+#[derive(Clone, Copy)]
+pub struct StoreRows<'a> {
+    /// Keys of the ubatch.
+    pub k: Rows<'a>,
+    /// Values of the ubatch.
+    pub v: Rows<'a>,
+    /// Queries of the ubatch, from which codecs learn which channels matter. `None`: they learn nothing.
+    pub q: Option<Rows<'a>>,
+}
+
+/// Executes a plan for one KV head of one layer: encodes the rows that leave the exact part, then writes the ubatch's rows
+/// that stay exact to their slots. `regions` are that head's key and value regions ([`Layout::head_bytes`]).
 ///
 /// # Errors
 ///
 /// [`crate::error::Status::InvalidArgument`] if the plan was made for other sizes.
 pub fn store_head(
     layout: &Layout,
-    side: Side,
     head: usize,
-    region: &mut [u8],
-    current: &Rows,
+    mut regions: [&mut [u8]; 2],
+    rows: &StoreRows,
     plan: &Plan,
 ) -> Result<()> {
     check_plan(layout, plan)?;
-    let side = layout.side(side);
-    let (mut at, mut rows) = (Vec::new(), Vec::new());
+    if let Some(q) = &rows.q {
+        learn_queries(layout, head, regions[0], q, plan.n_tokens());
+    }
+    if layout.pool().is_some() {
+        pool::drop_stale(layout, &mut regions, plan);
+    }
+    let mut page = SealedPage::default();
     let mut records = plan.records().peekable();
     while let Some(first) = records.next() {
-        let page = first.cell / layout.page();
-        at.clear();
-        rows.clear();
-        let mut next = Some(first);
-        while let Some(record) = next {
-            let start = rows.len();
-            rows.resize(start + side.head_dim, 0.0);
-            match record.source {
-                Source::Slot(slot) => read_slot(side, region, slot, &mut rows[start..]),
-                Source::Row(row) => {
-                    rows[start..]
-                        .iter_mut()
-                        .zip(current.row(row, head, side.head_dim))
-                        .for_each(|(t, x)| *t = finite(*x));
-                }
-            }
-            at.push((record.cell % layout.page()) as u32);
-            next = records.next_if(|r| r.cell / layout.page() == page);
+        page.records.clear();
+        page.records.push(first);
+        while let Some(record) = records.next_if(|r| r.cell / layout.page() == first.cell / layout.page()) {
+            page.records.push(record);
         }
-        let (header, bytes) = side.page_mut(region, page);
-        side.codec.seal(header, bytes, &mut SealRows { at: &at, rows: &mut rows, fresh: first.fresh });
+        seal_page(layout, head, &mut regions, rows, &mut page);
     }
-    for (row, &slot) in plan.row_slots().iter().enumerate().filter(|(_, slot)| **slot >= 0) {
-        write_slot(side, region, slot as usize, current.row(row, head, side.head_dim));
+    for (side, current) in [(Side::Key, &rows.k), (Side::Value, &rows.v)] {
+        let side_layout = layout.side(side);
+        for (row, &slot) in plan.row_slots().iter().enumerate().filter(|(_, slot)| **slot >= 0) {
+            let row = current.row(row, head, side_layout.head_dim);
+            write_slot(side_layout, regions[side as usize], slot as usize, row);
+        }
     }
     Ok(())
+}
+
+/// One page on its way, with its buffers.
+#[derive(Default)]
+struct SealedPage {
+    records: Vec<Record>,
+    at: Vec<u32>,
+    rows: Vec<f32>,
+    /// For each record the row of the outlier pool that it enters.
+    pooled: Vec<Option<usize>>,
+    exact: Vec<bool>,
+    channel_weights: Vec<f32>,
+}
+
+/// Encodes the records of one page, keys first: they decide which tokens enter the outlier pool.
+fn seal_page(layout: &Layout, head: usize, regions: &mut [&mut [u8]; 2], rows: &StoreRows, page: &mut SealedPage) {
+    let SealedPage { records, at, rows: gathered, pooled, exact, channel_weights } = page;
+    let (index, fresh) = (records[0].cell / layout.page(), records[0].fresh);
+    at.clear();
+    at.extend(records.iter().map(|record| (record.cell % layout.page()) as u32));
+    for (side, current) in [(Side::Key, &rows.k), (Side::Value, &rows.v)] {
+        let (side_layout, region) = (layout.side(side), &mut *regions[side as usize]);
+        let dim = side_layout.head_dim;
+        gathered.clear();
+        gathered.resize(records.len() * dim, 0.0);
+        for (record, to) in records.iter().zip(gathered.chunks_exact_mut(dim)) {
+            match record.source {
+                Source::Slot(slot) => read_slot(side_layout, region, slot, to),
+                Source::Row(row) => {
+                    to.iter_mut().zip(current.row(row, head, dim)).for_each(|(t, x)| *t = finite(*x));
+                }
+            }
+        }
+        if side == Side::Key {
+            pooled.clear();
+            // Rows that join a page whose range is fixed are too few to tell an outlier among.
+            if let Some(pool) = layout.pool().filter(|_| fresh) {
+                pooled.extend(pool::trace(layout, pool, region, gathered));
+            }
+            exact.clear();
+            exact.extend(pooled.iter().map(Option::is_some));
+        }
+        for (i, row) in pooled.iter().enumerate() {
+            let Some(row) = *row else { continue };
+            pool::write_half(side_layout.pool_row_mut(region, row), &gathered[i * dim..][..dim]);
+            pool::set_cell(side_layout, region, row, Some(records[i].cell));
+        }
+        read_moments(side_layout, region, channel_weights);
+        let (header, bytes) = side_layout.page_mut(region, index);
+        side_layout.codec.seal(header, bytes, &mut SealRows { at, rows: gathered, fresh, exact, channel_weights });
+    }
+}
+
+/// Queries that the mean of their squares remembers: older ones fade.
+const MOMENT_MEMORY: f32 = 4096.0;
+
+/// Adds the squares of the ubatch's queries of a KV head to its moments, if the key codec wants them.
+fn learn_queries(layout: &Layout, head: usize, region: &mut [u8], q: &Rows, n_tokens: usize) {
+    let side = layout.side(Side::Key);
+    if side.moments(region).is_empty() {
+        return;
+    }
+    let (dim, gqa) = (side.head_dim, layout.shape().gqa_ratio());
+    let mut squares = vec![0f32; dim];
+    for token in 0..n_tokens {
+        for q_head in head * gqa..(head + 1) * gqa {
+            squares.iter_mut().zip(q.row(token, q_head, dim)).for_each(|(s, x)| *s += finite(*x) * finite(*x));
+        }
+    }
+    let mut numbers: Vec<f32> = Vec::new();
+    read_floats(side.moments(region), &mut numbers);
+    let (n, seen) = ((n_tokens * gqa) as f32, numbers[dim]);
+    for (mean, sum) in numbers.iter_mut().zip(&squares) {
+        *mean += (sum - *mean * n) / (seen + n);
+    }
+    numbers[dim] = (seen + n).min(MOMENT_MEMORY);
+    for (to, x) in side.moments_mut(region).chunks_exact_mut(4).zip(&numbers) {
+        to.copy_from_slice(&x.to_le_bytes());
+    }
+}
+
+/// The weights of the channels that the queries seen so far give; empty without any.
+fn read_moments(side: &SideLayout, region: &[u8], out: &mut Vec<f32>) {
+    read_floats(side.moments(region), out);
+    if out.pop().is_none_or(|seen| seen == 0.0) {
+        out.clear();
+    }
+}
+
+fn read_floats(bytes: &[u8], out: &mut Vec<f32>) {
+    out.clear();
+    out.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
 }
 
 /// Fails unless the plan was made for this layout.
@@ -129,7 +225,10 @@ pub fn dequantize_head(
     for (cell, out) in (cell0..cell0 + n).zip(out.chunks_exact_mut(side.head_dim)) {
         match location[cell] {
             ABSENT => out.fill(0.0),
-            IN_PAGE => side.codec.decode(side.page(region, cell / layout.page()), cell % layout.page(), out),
+            IN_PAGE => match pool::find(side, region, cell) {
+                Some(row) => pool::read_half(side.pool_row(region, row), out),
+                None => side.codec.decode(side.page(region, cell / layout.page()), cell % layout.page(), out),
+            },
             slot => read_slot(side, region, slot as usize, out),
         }
     }
@@ -149,13 +248,15 @@ pub fn requantize_k_head(
 ) -> Result<()> {
     check_location(layout, location, cell0, changed.len())?;
     let side = layout.side(Side::Key);
-    let (mut at, mut packed) = (Vec::new(), Vec::new());
+    let (mut at, mut packed, mut exact, mut channel_weights) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    read_moments(side, region, &mut channel_weights);
     let mut cell = cell0;
     while cell < cell0 + changed.len() {
         let page = cell / layout.page();
         let end = ((page + 1) * layout.page()).min(cell0 + changed.len());
         at.clear();
         packed.clear();
+        exact.clear();
         for i in cell..end {
             let row = &rows[(i - cell0) * side.head_dim..][..side.head_dim];
             match location[i] {
@@ -164,6 +265,11 @@ pub fn requantize_k_head(
                 IN_PAGE => {
                     at.push((i % layout.page()) as u32);
                     packed.extend(row.iter().map(|x| finite(*x)));
+                    let pooled = pool::find(side, region, i);
+                    exact.push(pooled.is_some());
+                    if let Some(pooled) = pooled {
+                        pool::write_half(side.pool_row_mut(region, pooled), &packed[packed.len() - side.head_dim..]);
+                    }
                 }
                 slot => write_slot(side, region, slot as usize, row),
             }
@@ -172,7 +278,9 @@ pub fn requantize_k_head(
             let cells = page * layout.page()..((page + 1) * layout.page()).min(layout.n_cells());
             let fresh = cells.filter(|i| location[*i] == IN_PAGE).count() == at.len();
             let (header, bytes) = side.page_mut(region, page);
-            side.codec.seal(header, bytes, &mut SealRows { at: &at, rows: &mut packed, fresh });
+            let mut rows =
+                SealRows { at: &at, rows: &mut packed, fresh, exact: &exact, channel_weights: &channel_weights };
+            side.codec.seal(header, bytes, &mut rows);
         }
         cell = end;
     }

@@ -112,7 +112,7 @@ static void kvq_node_combine(ggml_tensor * dst, int ith, int nth, void * userdat
     }
 }
 
-// sources: k_cur, v_cur, k_mem, v_mem, plan, the attention output (only to come after it)
+// sources: k_cur, v_cur, k_mem, v_mem, plan, q, the attention output (only to come after it)
 static void kvq_node_store(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto & node = *(const llama_kvq_node *) userdata;
 
@@ -121,6 +121,7 @@ static void kvq_node_store(ggml_tensor * dst, int ith, int nth, void * userdata)
     const ggml_tensor * k_mem = dst->src[2];
     const ggml_tensor * v_mem = dst->src[3];
     const ggml_tensor * plan  = dst->src[4];
+    const ggml_tensor * q     = dst->src[5];
 
     const int64_t n_stream = plan->ne[1];
     const int64_t n_tokens = k_cur->ne[2]/n_stream;
@@ -141,6 +142,9 @@ static void kvq_node_store(ggml_tensor * dst, int ith, int nth, void * userdata)
         args.v_mem          = (uint8_t *) v_mem->data + s*v_mem->nb[1];
         args.plan           = (const int32_t *) plan->data + s*plan->ne[0];
         args.plan_len       = plan->ne[0];
+        args.q              = (const float *) ((const char *) q->data + i0*q->nb[2]);
+        args.q_stride_token = q->nb[2]/sizeof(float);
+        args.q_stride_head  = q->nb[1]/sizeof(float);
         args.n_tokens       = n_tokens;
 
         llama_kvq_must(kvq_store(node.layout, &args, ith, nth), "store");
@@ -246,9 +250,9 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
     ggml_build_forward_expand(graph.gf, cur);
 
     if (k_cur) {
-        ggml_tensor * src_store[6] = { k_cur, v_cur, k_mem, v_mem, plan, cur };
+        ggml_tensor * src_store[7] = { k_cur, v_cur, k_mem, v_mem, plan, src[0], cur };
 
-        ggml_tensor * store = ggml_custom_4d(ctx0, GGML_TYPE_F32, 1, 1, 1, 1, src_store, 6,
+        ggml_tensor * store = ggml_custom_4d(ctx0, GGML_TYPE_F32, 1, 1, 1, 1, src_store, 7,
                 kvq_node_store, GGML_N_TASKS_MAX, userdata);
         graph.cb(store, "kvq_store", il);
 

@@ -99,7 +99,7 @@ ggml_tensor * llama_kvq_cache::new_k(ggml_context * ctx, ggml_backend_buffer_typ
     const kvq_shape shape = layer_shape(il);
 
     kvq_layout * layout = nullptr;
-    if (kvq_layout_new(recipe.get(), &shape, kv.get_size(), kvq_planner_n_slots(planner.get()), &layout) != 0) {
+    if (kvq_layout_new(recipe.get(), &shape, il, kv.get_size(), kvq_planner_n_slots(planner.get()), &layout) != 0) {
         throw std::runtime_error(format("kvq: layer %u (%u heads, %u KV heads, head sizes K %u, V %u): %s",
                     il, shape.n_heads, shape.n_kv_heads, shape.head_dim_k, shape.head_dim_v, kvq_last_error()));
     }

@@ -79,8 +79,8 @@ private:
     void state_read_all(kvq_state_reader & in);
     void state_read_seq(kvq_state_reader & in, llama_seq_id seq_id);
 
-    void decode_pages(size_t il, const std::vector<uint8_t> * bytes, size_t n_pages,
-            std::vector<float> & k, std::vector<float> & v) const;
+    void decode_pages(size_t il, const std::vector<uint8_t> * bytes, const std::vector<uint32_t> & pages,
+            const std::vector<uint8_t> * pools, std::vector<float> & k, std::vector<float> & v) const;
 
     llama_kv_cache & kv;
 

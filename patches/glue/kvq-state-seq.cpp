@@ -1,7 +1,8 @@
 // Saved state of one sequence. Packed rows move with their whole page, byte for byte, to a free page of the cache, each
 // to the same place in it. Exact rows are stored anew, as if they were a ubatch. Where sequences share pages there may
 // be no free page left: then the packed rows are decoded and stored anew as well, which encodes them a second time.
-// Payload: cells (index, position, ext, is_packed), per layer K and V pages, per layer K and V exact rows as f16.
+// Payload: cells (index, position, ext, is_packed), per layer K and V pages and outlier pool, per layer K and V exact rows
+// as f16.
 
 #include "kvq-state.h"
 
@@ -75,6 +76,12 @@ void llama_kvq_cache::state_write_seq(kvq_state_writer & out, llama_seq_id seq_i
                 kvq_state_get(t, ranges, buf.data());
                 out.bytes(buf.data(), buf.size());
             }
+
+            const auto ranges = kvq_state_ranges(layout, side, KVQ_STATE_POOL, 0, 0);
+
+            std::vector<uint8_t> buf(kvq_state_size(ranges));
+            kvq_state_get(t, ranges, buf.data());
+            out.bytes(buf.data(), buf.size());
         }
     }
 
@@ -216,12 +223,14 @@ void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id)
     const auto packed_pages = pages_of(cells, page, [&](size_t i) { return is_packed[i]; });
 
     std::vector<std::vector<uint8_t>> pages; // as written: layers, sides, pages
+    std::vector<std::vector<uint8_t>> pools; // layers, sides
     for (const auto & layout : layouts) {
         for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
             const size_t size = kvq_state_size(kvq_state_ranges(layout.get(), side, KVQ_STATE_PAGES, 0, 1));
             for (size_t i = 0; i < packed_pages.size(); ++i) {
                 pages.push_back(in.buffer(size));
             }
+            pools.push_back(in.buffer(kvq_state_size(kvq_state_ranges(layout.get(), side, KVQ_STATE_POOL, 0, 0))));
         }
     }
 
@@ -256,11 +265,13 @@ void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id)
     }
 
     std::vector<uint32_t> packed; // cells that are read from their page
+    std::vector<uint32_t> from;   // what they were called when they were saved
     std::vector<size_t>   anew;   // rows to store, by position, as they arrived
 
     for (size_t i = 0; i < placed.size(); ++i) {
         if (is_packed[i] && whole_pages) {
             packed.push_back(placed[i].cell);
+            from.push_back(cells[i].cell);
         } else {
             anew.push_back(i);
         }
@@ -278,6 +289,10 @@ void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id)
                     kvq_state_set(t, ranges, (bytes++)->data());
                 }
             }
+
+            llama_kvq_must(kvq_pool_adopt(layouts[il].get(), (uint8_t *) kv.layers[il].k_stream[strm]->data,
+                        (uint8_t *) kv.layers[il].v_stream[strm]->data, pools[2*il].data(), pools[2*il + 1].data(),
+                        from.data(), packed.data(), packed.size()), "restored outlier tokens");
         }
 
         llama_kvq_must(kvq_planner_adopt(planner.get(), strm, packed.data(), packed.size()), "restored pages");
@@ -313,7 +328,7 @@ void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id)
         std::vector<float> k_page;
         std::vector<float> v_page;
         if (!whole_pages) {
-            decode_pages(il, pages.data() + il*2*packed_pages.size(), packed_pages.size(), k_page, v_page);
+            decode_pages(il, pages.data() + il*2*packed_pages.size(), packed_pages, pools.data() + 2*il, k_page, v_page);
         }
 
         std::vector<float> k_cur(ubatch.size()*n_k);
@@ -350,38 +365,50 @@ void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id)
     }
 }
 
-// bytes: n_pages saved pages of K, then of V; k and v: rows of all their cells
-void llama_kvq_cache::decode_pages(size_t il, const std::vector<uint8_t> * bytes, size_t n_pages,
-        std::vector<float> & k, std::vector<float> & v) const {
-    const uint32_t  page  = kvq_recipe_page(recipe.get());
+// bytes: the saved pages of K, then of V; pools: their outlier pools; k and v: rows of all their cells
+void llama_kvq_cache::decode_pages(size_t il, const std::vector<uint8_t> * bytes, const std::vector<uint32_t> & pages,
+        const std::vector<uint8_t> * pools, std::vector<float> & k, std::vector<float> & v) const {
+    const uint32_t  page    = kvq_recipe_page(recipe.get());
+    const size_t    n_pages = pages.size();
     const kvq_shape shape = layer_shape(kv.layers[il].il);
 
     // a cache of just these pages
     kvq_layout * layout = nullptr;
-    llama_kvq_must(kvq_layout_new(recipe.get(), &shape, n_pages*page, kvq_planner_n_slots(planner.get()), &layout),
+    llama_kvq_must(kvq_layout_new(recipe.get(), &shape, kv.layers[il].il, n_pages*page, kvq_planner_n_slots(planner.get()), &layout),
             "saved pages");
     kvq_layout_ptr owner(layout);
 
     const std::vector<int32_t> location(n_pages*page, -2);
 
-    for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
-        auto & out = side == KVQ_SIDE_K ? k : v;
-        out.resize(n_pages*page*shape.n_kv_heads*(side == KVQ_SIDE_K ? shape.head_dim_k : shape.head_dim_v));
+    std::vector<uint8_t> buf[2] = {
+        std::vector<uint8_t>(64 + kvq_layout_k_bytes(layout)),
+        std::vector<uint8_t>(64 + kvq_layout_v_bytes(layout)),
+    };
+    uint8_t * mem[2];
 
-        std::vector<uint8_t> buf(64 + (side == KVQ_SIDE_K ? kvq_layout_k_bytes(layout) : kvq_layout_v_bytes(layout)));
-        uint8_t * mem = buf.data() + 64 - (uintptr_t) buf.data()%64;
+    for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
+        mem[side] = buf[side].data() + 64 - (uintptr_t) buf[side].data()%64;
 
         for (size_t p = 0; p < n_pages; ++p, ++bytes) {
             const uint8_t * src = bytes->data();
             for (const auto & r : kvq_state_ranges(layout, side, KVQ_STATE_PAGES, p, 1)) {
-                memcpy(mem + r.offset, src, r.size);
+                memcpy(mem[side] + r.offset, src, r.size);
                 src += r.size;
             }
         }
-
-        const bool is_k = side == KVQ_SIDE_K;
-
-        llama_kvq_must(kvq_dequantize(layout, is_k ? mem : nullptr, is_k ? nullptr : mem, location.data(),
-                    0, n_pages*page, is_k ? out.data() : nullptr, is_k ? nullptr : out.data()), "saved pages");
     }
+
+    std::vector<uint32_t> from(n_pages*page);
+    std::vector<uint32_t> to  (n_pages*page);
+    for (size_t i = 0; i < from.size(); ++i) {
+        from[i] = pages[i/page]*page + i%page;
+        to  [i] = i;
+    }
+    llama_kvq_must(kvq_pool_adopt(layout, mem[0], mem[1], pools[0].data(), pools[1].data(), from.data(), to.data(),
+                to.size()), "saved outlier tokens");
+
+    k.resize(n_pages*page*shape.n_kv_heads*shape.head_dim_k);
+    v.resize(n_pages*page*shape.n_kv_heads*shape.head_dim_v);
+    llama_kvq_must(kvq_dequantize(layout, mem[0], mem[1], location.data(), 0, n_pages*page, k.data(), v.data()),
+            "saved pages");
 }

@@ -23,9 +23,11 @@ std::vector<kvq_range> kvq_state_ranges(const kvq_layout * layout, kvq_side side
     }
 
     auto get = [&](kvq_range * out, size_t cap, size_t * n) {
-        return part == KVQ_STATE_SLOTS
-            ? kvq_layout_slot_ranges(layout, side, out, cap, n)
-            : kvq_layout_page_ranges(layout, side, page0, n_pages, out, cap, n);
+        switch (part) {
+            case KVQ_STATE_SLOTS: return kvq_layout_slot_ranges(layout, side, out, cap, n);
+            case KVQ_STATE_POOL:  return kvq_layout_pool_ranges(layout, side, out, cap, n);
+            default:              return kvq_layout_page_ranges(layout, side, page0, n_pages, out, cap, n);
+        }
     };
 
     size_t n = 0;

@@ -139,9 +139,10 @@ void kvq_state_call(kvq_status status, const char * what);
 enum kvq_state_part {
     KVQ_STATE_SLOTS,
     KVQ_STATE_PAGES,
+    KVQ_STATE_POOL, // part of the slots
 };
 
-// the ranges of a layer's bytes that hold all slots, or pages [page0, page0 + n_pages)
+// the ranges of a layer's bytes that hold all slots, the outlier pool, or pages [page0, page0 + n_pages)
 std::vector<kvq_range> kvq_state_ranges(const kvq_layout * layout, kvq_side side, kvq_state_part part,
         uint32_t page0, uint32_t n_pages);
 

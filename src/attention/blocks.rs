@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use super::{AttendArgs, Mask};
+use crate::plan::CELLS_PER_WORD;
 
 /// Exact rows that are processed together.
 pub(super) const EXACT_BLOCK: usize = 128;
@@ -15,23 +16,28 @@ pub(super) enum Block {
     Page(usize),
     /// Exact slots from this one.
     Slots(usize),
+    /// The outlier pool of the head.
+    Pool,
     /// Rows of the ubatch from this one.
     Current(usize),
 }
 
-/// The blocks of split `split` of `args.n_splits`: pages, then slots, then the ubatch's rows, dealt out evenly.
-pub(super) fn blocks(args: &AttendArgs, split: usize) -> impl Iterator<Item = Block> + use<> {
+/// The blocks of split `split` of `args.n_splits`: pages, slots, the ubatch's rows, the pool, dealt out evenly.
+pub(super) fn blocks(args: &AttendArgs, split: usize, has_pool: bool) -> impl Iterator<Item = Block> + use<> {
     let n_pages = args.plan.n_pages(args.view());
     let n_slots = args.plan.n_slots().div_ceil(EXACT_BLOCK);
     let n_current = if args.current.is_some() { args.n_tokens.div_ceil(EXACT_BLOCK) } else { 0 };
-    let n = n_pages + n_slots + n_current;
+    let n_exact = n_pages + n_slots + n_current;
+    let n = n_exact + usize::from(has_pool);
     (split * n / args.n_splits..(split + 1) * n / args.n_splits).map(move |i| {
         if i < n_pages {
             Block::Page(i)
         } else if i < n_pages + n_slots {
             Block::Slots((i - n_pages) * EXACT_BLOCK)
-        } else {
+        } else if i < n_exact {
             Block::Current((i - n_pages - n_slots) * EXACT_BLOCK)
+        } else {
+            Block::Pool
         }
     })
 }
@@ -47,12 +53,14 @@ pub(super) enum Visible {
     Some,
 }
 
-/// Fills `out[tokens][columns]` with the mask of a page for the query tokens `tokens`.
+/// Fills `out[tokens][columns]` with the mask of a page for the query tokens `tokens`. The cells `pooled` (-1: none) are
+/// read from the outlier pool and hidden here.
 pub(super) fn page_mask(
     args: &AttendArgs,
     page: usize,
     columns: usize,
     tokens: Range<usize>,
+    pooled: &[i32],
     out: &mut Vec<f32>,
 ) -> Visible {
     let bits = args.plan.page_bits(args.view(), page);
@@ -60,12 +68,18 @@ pub(super) fn page_mask(
         return Visible::None;
     }
     let first = page * columns;
+    let in_page = |cell: i32| usize::try_from(cell).is_ok_and(|cell| cell / columns == page);
+    let is_whole = !pooled.iter().any(|&cell| in_page(cell));
     // Cells beyond the mask are hidden.
     let n = args.n_kv.saturating_sub(first).min(columns);
     if n == 0 {
         return Visible::None;
     }
-    if n == columns && bits.iter().all(|word| *word == -1) && tokens.clone().all(|t| is_zero(args, t, first, n)) {
+    if is_whole
+        && n == columns
+        && bits.iter().all(|word| *word == -1)
+        && tokens.clone().all(|t| is_zero(args, t, first, n))
+    {
         return Visible::All;
     }
     out.clear();
@@ -81,11 +95,20 @@ pub(super) fn page_mask(
     if bits.iter().any(|word| *word != -1) {
         for (i, word) in bits.iter().enumerate() {
             for bit in (0..32).filter(|bit| word >> bit & 1 == 0) {
-                out.iter_mut().skip(i * 32 + bit).step_by(columns).for_each(|m| *m = f32::NEG_INFINITY);
+                hide(out, columns, i * 32 + bit);
             }
         }
     }
+    if !is_whole {
+        let pooled = pooled.iter().filter(|&&cell| in_page(cell));
+        pooled.for_each(|&cell| hide(out, columns, cell as usize % columns));
+    }
     classify(out)
+}
+
+/// Hides a column from all rows of a mask.
+fn hide(mask: &mut [f32], columns: usize, column: usize) {
+    mask.iter_mut().skip(column).step_by(columns).for_each(|m| *m = f32::NEG_INFINITY);
 }
 
 /// Whether the mask hides nothing and adds nothing in `n` columns: the common case, decided without a branch per value.
@@ -165,6 +188,13 @@ fn classify(mask: &[f32]) -> Visible {
         (_, true) => Visible::All,
         _ => Visible::Some,
     }
+}
+
+/// Whether a cell is to be read from its page.
+pub(super) fn is_in_page(args: &AttendArgs, cell: usize) -> bool {
+    let (page, bit) = (cell / args.plan.page(), cell % args.plan.page());
+    let words = || args.plan.page_bits(args.view(), page);
+    cell < args.plan.n_cells() && words()[bit / CELLS_PER_WORD] >> (bit % CELLS_PER_WORD) & 1 == 1
 }
 
 /// The cells of a block of exact slots.

@@ -5,13 +5,14 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::blocks::{
-    blocks, cell_mask, current_cells, mask_columns, page_mask, slot_cells, Block, Visible, EXACT_BLOCK,
+    blocks, cell_mask, current_cells, is_in_page, mask_columns, page_mask, slot_cells, Block, Visible, EXACT_BLOCK,
 };
 use super::partial::finish;
 use super::{alibi_slope, region, AttendArgs};
 use crate::codec::query::{Probabilities, Query};
 use crate::codec::Side;
 use crate::layout::Layout;
+use crate::pool;
 use crate::simd::{ExactRows, Logits, State};
 
 /// Query rows (tokens times query heads of a KV head) of a tile: enough to pay for unpacking a page, few enough that
@@ -33,6 +34,8 @@ pub(super) struct Workspace {
     exact: Vec<f32>,
     slopes: Vec<f32>,
     mask_row: Vec<u32>,
+    /// For each row of the head's outlier pool the cell, or -1 if that cell is not to be read from its page.
+    pooled: Vec<i32>,
     state: State,
 }
 
@@ -59,11 +62,17 @@ pub(super) fn run(
     work.state.reset(n_rows, value.head_dim);
     let k_region = region(layout, Side::Key, args.k_mem, head);
     let v_region = region(layout, Side::Value, args.v_mem, head);
-    for block in blocks(args, split) {
+    work.pooled.clear();
+    work.pooled.extend(
+        pool::cells(key, k_region)
+            .take(layout.pool_rows())
+            .map(|cell| cell.filter(|cell| is_in_page(args, *cell)).map_or(-1, |cell| cell as i32)),
+    );
+    for block in blocks(args, split, layout.pool_rows() > 0) {
         match block {
             Block::Page(page) => {
                 let columns = layout.page();
-                let visible = page_mask(args, page, columns, tokens.clone(), &mut work.mask);
+                let visible = page_mask(args, page, columns, tokens.clone(), &work.pooled, &mut work.mask);
                 if visible == Visible::None {
                     continue;
                 }
@@ -78,6 +87,14 @@ pub(super) fn run(
                     let (side, region) = if side == Side::Key { (key, k_region) } else { (value, v_region) };
                     (layout.kernels().f16_to_f32)(side.slots(region, first, n), &mut work.exact);
                 });
+            }
+            Block::Pool => {
+                let cells = std::mem::take(&mut work.pooled);
+                exact_block(layout, args, &cells, tokens.clone(), work, |side, n, work| {
+                    let (side, region) = if side == Side::Key { (key, k_region) } else { (value, v_region) };
+                    (layout.kernels().f16_to_f32)(side.pool_rows(region, n), &mut work.exact);
+                });
+                work.pooled = cells;
             }
             Block::Current(first) => {
                 let Some((k, v)) = args.current else { continue };

@@ -29,7 +29,7 @@ use crate::plan::{plan_len, Plan};
 use crate::planner::{Planner, Row};
 use crate::recipe::Recipe;
 use crate::shape::Shape;
-use crate::store;
+use crate::store::{self, StoreRows};
 
 use cells::Cells;
 use mask::{MaskData, MaskKind};
@@ -76,7 +76,6 @@ pub struct AttendOptions<'a> {
 pub struct Cache {
     recipe: Recipe,
     params: CacheParams,
-    layout: Layout,
     planner: Planner,
     cells: Cells,
     layers: Vec<Layer>,
@@ -86,6 +85,7 @@ pub struct Cache {
 }
 
 struct Layer {
+    layout: Layout,
     k: Memory,
     v: Memory,
 }
@@ -118,16 +118,19 @@ impl Cache {
             rope.validate(params.shape.head_dim_k as usize)?;
         }
         let planner = Planner::new(recipe.planner_config(params.n_cells, 1, params.n_seq_max))?;
-        let layout = Layout::new(recipe, params.shape, params.n_cells, planner.n_slots())?;
-        let total = layout.k_bytes().checked_add(layout.v_bytes()).and_then(|n| n.checked_mul(params.n_layers));
+        let layout = |layer| Layout::new(recipe, params.shape, layer, params.n_cells, planner.n_slots());
+        let layouts = (0..params.n_layers).map(layout).collect::<Result<Vec<_>>>()?;
+        let total = layouts
+            .iter()
+            .try_fold(0usize, |total, layout| total.checked_add(layout.k_bytes())?.checked_add(layout.v_bytes()));
         memory::check_available(total.unwrap_or(usize::MAX))?;
-        let layer = |_| Layer { k: Memory::new(layout.k_bytes()), v: Memory::new(layout.v_bytes()) };
+        let layer =
+            |layout: Layout| Layer { k: Memory::new(layout.k_bytes()), v: Memory::new(layout.v_bytes()), layout };
         Ok(Self {
             recipe: recipe.clone(),
             params: *params,
-            layers: (0..params.n_layers).map(layer).collect(),
+            layers: layouts.into_iter().map(layer).collect(),
             cells: Cells::new(params.n_cells, params.n_seq_max),
-            layout,
             planner,
             batch: None,
             broken: false,
@@ -190,6 +193,7 @@ impl Cache {
         let mask = batch.masks.iter().find(|(known, _)| *known == kind).map(|(_, data)| data.as_mask());
         let n_threads = n_threads(&self.params);
         let memory = &mut self.layers[layer];
+        let layout = &memory.layout;
         let args = AttendArgs {
             q,
             current: Some((k, v)),
@@ -204,11 +208,12 @@ impl Cache {
             softcap: options.softcap,
             max_bias: options.max_bias,
             n_tokens,
-            n_splits: attention::n_splits(&self.layout, n_tokens, n_threads),
+            n_splits: attention::n_splits(layout, n_tokens, n_threads),
         };
-        attend_parts(&self.layout, &args, n_threads, out)?;
+        attend_parts(layout, &args, n_threads, out)?;
         self.broken = true;
-        store_layer(&self.layout, memory, &k, &v, &Plan::new(&batch.plan)?, n_threads)?;
+        let rows = StoreRows { k, v, q: Some(q) };
+        store_layer(memory, &rows, &Plan::new(&batch.plan)?, n_threads)?;
         self.broken = false;
         batch.done[layer] = true;
         Ok(())
@@ -303,7 +308,7 @@ impl Cache {
 
     /// Bytes of K and V memory of all layers, exact rows and metadata included, free cells too.
     pub fn n_bytes(&self) -> usize {
-        self.layers.len() * (self.layout.k_bytes() + self.layout.v_bytes())
+        self.layers.iter().map(|layer| layer.layout.k_bytes() + layer.layout.v_bytes()).sum()
     }
 
     /// What the cache was made for.
@@ -396,11 +401,13 @@ fn collect_parts(n_parts: usize, out: &mut [f32], run: impl Fn(usize, &mut Emit)
     })
 }
 
-fn store_layer(layout: &Layout, memory: &mut Layer, k: &Rows, v: &Rows, plan: &Plan, n_threads: usize) -> Result<()> {
-    let keys = memory.k.bytes_mut().chunks_exact_mut(layout.head_bytes(Side::Key)).enumerate();
-    let values = memory.v.bytes_mut().chunks_exact_mut(layout.head_bytes(Side::Value)).enumerate();
-    let units = keys.map(|unit| (Side::Key, k, unit)).chain(values.map(|unit| (Side::Value, v, unit)));
-    parallel::for_each(n_threads, units.collect(), |(side, current, (head, region))| {
-        store::store_head(layout, side, head, region, current, plan)
+fn store_layer(layer: &mut Layer, rows: &StoreRows, plan: &Plan, n_threads: usize) -> Result<()> {
+    let Layer { layout, k, v } = layer;
+    let layout = &*layout;
+    let keys = k.bytes_mut().chunks_exact_mut(layout.head_bytes(Side::Key));
+    let values = v.bytes_mut().chunks_exact_mut(layout.head_bytes(Side::Value));
+    let units = keys.zip(values).enumerate().collect();
+    parallel::for_each(n_threads, units, |(head, (key, value))| {
+        store::store_head(layout, head, [key, value], rows, plan)
     })
 }

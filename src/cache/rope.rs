@@ -76,11 +76,12 @@ impl Cache {
             .filter(|cells| changed[cells.clone()].contains(&1))
             .collect();
         let angles = rope.angles(delta);
-        let layout = &self.layout;
         let dim = self.params.shape.head_dim_k as usize;
-        let regions =
-            self.layers.iter_mut().flat_map(|layer| layer.k.bytes_mut().chunks_exact_mut(layout.head_bytes(Side::Key)));
-        parallel::for_each(super::n_threads(&self.params), regions.collect(), |region: &mut [u8]| {
+        let regions = self.layers.iter_mut().flat_map(|super::Layer { layout, k, .. }| {
+            let layout = &*layout;
+            k.bytes_mut().chunks_exact_mut(layout.head_bytes(Side::Key)).map(move |region| (layout, region))
+        });
+        parallel::for_each(super::n_threads(&self.params), regions.collect(), |(layout, region)| {
             let mut rows = vec![0.0; page * dim];
             for cells in &pages {
                 let (rows, changed) = (&mut rows[..cells.len() * dim], &changed[cells.clone()]);

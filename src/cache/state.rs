@@ -162,7 +162,7 @@ impl Cache {
         format!(
             "{}; {}; n_heads={}; layers={n_layers}; cells={n_cells}; sequences={n_seq_max}; slots={}; rope={rope}",
             self.recipe.spec(),
-            self.layout.format(),
+            self.layers[0].layout.format(),
             shape.n_heads,
             self.planner.n_slots(),
         )

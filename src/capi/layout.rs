@@ -17,7 +17,8 @@ pub struct kvq_layout {
     pub(super) layout: Layout,
 }
 
-/// Makes the layout of a layer of `shape` for `n_cells` cells and `n_slots` exact rows (kvq_planner_n_slots).
+/// Makes the layout of a layer of `shape` for `n_cells` cells and `n_slots` exact rows (kvq_planner_n_slots). `layer`
+/// counts from 0; some recipes treat the first layers differently.
 ///
 /// KVQ_STATUS_SHAPE if the head sizes or counts are not supported, KVQ_STATUS_RECIPE if the recipe does not fit them.
 /// Free the result with kvq_layout_free.
@@ -25,6 +26,7 @@ pub struct kvq_layout {
 pub unsafe extern "C" fn kvq_layout_new(
     recipe: *const kvq_recipe,
     shape: *const Shape,
+    layer: u32,
     n_cells: u32,
     n_slots: u32,
     out: *mut *mut kvq_layout,
@@ -32,7 +34,7 @@ pub unsafe extern "C" fn kvq_layout_new(
     guard(|| {
         // SAFETY: live objects and room for a pointer, as the header requires.
         let (recipe, shape, out) = unsafe { (shared(recipe, "recipe")?, shared(shape, "shape")?, output(out, "out")?) };
-        let layout = Layout::new(&recipe.recipe, *shape, n_cells as usize, n_slots as usize)?;
+        let layout = Layout::new(&recipe.recipe, *shape, layer as usize, n_cells as usize, n_slots as usize)?;
         out.write(Box::into_raw(Box::new(kvq_layout { layout })));
         Ok(())
     })
@@ -107,7 +109,8 @@ pub unsafe extern "C" fn kvq_layout_format(layout: *const kvq_layout, buf: *mut 
     })
 }
 
-/// Lists where the exact rows of all KV heads lie in the memory of `side`: one range per head, ascending.
+/// Lists where everything but the pages of all KV heads lies in the memory of `side`: exact rows, outlier pool and what
+/// was learned from queries; one range per head, ascending.
 ///
 /// Writes the number of ranges to `n_out`, and to `out` unless it is NULL, which has room for `cap`;
 /// KVQ_STATUS_BUFFER_TOO_SMALL if that is too few.
@@ -125,6 +128,29 @@ pub unsafe extern "C" fn kvq_layout_slot_ranges(
         let side = side_of(side)?;
         // SAFETY: out is NULL or has room for cap ranges, n_out has room for a size, as the header requires.
         unsafe { write_ranges(layout, side, &[layout.slots_range(side)], out, cap, n_out) }
+    })
+}
+
+/// Lists where the outlier pool of all KV heads lies in the memory of `side`: one range per head, ascending; none if
+/// the recipe or the layer has no pool. For kvq_pool_adopt.
+///
+/// `out`, `cap` and `n_out` as in kvq_layout_slot_ranges.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_layout_pool_ranges(
+    layout: *const kvq_layout,
+    side: kvq_side,
+    out: *mut kvq_range,
+    cap: usize,
+    n_out: *mut usize,
+) -> Status {
+    guard(|| {
+        // SAFETY: a live layout, as the header requires.
+        let layout = unsafe { &shared(layout, "layout")?.layout };
+        let side = side_of(side)?;
+        let pool = layout.pool_range(side);
+        let ranges = if layout.pool_rows() > 0 { std::slice::from_ref(&pool) } else { &[] };
+        // SAFETY: out is NULL or has room for cap ranges, n_out has room for a size, as the header requires.
+        unsafe { write_ranges(layout, side, ranges, out, cap, n_out) }
     })
 }
 

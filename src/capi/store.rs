@@ -3,13 +3,13 @@
 use super::attention::rows;
 use super::layout::kvq_layout;
 use super::{check, check_part, guard, product, shared, slice, slice_mut};
-use crate::attention::Rows;
 use crate::cache::split_location;
 use crate::codec::Side;
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
 use crate::plan::Plan;
-use crate::store;
+use crate::pool;
+use crate::store::{self, StoreRows};
 
 /// What kvq_store reads and writes: one layer, one stream. All strides count elements.
 #[repr(C)]
@@ -35,6 +35,13 @@ pub struct kvq_store_args {
     pub plan: *const i32,
     /// Integers in `plan`.
     pub plan_len: usize,
+    /// Queries of this ubatch, float [n_tokens][n_heads][head_dim_k], from which some recipes learn which channels of
+    /// the keys matter. NULL: they learn nothing from this ubatch.
+    pub q: *const f32,
+    /// Distance between tokens in `q`.
+    pub q_stride_token: usize,
+    /// Distance between heads in `q`.
+    pub q_stride_head: usize,
     /// Rows; the plan's n_tokens.
     pub n_tokens: u32,
 }
@@ -58,8 +65,15 @@ pub unsafe extern "C" fn kvq_store(
         let (n, heads) = (args.n_tokens as usize, shape.n_kv_heads as usize);
         let (dim_k, dim_v) = (shape.head_dim_k as usize, shape.head_dim_v as usize);
         // SAFETY: the arrays in args have the sizes that its comments give, as the header requires.
-        let (k, v, plan) = unsafe {
+        let (q, k, v, plan) = unsafe {
+            let q_shape = [n, shape.n_heads as usize, dim_k];
+            let q = if args.q.is_null() {
+                None
+            } else {
+                Some(rows(args.q, q_shape, args.q_stride_token, args.q_stride_head, "q")?)
+            };
             (
+                q,
                 rows(args.k_cur, [n, heads, dim_k], args.k_stride_token, args.k_stride_head, "k_cur")?,
                 rows(args.v_cur, [n, heads, dim_v], args.v_stride_token, args.v_stride_head, "v_cur")?,
                 Plan::new(slice(args.plan, args.plan_len, "plan")?)?,
@@ -71,12 +85,12 @@ pub unsafe extern "C" fn kvq_store(
         }
         check(args.k_mem, "k_mem")?;
         check(args.v_mem, "v_mem")?;
-        for unit in (part as usize..2 * heads).step_by(n_parts as usize) {
-            let (side, memory, current): (_, _, &Rows) =
-                if unit % 2 == 0 { (Side::Key, args.k_mem, &k) } else { (Side::Value, args.v_mem, &v) };
-            // SAFETY: the memory holds a region per head, as the header requires, and only this part touches this one.
-            let region = unsafe { head_region(layout, side, unit / 2, memory) }?;
-            store::store_head(layout, side, unit / 2, region, current, &plan)?;
+        for head in (part as usize..heads).step_by(n_parts as usize) {
+            // SAFETY: the memory holds a region per head, as the header requires, and only this part touches these.
+            let regions = unsafe {
+                [head_region(layout, Side::Key, head, args.k_mem)?, head_region(layout, Side::Value, head, args.v_mem)?]
+            };
+            store::store_head(layout, head, regions, &StoreRows { k, v, q }, &plan)?;
         }
         Ok(())
     })
@@ -159,6 +173,50 @@ pub unsafe extern "C" fn kvq_requantize_k(
             }
             for location in &places {
                 store::requantize_k_head(layout, region, location, cells.start, &head_rows, changed)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Takes over saved members of the outlier pool: those of the cells `from[i]` become members for the cells `to[i]`,
+/// whose pages the caller has put into the memory. `saved_k` and `saved_v` hold the bytes of kvq_layout_pool_ranges, one
+/// range after the other, of a layout with the same kvq_layout_format. What the pool held for the cells `to` is
+/// forgotten. A member that finds no room is read from its page from then on.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_pool_adopt(
+    layout: *const kvq_layout,
+    k_mem: *mut u8,
+    v_mem: *mut u8,
+    saved_k: *const u8,
+    saved_v: *const u8,
+    from: *const u32,
+    to: *const u32,
+    n: u32,
+) -> Status {
+    guard(|| {
+        // SAFETY: a live layout, as the header requires.
+        let layout = unsafe { &shared(layout, "layout")?.layout };
+        let heads = layout.shape().n_kv_heads as usize;
+        // SAFETY: arrays of n cells, as the header requires.
+        let (from, to) = unsafe { (slice(from, n as usize, "from")?, slice(to, n as usize, "to")?) };
+        if let Some(cell) = to.iter().find(|cell| **cell as usize >= layout.n_cells()) {
+            return Err(Error::invalid(format!("cell {cell} does not exist: there are {}", layout.n_cells())));
+        }
+        if layout.pool_rows() == 0 {
+            return Ok(());
+        }
+        check(k_mem, "k_mem")?;
+        check(v_mem, "v_mem")?;
+        for (side, memory, saved, name) in
+            [(Side::Key, k_mem, saved_k, "saved_k"), (Side::Value, v_mem, saved_v, "saved_v")]
+        {
+            let n_saved = layout.pool_range(side).len();
+            // SAFETY: saved holds a range per head, as the header requires.
+            let saved = unsafe { slice(saved, heads * n_saved, name) }?;
+            for (head, saved) in saved.chunks_exact(n_saved).enumerate() {
+                // SAFETY: the memory holds a region per head, which nobody else uses, as the header requires.
+                pool::adopt(layout, side, unsafe { head_region(layout, side, head, memory) }?, saved, from, to);
             }
         }
         Ok(())

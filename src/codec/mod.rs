@@ -5,9 +5,11 @@
 
 #[doc(hidden)]
 pub mod bench_api;
+pub mod channel;
 pub mod float8;
 pub mod group;
 pub mod hadamard;
+pub mod mixed;
 pub(crate) mod query;
 pub mod tile;
 
@@ -36,7 +38,11 @@ pub struct CodecInfo {
 }
 
 /// The one list of codecs; tests, benches and state files follow it.
-pub const REGISTRY: &[CodecInfo] = &[CodecInfo { name: "group", format_version: group::FORMAT_VERSION, nmse: 2e-4 }];
+pub const REGISTRY: &[CodecInfo] = &[
+    CodecInfo { name: "group", format_version: group::FORMAT_VERSION, nmse: 2e-4 },
+    // Keys are not rotated, so the unit to which a query row is rounded follows its largest channel.
+    CodecInfo { name: "channel", format_version: channel::FORMAT_VERSION, nmse: 1e-3 },
+];
 
 /// Rows to be sealed into one page, already copied out of wherever they were.
 pub struct SealRows<'a> {
@@ -46,6 +52,10 @@ pub struct SealRows<'a> {
     pub rows: &'a mut [f32],
     /// The page keeps nothing: its header is made anew from these rows, all other rows are dead.
     pub fresh: bool,
+    /// `[at.len()]`: rows that are kept exact elsewhere and hidden in the page; empty: none.
+    pub exact: &'a [bool],
+    /// `[head_dim]`: how much an error of each channel matters; empty: unknown.
+    pub channel_weights: &'a [f32],
 }
 
 /// Bytes of a page's header, kept apart from the page so that pages stay 64-byte aligned.
@@ -86,4 +96,9 @@ pub(crate) trait PageCodec: Debug + Send + Sync {
 
     /// Undoes the transform on one accumulated output row.
     fn untransform(&self, row: &mut [f32]);
+
+    /// Whether sealing uses [`SealRows::channel_weights`], which the store step then keeps in the layer's memory.
+    fn wants_queries(&self) -> bool {
+        false
+    }
 }

@@ -24,6 +24,9 @@ pub struct PlannerConfig {
     pub n_seq_max: usize,
     /// A full page waits until this many tokens have arrived after its newest one; 0 seals it at once.
     pub seal_lag: usize,
+    /// Make the sealed rows of removed tokens unreadable as soon as another page fills up, so that layers can tell which
+    /// rows of their own are still needed. Otherwise the mask alone hides them.
+    pub frees_early: bool,
 }
 
 impl PlannerConfig {

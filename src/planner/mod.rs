@@ -91,6 +91,9 @@ impl Planner {
         records.clear();
 
         state.drop_dead_rows(rows, is_live);
+        if self.config.frees_early && rows.iter().any(|row| (row.cell as usize + 1).is_multiple_of(page)) {
+            state.drop_dead_sealed(is_live);
+        }
         state.write_view(View::Before, &mut plan);
         state.place(rows);
         state.seal_full_pages(records);

@@ -10,8 +10,16 @@ use crate::plan::{plan_len, Plan};
 use model::{Model, NewRow};
 use rng::Rng;
 
-const SMALL: PlannerConfig =
-    PlannerConfig { n_cells: 256, page: 32, window: 40, sink_tokens: 2, n_streams: 1, n_seq_max: 3, seal_lag: 0 };
+const SMALL: PlannerConfig = PlannerConfig {
+    n_cells: 256,
+    page: 32,
+    window: 40,
+    sink_tokens: 2,
+    n_streams: 1,
+    n_seq_max: 3,
+    seal_lag: 0,
+    frees_early: false,
+};
 
 fn random_config(rng: &mut Rng) -> PlannerConfig {
     let n_streams = 1 + 2 * rng.below(2);
@@ -23,6 +31,7 @@ fn random_config(rng: &mut Rng) -> PlannerConfig {
         n_streams,
         n_seq_max: 3,
         seal_lag: [0, 1 + rng.below(100)][rng.below(2)],
+        frees_early: rng.below(2) == 1,
     }
 }
 

@@ -6,10 +6,12 @@ mod parse;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::codec::channel::{ChannelCodec, ChannelParams};
 use crate::codec::group::{GroupCodec, GroupParams};
 use crate::codec::{PageCodec, Side};
 use crate::error::Result;
 use crate::planner::PlannerConfig;
+use crate::pool::PoolParams;
 use crate::simd::IsaToken;
 
 /// Cells in a page unless the recipe says otherwise.
@@ -20,6 +22,8 @@ pub const DEFAULT_PAGE: usize = 128;
 pub enum SideRecipe {
     /// Per token, groups of channels inside a head (SKVQ).
     Group(GroupParams),
+    /// Per channel over the tokens of a page (KIVI, OTT). Keys only.
+    Channel(ChannelParams),
 }
 
 impl SideRecipe {
@@ -33,6 +37,7 @@ impl SideRecipe {
     ) -> Result<Arc<dyn PageCodec>> {
         Ok(match self {
             SideRecipe::Group(params) => Arc::new(GroupCodec::new(params, side, head_dim, page, token)?),
+            SideRecipe::Channel(params) => Arc::new(ChannelCodec::new(params, head_dim, page, token)?),
         })
     }
 }
@@ -50,6 +55,8 @@ pub struct Recipe {
     pub sink_tokens: usize,
     /// A full page is sealed once this many newer tokens exist; 0 seals it as soon as it is full.
     pub seal_lag: usize,
+    /// Trace outlier tokens and keep them exact (OTT).
+    pub pool: Option<PoolParams>,
     /// How keys are encoded.
     pub key: SideRecipe,
     /// How values are encoded.
@@ -72,15 +79,14 @@ impl Recipe {
             n_streams,
             n_seq_max,
             seal_lag: self.seal_lag,
+            frees_early: self.pool.is_some(),
         }
     }
 }
 
 impl fmt::Display for Recipe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (SideRecipe::Group(k), SideRecipe::Group(v)) = (&self.key, &self.value);
-        write!(f, "{}:k={},v={}", self.method, k.width, v.width)?;
-        parse::write_group_keys(f, k, v)?;
-        write!(f, ",window={},sinks={},page={}", self.window, self.sink_tokens, self.page)
+        write!(f, "{}:", self.method)?;
+        parse::write_keys(f, self)
     }
 }

@@ -4,17 +4,33 @@
 use std::fmt;
 
 use super::{Recipe, SideRecipe, DEFAULT_PAGE};
+use crate::codec::channel::ChannelParams;
 use crate::codec::group::{Clip, GroupParams, GroupSize};
 use crate::codec::tile::Width;
 use crate::error::{Error, Result, Status};
+use crate::pool::PoolParams;
 
-/// The methods a specification may start with, one row each: name, what it is, default and parser of its keys.
-pub const METHODS: &[Method] = &[Method {
-    name: "skvq",
-    about: "groups of channels per token with a residual window and sink tokens (SKVQ, arXiv 2405.06219)",
-    keys: "k, v, group, window, sinks, clip, page, rotate, mean, symmetric, refit, or the word 'paper'",
-    defaults: skvq_defaults,
-}];
+/// The methods a specification may start with, one row each.
+pub const METHODS: &[Method] = &[
+    Method {
+        name: "skvq",
+        about: "groups of channels per token with a residual window and sink tokens (SKVQ, arXiv 2405.06219)",
+        defaults: skvq_defaults,
+        paper: skvq_paper,
+    },
+    Method {
+        name: "kivi",
+        about: "keys per channel, values per token (KIVI, arXiv 2402.02750)",
+        defaults: kivi_defaults,
+        paper: kivi_paper,
+    },
+    Method {
+        name: "ott",
+        about: "kivi with tokens of small keys traced and kept exact (OTT, arXiv 2505.10938)",
+        defaults: ott_defaults,
+        paper: ott_paper,
+    },
+];
 
 /// One row of [`METHODS`].
 pub struct Method {
@@ -22,8 +38,9 @@ pub struct Method {
     pub name: &'static str,
     /// One line for help texts.
     pub about: &'static str,
-    keys: &'static str,
     defaults: fn() -> Recipe,
+    /// The published setting, which the word `paper` chooses.
+    paper: fn() -> Recipe,
 }
 
 /// Most tokens a residual window may hold.
@@ -50,23 +67,31 @@ impl Recipe {
         items.sort_by_key(|item| if *item == "paper" { 0 } else { 2 - u8::from(item.starts_with("group=")) });
         for item in items {
             if item == "paper" {
-                recipe = skvq_paper();
+                recipe = (method.paper)();
                 continue;
             }
             let (key, value) = item
                 .split_once('=')
-                .ok_or_else(|| fail(format!("'{item}' is not key=value; {name} knows {}", method.keys)))?;
+                .ok_or_else(|| fail(format!("'{item}' is not key=value; {name} knows {}", known_keys(&recipe))))?;
             if seen.contains(&key) {
                 return Err(fail(format!("key '{key}' is given twice")));
             }
             seen.push(key);
             set_key(&mut recipe, key, value)?
                 .then_some(())
-                .ok_or_else(|| fail(format!("{name} has no key '{key}'; it knows {}", method.keys)))?;
+                .ok_or_else(|| fail(format!("{name} has no key '{key}'; it knows {}", known_keys(&recipe))))?;
         }
         check(&recipe)?;
         Ok(recipe)
     }
+}
+
+/// The keys of a recipe, for messages.
+fn known_keys(recipe: &Recipe) -> String {
+    let text = recipe.to_string();
+    let (_, items) = text.split_once(':').unwrap_or_default();
+    let keys: Vec<&str> = items.split(',').filter_map(|item| Some(item.split_once('=')?.0)).collect();
+    format!("{} and the word 'paper'", keys.join(", "))
 }
 
 fn fail(text: String) -> Error {
@@ -92,6 +117,7 @@ fn skvq_defaults() -> Recipe {
         window: 128,
         sink_tokens: 4,
         seal_lag: 0,
+        pool: None,
         key: side_default(Width::Bits3, true),
         value: side_default(Width::Bits3, false),
     }
@@ -113,36 +139,52 @@ fn skvq_paper() -> Recipe {
     Recipe { sink_tokens: 5, key: side.clone(), value: side, ..skvq_defaults() }
 }
 
+/// Keys per channel with the measured best: every channel its own width.
+fn kivi_defaults() -> Recipe {
+    Recipe {
+        method: "kivi",
+        key: SideRecipe::Channel(ChannelParams {
+            bits: 2.0,
+            adaptive: true,
+            clip: Clip::Auto,
+            refit: true,
+            half: false,
+        }),
+        value: side_default(Width::Bits2, false),
+        ..skvq_defaults()
+    }
+}
+
+/// KIVI with groups of 128 tokens and channels: min/max codes of 2 bits, no sink tokens, a residual of 128. Keys have FP16
+/// parameters as published, values FP8 ones.
+fn kivi_paper() -> Recipe {
+    let value = GroupParams {
+        width: Width::Bits2,
+        group: GroupSize::Head,
+        symmetric: false,
+        clip: Clip::Factor(1.0),
+        refit: false,
+        mean: false,
+        rotate: false,
+    };
+    let key = ChannelParams { bits: 2.0, adaptive: false, clip: Clip::Factor(1.0), refit: false, half: true };
+    Recipe { sink_tokens: 0, key: SideRecipe::Channel(key), value: SideRecipe::Group(value), ..kivi_defaults() }
+}
+
+fn ott_defaults() -> Recipe {
+    Recipe { method: "ott", pool: Some(PUBLISHED_POOL), ..kivi_defaults() }
+}
+
+/// OTT's defaults: groups of 128, a residual of 32, 3 outlier tokens and room for 32 more.
+fn ott_paper() -> Recipe {
+    Recipe { method: "ott", pool: Some(PUBLISHED_POOL), window: 32, ..kivi_paper() }
+}
+
+const PUBLISHED_POOL: PoolParams = PoolParams { outliers: 3, extra: 32, skip_layers: 2 };
+
 /// Sets one key. `Ok(false)`: there is no such key.
 fn set_key(recipe: &mut Recipe, key: &str, value: &str) -> Result<bool> {
-    let Recipe { key: SideRecipe::Group(k), value: SideRecipe::Group(v), .. } = recipe;
     match key {
-        "k" => k.width = Width::parse(value).map_err(|e| fail(format!("k={value}: {e}")))?,
-        "v" => v.width = Width::parse(value).map_err(|e| fail(format!("v={value}: {e}")))?,
-        "group" => {
-            let group = GroupSize::parse(value)?;
-            (k.group, v.group) = (group, group);
-            // Groups smaller than a head are the paper's affine form unless `symmetric` says otherwise.
-            let symmetric = group == GroupSize::Head;
-            (k.symmetric, v.symmetric) = (symmetric, symmetric);
-        }
-        "clip" => {
-            let clip = Clip::parse(value)?;
-            (k.clip, v.clip) = (clip, clip);
-        }
-        "symmetric" => {
-            let on = flag(key, value)?;
-            (k.symmetric, v.symmetric) = (on, on);
-        }
-        "refit" => {
-            let on = flag(key, value)?;
-            (k.refit, v.refit) = (on, on);
-        }
-        "rotate" => {
-            let on = flag(key, value)?;
-            (k.rotate, v.rotate) = (on, on);
-        }
-        "mean" => k.mean = flag(key, value)?,
         "window" => recipe.window = number(key, value, 0..=MAX_WINDOW)?,
         "sinks" => recipe.sink_tokens = number(key, value, 0..=MAX_SINKS)?,
         "page" => {
@@ -151,18 +193,78 @@ fn set_key(recipe: &mut Recipe, key: &str, value: &str) -> Result<bool> {
                 return Err(fail(format!("page={value}: use 64, 128 or 256")));
             }
         }
-        _ => return Ok(false),
+        "outliers" | "pool" | "skip-layers" => {
+            let Some(pool) = &mut recipe.pool else { return Ok(false) };
+            match key {
+                "outliers" => pool.outliers = number(key, value, 0..=16)?,
+                "pool" => pool.extra = number(key, value, 0..=PoolParams::MAX_ROWS - 16)?,
+                _ => pool.skip_layers = number(key, value, 0..=1000)?,
+            }
+        }
+        "k" => set_width(&mut recipe.key, key, value)?,
+        "v" => set_width(&mut recipe.value, key, value)?,
+        // A mean is taken off keys only.
+        "mean" => return set_side_key(&mut recipe.key, key, value),
+        _ => return Ok(set_side_key(&mut recipe.key, key, value)? | set_side_key(&mut recipe.value, key, value)?),
+    }
+    Ok(true)
+}
+
+fn set_width(side: &mut SideRecipe, key: &str, value: &str) -> Result<()> {
+    match side {
+        SideRecipe::Group(side) => side.width = Width::parse(value).map_err(|e| fail(format!("{key}={value}: {e}")))?,
+        SideRecipe::Channel(side) => {
+            let bits = value.parse::<f32>().ok().filter(|bits| (1.0..=4.0).contains(bits));
+            side.bits = bits.ok_or_else(|| fail(format!("{key}={value}: use a number from 1 to 4")))?;
+        }
+    }
+    Ok(())
+}
+
+fn set_side_key(side: &mut SideRecipe, key: &str, value: &str) -> Result<bool> {
+    match side {
+        SideRecipe::Group(side) => match key {
+            "group" => {
+                side.group = GroupSize::parse(value)?;
+                // Groups smaller than a head are the paper's affine form unless `symmetric` says otherwise.
+                side.symmetric = side.group == GroupSize::Head;
+            }
+            "clip" => side.clip = Clip::parse(value)?,
+            "symmetric" => side.symmetric = flag(key, value)?,
+            "refit" => side.refit = flag(key, value)?,
+            "rotate" => side.rotate = flag(key, value)?,
+            "mean" => side.mean = flag(key, value)?,
+            _ => return Ok(false),
+        },
+        SideRecipe::Channel(side) => match key {
+            "clip" => side.clip = Clip::parse(value)?,
+            "refit" => side.refit = flag(key, value)?,
+            "adaptive" => side.adaptive = flag(key, value)?,
+            "meta" => {
+                side.half = match value {
+                    "fp8" => false,
+                    "fp16" => true,
+                    _ => return Err(fail(format!("meta={value}: use fp8 or fp16"))),
+                }
+            }
+            _ => return Ok(false),
+        },
     }
     Ok(true)
 }
 
 fn check(recipe: &Recipe) -> Result<()> {
-    let Recipe { key: SideRecipe::Group(k), value: SideRecipe::Group(v), .. } = recipe;
-    for side in [k, v] {
-        if (side.group, side.width) == (GroupSize::Channels(32), Width::Ternary) {
-            return Err(fail(
-                "group=32 with width 1.6 costs 2 bits a code: use group=64, 128 or head, or width 2".into(),
-            ));
+    for side in [&recipe.key, &recipe.value] {
+        match side {
+            SideRecipe::Group(side) if (side.group, side.width) == (GroupSize::Channels(32), Width::Ternary) => {
+                return Err(fail(
+                    "group=32 with width 1.6 costs 2 bits a code: use group=64, 128 or head, or width 2".into(),
+                ));
+            }
+            SideRecipe::Channel(side) if !side.adaptive && side.bits.fract() != 0.0 => {
+                return Err(fail(format!("k={} needs adaptive=1; without it use 2, 3 or 4", side.bits)));
+            }
+            _ => {}
         }
     }
     Ok(())
@@ -184,15 +286,31 @@ fn number(key: &str, value: &str, range: std::ops::RangeInclusive<usize>) -> Res
         .ok_or_else(|| fail(format!("{key}={value}: use a whole number from {} to {}", range.start(), range.end())))
 }
 
-/// Writes the keys that both sides share, in the order in which they can be parsed back.
-pub(super) fn write_group_keys(f: &mut fmt::Formatter<'_>, k: &GroupParams, v: &GroupParams) -> fmt::Result {
-    debug_assert_eq!(
-        (k.group, k.symmetric, k.clip, k.refit, k.rotate),
-        (v.group, v.symmetric, v.clip, v.refit, v.rotate)
-    );
+/// Writes every key, in an order in which they can be parsed back. Keys that both sides have are equal.
+pub(super) fn write_keys(f: &mut fmt::Formatter<'_>, recipe: &Recipe) -> fmt::Result {
     let bit = u8::from;
-    write!(f, ",group={},symmetric={},clip={}", k.group, bit(k.symmetric), k.clip)?;
-    write!(f, ",refit={},mean={},rotate={}", bit(k.refit), bit(k.mean), bit(k.rotate))
+    match &recipe.key {
+        SideRecipe::Group(k) => write!(f, "k={}", k.width)?,
+        SideRecipe::Channel(k) => write!(f, "k={}", k.bits)?,
+    }
+    let v = match &recipe.value {
+        SideRecipe::Group(v) => v,
+        SideRecipe::Channel(_) => unreachable!("no method has values per channel"),
+    };
+    write!(f, ",v={}", v.width)?;
+    if let SideRecipe::Channel(k) = &recipe.key {
+        write!(f, ",adaptive={},meta={}", bit(k.adaptive), if k.half { "fp16" } else { "fp8" })?;
+    }
+    write!(f, ",group={},symmetric={},clip={},refit={}", v.group, bit(v.symmetric), v.clip, bit(v.refit))?;
+    if let SideRecipe::Group(k) = &recipe.key {
+        write!(f, ",mean={}", bit(k.mean))?;
+    }
+    write!(f, ",rotate={}", bit(v.rotate))?;
+    write!(f, ",window={},sinks={},page={}", recipe.window, recipe.sink_tokens, recipe.page)?;
+    if let Some(PoolParams { outliers, extra, skip_layers }) = recipe.pool {
+        write!(f, ",outliers={outliers},pool={extra},skip-layers={skip_layers}")?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -201,8 +319,17 @@ mod tests {
 
     #[test]
     fn canonical_text_reads_back() {
-        for spec in ["skvq", "skvq:paper", "skvq:k=2,v=1.6,group=128,window=0,sinks=0", "skvq:k=8,v=4,clip=0.9,page=64"]
-        {
+        for spec in [
+            "skvq",
+            "skvq:paper",
+            "skvq:k=2,v=1.6,group=128,window=0,sinks=0",
+            "skvq:k=8,v=4,clip=0.9,page=64",
+            "kivi",
+            "kivi:paper",
+            "kivi:k=2.5,v=3,meta=fp16,group=64",
+            "ott:paper",
+            "ott:outliers=1,pool=0,skip-layers=0",
+        ] {
             let recipe = Recipe::parse(spec).unwrap();
             assert_eq!(Recipe::parse(&recipe.spec()).unwrap(), recipe, "{spec} -> {}", recipe.spec());
         }

@@ -13,7 +13,7 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::fmt;
 

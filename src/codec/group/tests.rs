@@ -11,7 +11,7 @@ const DIM: usize = 128;
 const PAGE: usize = 128;
 
 /// Standard normal rows (Box-Muller over a fixed linear congruential sequence).
-fn normal(n: usize) -> Vec<f32> {
+pub(in crate::codec) fn normal(n: usize) -> Vec<f32> {
     let mut state = 0x2545_f491_4f6c_dd1du64;
     let mut uniform = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -23,7 +23,7 @@ fn normal(n: usize) -> Vec<f32> {
 /// Seals pages of standard normal rows (plus `offset`) and gives the mean squared error and the slope of the reconstruction.
 fn round_trip(spec: &str, offset: f32) -> (f64, f64) {
     let recipe = Recipe::parse(spec).unwrap();
-    let SideRecipe::Group(params) = &recipe.value;
+    let SideRecipe::Group(params) = &recipe.value else { panic!("{spec} has no groups") };
     let token = IsaToken::new(Isa::Scalar).unwrap();
     let codec = super::GroupCodec::new(params, Side::Value, DIM, PAGE, token).unwrap();
     let at: Vec<u32> = (0..PAGE as u32).collect();
@@ -32,7 +32,11 @@ fn round_trip(spec: &str, offset: f32) -> (f64, f64) {
         let (mut header, mut bytes) = ([0u8; 4], vec![0u8; codec.page_bytes()]);
         let mut rows: Vec<f32> = page.iter().map(|x| x + offset).collect();
         let truth = rows.clone();
-        codec.seal(&mut header, &mut bytes, &mut SealRows { at: &at, rows: &mut rows, fresh: true });
+        codec.seal(
+            &mut header,
+            &mut bytes,
+            &mut SealRows { at: &at, rows: &mut rows, fresh: true, exact: &[], channel_weights: &[] },
+        );
         let mut out = [0f32; DIM];
         for (row, truth) in truth.chunks_exact(DIM).enumerate() {
             codec.decode(crate::codec::PageRef { header: &header, bytes: &bytes }, row, &mut out);
@@ -48,7 +52,7 @@ fn round_trip(spec: &str, offset: f32) -> (f64, f64) {
     (error / f64::from(n), inner / energy)
 }
 
-fn near(what: &str, got: f64, want: f64, share: f64) {
+pub(in crate::codec) fn near(what: &str, got: f64, want: f64, share: f64) {
     assert!((got - want).abs() <= share * want, "{what}: {got:.4}, expected {want} within {share}");
 }
 
@@ -106,7 +110,7 @@ fn effective_bits_count_all_metadata() {
         ("skvq:k=2,v=2", 2.125, 2.0625),
         ("skvq:k=8,v=1.6", 8.125, 1.6875),
     ] {
-        let layout = Layout::new(&Recipe::parse(spec).unwrap(), shape, 4096, 272).unwrap();
+        let layout = Layout::new(&Recipe::parse(spec).unwrap(), shape, 0, 4096, 272).unwrap();
         near(spec, layout.bits_k(), k, 0.0015);
         near(spec, layout.bits_v(), v, 0.0015);
     }
@@ -118,7 +122,7 @@ fn a_long_cache_is_a_sixth_of_f16() {
     let recipe = Recipe::parse("skvq:k=2,v=2,group=64,window=128").unwrap();
     let shape = Shape { n_heads: 32, n_kv_heads: 8, head_dim_k: 128, head_dim_v: 128 };
     let n_slots = crate::planner::n_slots(&recipe.planner_config(32768, 1, 1));
-    let layout = Layout::new(&recipe, shape, 32768, n_slots).unwrap();
+    let layout = Layout::new(&recipe, shape, 0, 32768, n_slots).unwrap();
     let share = (layout.k_bytes() + layout.v_bytes()) as f64 / (32768 * 8 * (128 + 128) * 2) as f64;
     assert!(share <= 0.16, "{share}");
 }

@@ -66,7 +66,7 @@ const fn unit(width: u8) -> (usize, usize) {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_codes(bytes: &[u8], at: usize) -> [__m256i; 2] {
+pub(crate) fn load_codes(bytes: &[u8], at: usize) -> [__m256i; 2] {
     let bytes = &bytes[at..at + 64];
     // SAFETY: the slice holds 64 bytes.
     unsafe { [_mm256_loadu_si256(bytes.as_ptr().cast()), _mm256_loadu_si256(bytes.as_ptr().add(32).cast())] }
@@ -75,7 +75,7 @@ fn load_codes(bytes: &[u8], at: usize) -> [__m256i; 2] {
 /// Field `index` of `bits` bits of every byte.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn field(words: [__m256i; 2], index: usize, bits: usize) -> [__m256i; 2] {
+pub(crate) fn field(words: [__m256i; 2], index: usize, bits: usize) -> [__m256i; 2] {
     let (count, mask) = (_mm_cvtsi32_si128((index * bits) as i32), _mm256_set1_epi8((1 << bits) - 1));
     words.map(|w| _mm256_and_si256(_mm256_srl_epi16(w, count), mask))
 }
@@ -128,7 +128,12 @@ pub(crate) fn dot<const W: u8, const R: usize>(
 /// As [`Coefficients::word`] for all rows below `R` and the words of all quads that are added; so for what follows.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn add_quad<const R: usize>(sums: &mut Sums<R>, codes: [__m256i; 2], coefficients: Coefficients, quad: usize) {
+pub(crate) unsafe fn add_quad<const R: usize>(
+    sums: &mut Sums<R>,
+    codes: [__m256i; 2],
+    coefficients: Coefficients,
+    quad: usize,
+) {
     for (row, sums) in sums.iter_mut().enumerate() {
         // SAFETY: by this function's contract.
         let c = unsafe { coefficients.word(row, quad) };

@@ -37,7 +37,7 @@ impl Coefficients<'_> {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load_codes(bytes: &[u8], at: usize) -> [__m512i; 2] {
+pub(crate) fn load_codes(bytes: &[u8], at: usize) -> [__m512i; 2] {
     let bytes = &bytes[at..at + 128];
     // SAFETY: the slice holds 128 bytes.
     unsafe { [_mm512_loadu_si512(bytes.as_ptr().cast()), _mm512_loadu_si512(bytes.as_ptr().add(64).cast())] }
@@ -50,7 +50,12 @@ fn load_codes(bytes: &[u8], at: usize) -> [__m512i; 2] {
 /// As [`Coefficients::quad`] for all rows below `R`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn add_quad<const R: usize>(sums: &mut Sums<R>, codes: [__m512i; 2], coefficients: Coefficients, quad: usize) {
+pub(crate) unsafe fn add_quad<const R: usize>(
+    sums: &mut Sums<R>,
+    codes: [__m512i; 2],
+    coefficients: Coefficients,
+    quad: usize,
+) {
     for (row, sums) in sums.iter_mut().enumerate() {
         // SAFETY: by this function's contract.
         let c = unsafe { coefficients.quad(row, quad) };
@@ -62,7 +67,7 @@ unsafe fn add_quad<const R: usize>(sums: &mut Sums<R>, codes: [__m512i; 2], coef
 /// Field `index` of `bits` bits of every byte.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn field(words: [__m512i; 2], index: usize, mask: __m512i, bits: usize) -> [__m512i; 2] {
+pub(crate) fn field(words: [__m512i; 2], index: usize, mask: __m512i, bits: usize) -> [__m512i; 2] {
     let count = _mm_cvtsi32_si128((index * bits) as i32);
     words.map(|w| _mm512_and_si512(_mm512_srl_epi16(w, count), mask))
 }

@@ -2,8 +2,16 @@ use super::super::super::{Planner, PlannerConfig, Row};
 use crate::error::Status;
 use crate::plan::plan_len;
 
-const CONFIG: PlannerConfig =
-    PlannerConfig { n_cells: 200, page: 64, window: 40, sink_tokens: 2, n_streams: 2, n_seq_max: 2, seal_lag: 3 };
+const CONFIG: PlannerConfig = PlannerConfig {
+    n_cells: 200,
+    page: 64,
+    window: 40,
+    sink_tokens: 2,
+    n_streams: 2,
+    n_seq_max: 2,
+    seal_lag: 3,
+    frees_early: false,
+};
 
 /// Plans `n` rows behind one another from `cell0` on; cells below `n_dead` are dead.
 fn step(planner: &mut Planner, stream: usize, cell0: u32, n: u32, n_dead: usize) -> Vec<i32> {

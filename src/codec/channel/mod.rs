@@ -1,0 +1,164 @@
+//! Codec `channel`: keys quantized channel by channel over the tokens of a page.
+//!
+//! Source: KIVI (arXiv 2402.02750) for the axis, OTT (arXiv 2505.10938) for leaving outlier tokens out of the range. The
+//! step is refitted after coding so that reconstruction is unbiased, and with a fractional or `adaptive` width each
+//! channel has 1 to 4 bits of its own: the budget of a page goes where variance times the second moment of the queries,
+//! kept by the store step, is largest (reverse water-filling).
+#![deny(unsafe_code)]
+
+pub(crate) mod scalar;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+
+#[cfg(test)]
+mod tests;
+
+use super::group::Clip;
+use super::mixed::{MixedTile, SEGMENT};
+use super::query::{Probabilities, Query, QueryForm};
+use super::{PageCodec, PageRef, SealRows};
+use crate::error::{Error, Result, Status};
+use crate::simd::{Isa, IsaToken};
+
+/// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// Parameters of a `channel` recipe's keys.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ChannelParams {
+    /// Mean bits of a code, 1 to 4. Rounded to what the head size allows (an even number of bits per 16 channels).
+    pub bits: f32,
+    /// Each channel has a width of its own. Otherwise `bits` is 2, 3 or 4.
+    pub adaptive: bool,
+    /// Range of the codes.
+    pub clip: Clip,
+    /// Replace the step after coding by the one that makes the reconstruction unbiased.
+    pub refit: bool,
+    /// Step and mid-point as FP16 instead of FP8.
+    pub half: bool,
+}
+
+/// The codec for the keys of one shape.
+///
+/// # Page layout
+///
+/// A page holds `page` tokens of one KV head. Its depth runs over channels, in natural order or, with adaptive widths,
+/// widest first:
+///
+/// | part | bytes | |
+/// |---|---|---|
+/// | codes | `tile.bytes()` | a [`MixedTile`]: lanes are tokens |
+/// | steps | `head_dim` (`2 * head_dim` as FP16) | by depth; E4M3 times `2^(header 0 - 127)` |
+/// | mid-points | the same | by depth; E4M3 times `2^(header 1 - 127)` |
+/// | order | `head_dim` | adaptive only: the channel at each place of the depth |
+///
+/// padded to 64 bytes. Header bytes 2 and 3 are the numbers of segments of 4 and 3 bits, from which the others follow. A
+/// value is `step * (code - centre) + mid-point`.
+#[derive(Clone, Debug)]
+pub struct ChannelCodec {
+    pub(crate) params: ChannelParams,
+    pub(crate) head_dim: usize,
+    pub(crate) page: usize,
+    pub(crate) tile: MixedTile,
+    kernels: &'static ChannelKernels,
+}
+
+/// One row of the kernel table.
+#[derive(Debug)]
+pub(crate) struct ChannelKernels {
+    seal: fn(&ChannelCodec, &mut [u8], &mut [u8], &mut SealRows),
+    scores: fn(&ChannelCodec, PageRef, &Query, &mut [f32]),
+}
+
+impl ChannelKernels {
+    fn of(token: IsaToken) -> &'static ChannelKernels {
+        match token.isa() {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::kernels(token),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::kernels(token),
+            _ => &scalar::KERNELS,
+        }
+    }
+}
+
+impl ChannelCodec {
+    /// The codec for heads of `head_dim` channels in pages of `page` tokens.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::Recipe`] if a page cannot hold that many bits.
+    pub fn new(params: &ChannelParams, head_dim: usize, page: usize, token: IsaToken) -> Result<Self> {
+        let n = head_dim / SEGMENT;
+        let budget = (params.bits * n as f32 / 2.0 + 1e-3).floor() as usize * 2;
+        let uniform = [2.0, 3.0, 4.0].contains(&params.bits);
+        if !(n..=4 * n).contains(&budget) || !(params.adaptive || uniform) {
+            let what =
+                format!("{} bits per key are not possible with a head size of {head_dim}: use 2, 3 or 4", params.bits);
+            return Err(Error::new(Status::Recipe, what));
+        }
+        let tile = MixedTile::new(page, head_dim, budget);
+        Ok(Self { params: params.clone(), head_dim, page, tile, kernels: ChannelKernels::of(token) })
+    }
+
+    fn number_bytes(&self) -> usize {
+        if self.params.half {
+            2
+        } else {
+            1
+        }
+    }
+
+    pub(crate) fn steps_offset(&self) -> usize {
+        self.tile.bytes()
+    }
+
+    pub(crate) fn mids_offset(&self) -> usize {
+        self.steps_offset() + self.number_bytes() * self.head_dim
+    }
+
+    pub(crate) fn order_offset(&self) -> usize {
+        self.mids_offset() + self.number_bytes() * self.head_dim
+    }
+}
+
+impl PageCodec for ChannelCodec {
+    fn format(&self) -> String {
+        let ChannelParams { adaptive, half, .. } = self.params;
+        format!("channel/{FORMAT_VERSION}:{},{adaptive},{half}", self.tile.budget())
+    }
+
+    fn page_bytes(&self) -> usize {
+        (self.order_offset() + if self.params.adaptive { self.head_dim } else { 0 }).next_multiple_of(64)
+    }
+
+    fn seal(&self, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
+        (self.kernels.seal)(self, header, page, rows);
+    }
+
+    fn decode(&self, page: PageRef, row: usize, out: &mut [f32]) {
+        scalar::decode(self, page, row, out);
+    }
+
+    fn begin_query(&self, rows: &[f32], query: &mut Query) {
+        let group = self.head_dim;
+        query.prepare(rows, &QueryForm { head_dim: self.head_dim, group, planes: 1, centre: 0.0, rotate: false });
+    }
+
+    fn scores(&self, page: PageRef, query: &Query, scores: &mut [f32]) {
+        (self.kernels.scores)(self, page, query, scores);
+    }
+
+    fn accumulate(&self, _page: PageRef, _p: &mut Probabilities, _acc: &mut [f32]) {
+        unreachable!("recipes use this codec for keys only");
+    }
+
+    fn untransform(&self, _row: &mut [f32]) {}
+
+    fn wants_queries(&self) -> bool {
+        self.params.adaptive
+    }
+}

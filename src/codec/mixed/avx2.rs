@@ -1,0 +1,166 @@
+//! AVX2 byte dot products straight on the codes of a mixed tile.
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use super::{MixedPage, MixedTile, Segments, SEGMENT, SEGMENT_QUADS};
+use crate::codec::tile::avx2::{add_quad, field, load_codes, Coefficients, Sums, MAX_ROWS, STRIP};
+use crate::simd::avx2::{load, prefetch_next, reduce_add, reduce_max, store};
+
+/// Largest depth: channels of a head or tokens of a page.
+const MAX_DEPTH: usize = 256;
+
+/// [`MixedPage::add_products`] on the codes as they are, with coefficients rounded to int8.
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) {
+    let depth = page.factors.len();
+    for (group, x) in x.chunks(MAX_ROWS * depth).enumerate() {
+        let out = &mut out[group * MAX_ROWS * stride..];
+        match x.len() / depth {
+            1 => add_rows::<1>(page, x, out, stride, group == 0),
+            2 => add_rows::<2>(page, x, out, stride, group == 0),
+            3 => add_rows::<3>(page, x, out, stride, group == 0),
+            _ => add_rows::<4>(page, x, out, stride, group == 0),
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add_rows<const R: usize>(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize, prefetch: bool) {
+    let depth = page.factors.len();
+    let mut int8 = [0i8; MAX_ROWS * MAX_DEPTH];
+    let mut scale = [_mm256_setzero_ps(); R];
+    let mut offset = [_mm256_setzero_ps(); R];
+    for row in 0..R {
+        let (s, o) = round(page, &x[row * depth..][..depth], &mut int8[row * depth..][..depth]);
+        (scale[row], offset[row]) = (_mm256_set1_ps(s), _mm256_set1_ps(o));
+    }
+    let strips = page.tile.lanes / STRIP;
+    for strip in 0..strips {
+        if prefetch {
+            prefetch_next(page.codes, strip, strips);
+        }
+        let coefficients = Coefficients { bytes: &int8[..R * depth], stride: depth };
+        let sums = dot::<R>(page.tile, &page.segments, page.codes, strip, coefficients);
+        for row in 0..R {
+            for half in 0..2 {
+                let at = row * stride + strip * STRIP + half * 8;
+                let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[row][half]), scale[row], offset[row]);
+                store(out, at, _mm256_add_ps(load(out, at), sum));
+            }
+        }
+    }
+}
+
+/// Puts a row of coefficients times the factors in the order of the depth and rounds it to int8. Gives the unit and what
+/// the codes' centres and the mid-points add to every lane.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn round(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> (f32, f32) {
+    let depth = page.factors.len();
+    assert!(x.len() == depth && int8.len() == depth && (page.order.is_empty() || page.order.len() == depth));
+    let mut scaled = [0f32; MAX_DEPTH];
+    let (mut max, mut mid) = (_mm256_setzero_ps(), _mm256_setzero_ps());
+    for d in (0..depth).step_by(8) {
+        let x = if page.order.is_empty() { load(x, d) } else { gather(x, &page.order[d..d + 8]) };
+        if !page.mids.is_empty() {
+            mid = _mm256_fmadd_ps(x, load(page.mids, d), mid);
+        }
+        let product = _mm256_mul_ps(x, load(page.factors, d));
+        max = _mm256_max_ps(max, _mm256_andnot_ps(_mm256_set1_ps(-0.0), product));
+        store(&mut scaled, d, product);
+    }
+    let max = reduce_max(max);
+    if max == 0.0 || !max.is_finite() {
+        int8.fill(0);
+        return (0.0, reduce_add(mid));
+    }
+    let inverse = _mm256_set1_ps(127.0 / max);
+    // Twice the centre is an integer: 15, 7, 3 or 1.
+    let mut centres = _mm256_setzero_si256();
+    for d in (0..depth).step_by(SEGMENT) {
+        let n = [d, d + 8].map(|d| _mm256_cvtps_epi32(_mm256_mul_ps(load(&scaled, d), inverse)));
+        let twice = _mm256_set1_epi32((1 << page.segments.bits(d / SEGMENT)) - 1);
+        centres = _mm256_add_epi32(centres, _mm256_mullo_epi32(_mm256_add_epi32(n[0], n[1]), twice));
+        let n = _mm256_permute4x64_epi64::<0xd8>(_mm256_packs_epi32(n[0], n[1]));
+        let n = _mm_packs_epi16(_mm256_castsi256_si128(n), _mm256_extracti128_si256::<1>(n));
+        let to = &mut int8[d..d + SEGMENT];
+        // SAFETY: the slice holds sixteen bytes.
+        unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), n) };
+    }
+    let scale = max / 127.0;
+    (scale, reduce_add(mid) - 0.5 * scale * reduce_add(_mm256_cvtepi32_ps(centres)))
+}
+
+/// Eight entries of a row.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn gather(x: &[f32], order: &[u8]) -> __m256 {
+    let order = &order[..8];
+    // SAFETY: the slice holds eight bytes.
+    let index = _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(order.as_ptr().cast()) });
+    let index = _mm256_min_epu32(index, _mm256_set1_epi32(x.len() as i32 - 1));
+    // SAFETY: every index is below the length of `x`.
+    unsafe { _mm256_i32gather_ps::<4>(x.as_ptr(), index) }
+}
+
+/// Segments whose products are added in 16 bits before they are widened: four quads of `2 * 127 * 15` each, twice.
+const FLUSH: usize = 2;
+
+/// Dot products of the lanes of strip `strip` with `R` coefficient rows, which are in the order of the depth.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot<const R: usize>(
+    tile: &MixedTile,
+    segments: &Segments,
+    bytes: &[u8],
+    strip: usize,
+    coefficients: Coefficients,
+) -> Sums<R> {
+    let n = tile.n_segments();
+    assert!(
+        segments.0.iter().sum::<usize>() == n
+            && (R - 1) * coefficients.stride + n * SEGMENT <= coefficients.bytes.len()
+    );
+    // Word `w` of the strip is at byte `128 * w`.
+    let base = &bytes[strip / 2 * tile.block_bytes()..][..tile.block_bytes()][strip % 2 * 64..];
+    let mut sums = [[_mm256_setzero_si256(); 2]; R];
+    for first in (0..n).step_by(FLUSH) {
+        let mut partial = [[_mm256_setzero_si256(); 2]; R];
+        for segment in first..n.min(first + FLUSH) {
+            for f in 0..SEGMENT_QUADS {
+                let codes = quad(base, segments, segment, f);
+                // SAFETY: the quad belongs to one of the `n` segments, whose coefficients the assertion above covers.
+                unsafe { add_quad(&mut partial, codes, coefficients, segment * SEGMENT_QUADS + f) };
+            }
+        }
+        for (sum, partial) in sums.as_flattened_mut().iter_mut().zip(partial.as_flattened()) {
+            *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(*partial, _mm256_set1_epi16(1)));
+        }
+    }
+    sums
+}
+
+/// Quad `f` of a segment, unpacked.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn quad(base: &[u8], segments: &Segments, segment: usize, f: usize) -> [__m256i; 2] {
+    let [four, three, two, _] = segments.0;
+    let plane = 2 * four + three + two;
+    let single = |odd: usize| (load_codes(base, (plane + odd / 2) * 128), odd % 2 * SEGMENT_QUADS + f);
+    match segments.bits(segment) {
+        4 => field(load_codes(base, (2 * segment + f / 2) * 128), f % 2, 4),
+        3 => {
+            let low = field(load_codes(base, (four + segment) * 128), f, 2);
+            let (words, bit) = single(segment - four);
+            let high = field(words, bit, 1);
+            std::array::from_fn(|i| _mm256_or_si256(low[i], _mm256_slli_epi16::<2>(high[i])))
+        }
+        2 => field(load_codes(base, (four + segment) * 128), f, 2),
+        _ => {
+            let (words, bit) = single(three + segment - four - three - two);
+            field(words, bit, 1)
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! The outlier token pool of one KV head: rows that stay exact wherever their cell's page is (OTT, arXiv 2505.10938).
+//!
+//! Each time a page is sealed, its tokens compete with the pool's for `outliers` places: those with the smallest L1 norm
+//! of the key win. A winner from the page keeps its exact key and value here and has no part in the page's range. A member
+//! that loses its place stays exact, since its page was written without it; such members fill `extra` further places, and
+//! when those are full no new token enters (section 3.3 of the paper's method as public summaries give it).
+//!
+//! Decided here where the paper is silent: norms are per KV head and of keys as they are cached; a long ubatch is traced
+//! page by page in cell order; a member leaves when its cell is freed or used again, and the next smallest member then
+//! counts among the `outliers`.
+#![forbid(unsafe_code)]
+
+use half::f16;
+
+use crate::codec::Side;
+use crate::layout::{Layout, SideLayout};
+use crate::plan::{Plan, View, CELLS_PER_WORD};
+
+/// Sizes of the pool. The default is the published one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolParams {
+    /// Tokens that compete for a place.
+    pub outliers: usize,
+    /// Room for members that lost their place.
+    pub extra: usize,
+    /// First layers without a pool, where the pattern does not show.
+    pub skip_layers: usize,
+}
+
+impl PoolParams {
+    /// Most rows of a pool: one block of exact rows.
+    pub const MAX_ROWS: usize = 128;
+
+    /// Rows in a layer's pool.
+    pub(crate) fn rows(&self, layer: usize) -> usize {
+        if self.outliers == 0 || layer < self.skip_layers {
+            0
+        } else {
+            self.outliers + self.extra
+        }
+    }
+}
+
+/// The cell of each row of a pool.
+pub(crate) fn cells<'a>(side: &SideLayout, region: &'a [u8]) -> impl Iterator<Item = Option<usize>> + use<'a> {
+    side.pool_table(region).chunks_exact(4).map(|bytes| {
+        let stored = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        // Zeroed memory is an empty pool.
+        stored.checked_sub(1).map(|cell| cell as usize)
+    })
+}
+
+/// The row of the pool that belongs to a cell.
+pub(crate) fn find(side: &SideLayout, region: &[u8], cell: usize) -> Option<usize> {
+    cells(side, region).position(|member| member == Some(cell))
+}
+
+/// Writes the cell of a row, or that it is free.
+pub(crate) fn set_cell(side: &SideLayout, region: &mut [u8], row: usize, cell: Option<usize>) {
+    let stored = cell.map_or(0, |cell| cell as u32 + 1);
+    side.pool_table_mut(region)[4 * row..][..4].copy_from_slice(&stored.to_le_bytes());
+}
+
+/// Removes the members whose cells hold no token any more, or another one.
+pub(crate) fn drop_stale(layout: &Layout, regions: &mut [&mut [u8]; 2], plan: &Plan) {
+    let holds = |cell: usize| {
+        let bit = |word: i32| word >> (cell % CELLS_PER_WORD) & 1 == 1;
+        let in_page = || {
+            let words = plan.page_bits(View::After, cell / layout.page());
+            bit(words[cell % layout.page() / CELLS_PER_WORD])
+        };
+        cell < layout.n_cells()
+            && !plan.row_cells().contains(&(cell as i32))
+            && (in_page() || plan.slot_cells(View::After).contains(&(cell as i32)))
+    };
+    for side in [Side::Key, Side::Value] {
+        let (side_layout, region) = (layout.side(side), &mut *regions[side as usize]);
+        for row in 0..layout.pool_rows() {
+            if cells(side_layout, region).nth(row).flatten().is_some_and(|cell| !holds(cell)) {
+                set_cell(side_layout, region, row, None);
+            }
+        }
+    }
+}
+
+/// Chooses the rows of a page that enter the pool: for each of `keys`, `[n][head_dim]`, the row of the pool it is to have.
+pub(crate) fn trace(layout: &Layout, params: &PoolParams, region: &[u8], keys: &[f32]) -> Vec<Option<usize>> {
+    let side = layout.side(Side::Key);
+    let members: Vec<Option<usize>> = cells(side, region).collect();
+    let norm = |row: &[f32]| row.iter().map(|x| x.abs()).sum::<f32>();
+    let mut exact = vec![0f32; side.head_dim];
+    // The members that hold the places: the smallest ones. Candidates of the page take them in the order of their norms.
+    let mut places: Vec<f32> = Vec::new();
+    for (row, _) in members.iter().enumerate().filter(|(_, cell)| cell.is_some()) {
+        read_half(side.pool_row(region, row), &mut exact);
+        places.push(norm(&exact));
+    }
+    places.sort_by(f32::total_cmp);
+    places.truncate(params.outliers);
+    let mut candidates: Vec<(f32, usize)> =
+        keys.chunks_exact(side.head_dim).enumerate().map(|(i, row)| (norm(row), i)).collect();
+    candidates.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+    let mut free = members.iter().enumerate().filter(|(_, cell)| cell.is_none()).map(|(row, _)| row);
+    let mut chosen = vec![None; candidates.len()];
+    for (taken, &(norm, row)) in candidates.iter().take(params.outliers).enumerate() {
+        // This candidate is among the smallest if fewer than `outliers` members and candidates are smaller.
+        let smaller = taken + places.iter().filter(|member| **member <= norm).count();
+        let Some(place) = (smaller < params.outliers).then(|| free.next()).flatten() else { break };
+        chosen[row] = Some(place);
+    }
+    chosen
+}
+
+/// Takes over the members of a saved pool ([`Layout::pool_range`]) that belong to the cells `from`, as members for `to`. Both
+/// sides of a cell find the same place, since their pools hold the same cells.
+pub(crate) fn adopt(layout: &Layout, side: Side, region: &mut [u8], saved: &[u8], from: &[u32], to: &[u32]) {
+    let side = layout.side(side);
+    for row in 0..layout.pool_rows() {
+        if cells(side, region).nth(row).flatten().is_some_and(|cell| to.contains(&(cell as u32))) {
+            set_cell(side, region, row, None);
+        }
+    }
+    let (rows, table) = saved.split_at(saved.len() - 4 * layout.pool_rows());
+    let mut free: Vec<usize> = cells(side, region)
+        .take(layout.pool_rows())
+        .enumerate()
+        .filter_map(|(i, c)| c.is_none().then_some(i))
+        .collect();
+    free.reverse();
+    for (entry, row) in table.chunks_exact(4).zip(rows.chunks_exact(side.head_dim * 2)) {
+        let cell = u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]).checked_sub(1);
+        let Some(index) = cell.and_then(|cell| from.iter().position(|from| *from == cell)) else { continue };
+        let Some(place) = free.pop() else { return };
+        side.pool_row_mut(region, place).copy_from_slice(row);
+        set_cell(side, region, place, Some(to[index] as usize));
+    }
+}
+
+/// Writes an FP16 row.
+pub(crate) fn write_half(to: &mut [u8], row: &[f32]) {
+    for (to, &x) in to.chunks_exact_mut(2).zip(row) {
+        to.copy_from_slice(&f16::from_f32(x).to_le_bytes());
+    }
+}
+
+/// Reads an FP16 row.
+pub(crate) fn read_half(from: &[u8], row: &mut [f32]) {
+    for (from, x) in from.chunks_exact(2).zip(row) {
+        *x = f16::from_le_bytes([from[0], from[1]]).to_f32();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::Rows;
+    use crate::plan::{plan_len, Plan};
+    use crate::planner::{Planner, Row};
+    use crate::recipe::Recipe;
+    use crate::shape::Shape;
+    use crate::store::{store_head, StoreRows};
+
+    const DIM: usize = 64;
+
+    /// One head, pages of 64 cells, no window: each page is sealed as it arrives.
+    struct Head {
+        layout: Layout,
+        planner: Planner,
+        memory: [Vec<u8>; 2],
+        live: Vec<bool>,
+    }
+
+    impl Head {
+        fn new(spec: &str, layer: usize) -> Self {
+            let recipe = Recipe::parse(&format!("{spec}:page=64,window=0,sinks=0")).unwrap();
+            let shape = Shape { n_heads: 1, n_kv_heads: 1, head_dim_k: DIM as u32, head_dim_v: DIM as u32 };
+            let planner = Planner::new(recipe.planner_config(512, 1, 1)).unwrap();
+            let layout = Layout::new(&recipe, shape, layer, 512, planner.n_slots()).unwrap();
+            let memory = [vec![0; layout.k_bytes()], vec![0; layout.v_bytes()]];
+            Self { layout, planner, memory, live: vec![false; 512] }
+        }
+
+        /// Appends a page of keys of size 1 but for some (row, size). Gives the members' cells, ascending.
+        fn append(&mut self, page: usize, sizes: &[(usize, f32)]) -> Vec<usize> {
+            let rows: Vec<Row> =
+                (0..64).map(|i| Row { cell: (page * 64 + i) as u32, pos: (page * 64 + i) as i32 }).collect();
+            let mut keys: Vec<f32> = (0..64 * DIM).map(|i| if i * 7 % 13 < 6 { 1.0 } else { -1.0 }).collect();
+            for &(row, size) in sizes {
+                keys[row * DIM..(row + 1) * DIM].iter_mut().for_each(|x| *x *= size);
+            }
+            let mut ints = vec![0; plan_len(64, self.planner.n_slots(), 512, 64)];
+            let live = &self.live;
+            self.planner.plan(0, &rows, &|cell| live[cell], &mut ints).unwrap();
+            rows.iter().for_each(|row| self.live[row.cell as usize] = true);
+            let current = Rows { data: &keys, stride_token: DIM, stride_head: DIM };
+            let [k, v] = &mut self.memory;
+            let store = StoreRows { k: current, v: current, q: None };
+            store_head(&self.layout, 0, [k, v], &store, &Plan::new(&ints).unwrap()).unwrap();
+            let members = |side: Side| {
+                let found = cells(self.layout.side(side), &self.memory[side as usize]).flatten();
+                let mut found: Vec<usize> = found.collect();
+                found.sort_unstable();
+                found
+            };
+            assert_eq!(members(Side::Key), members(Side::Value));
+            members(Side::Key)
+        }
+    }
+
+    #[test]
+    fn the_smallest_keys_enter_and_losers_stay_until_the_pool_is_full() {
+        let mut head = Head::new("ott:outliers=2,pool=2", 2);
+        assert_eq!(head.append(0, &[(5, 0.2), (9, 0.1), (11, 0.3)]), [5, 9]);
+        // One smaller key displaces the larger member, which stays as an extra one.
+        assert_eq!(head.append(1, &[(3, 0.15), (4, 0.25)]), [5, 9, 64 + 3]);
+        assert_eq!(
+            head.append(2, &[(1, 0.05), (2, 0.04)]),
+            [5, 9, 64 + 3, 128 + 1].map(|c| if c == 129 { 130 } else { c })
+        );
+        // Full: even a smaller key finds no place.
+        assert_eq!(head.append(3, &[(0, 0.01)]).len(), 4);
+        // The exact row is what is read back.
+        let mut location = vec![0; 512];
+        head.planner.locate(0, &mut location).unwrap();
+        let mut out = vec![0f32; DIM];
+        for side in [Side::Key, Side::Value] {
+            let memory = &head.memory[side as usize];
+            crate::store::dequantize_head(&head.layout, side, memory, &location, 9, 1, &mut out).unwrap();
+            assert!(out.iter().all(|x| (x.abs() - 0.1).abs() < 1e-4), "{out:?}");
+        }
+        // Removed and overwritten cells leave and make room.
+        head.live[9] = false;
+        assert!(!head.append(4, &[(7, 0.001)]).contains(&9));
+        assert!(head.append(4, &[(8, 0.001)]).iter().all(|cell| *cell != 4 * 64 + 7));
+    }
+
+    #[test]
+    fn first_layers_have_no_pool() {
+        assert_eq!(Head::new("ott", 1).layout.pool_rows(), 0);
+        assert_eq!(Head::new("ott", 2).layout.pool_rows(), 35);
+        assert!(Head::new("ott", 0).append(0, &[(5, 0.1)]).is_empty());
+    }
+}
