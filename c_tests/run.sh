@@ -84,13 +84,15 @@ step "llama.cpp integration" patches/integration.sh
 
 eval_model=../shared/models/eval-105m-q8_0.gguf
 eval_text=../shared/text/amazon.txt
-if [ -f "$eval_model" ] && [ -f "$eval_text" ]; then
-    step "quality on the evaluation model" patches/eval.py -m "$eval_model" -f "$eval_text" --chunks 2 \
-        -o build/eval/check --at-most 0.2,0.4,1.2 skvq:k=4,v=4 skvq:k=3,v=3 skvq:k=2,v=2
+eval_text2=../shared/text/wikitext2-test.raw
+if [ -f "$eval_model" ] && [ -f "$eval_text" ] && [ -f "$eval_text2" ]; then
+    step "quality on the evaluation model" patches/eval.py -m "$eval_model" -f "$eval_text" \
+        -f "$eval_text2" --chunks 2 -o build/eval/check --at-most 0.3,0.6,1.0,1.4 \
+        skvq:k=4,v=4 skvq:k=3,v=3 skvq:k=3,v=2 skvq:k=2,v=2
     step "pass-key retrieval" patches/passkey.py -m "$eval_model" -f "$eval_text" -n 8 --max 1200 --at-least 0.85 \
         -o build/eval/check-passkey skvq:k=4,v=4 skvq:k=3,v=3
 else
-    skip "quality on the evaluation model" "no $eval_model"
+    skip "quality on the evaluation model" "no $eval_model, or no texts beside it"
     skip "pass-key retrieval" "no $eval_model"
 fi
 
