@@ -114,6 +114,9 @@ refused "a bad recipe in llama-bench" 'kvq.*nosuch' "$bin/llama-bench" -m "$mode
 refused "a bad recipe in llama-server" 'kvq.*nosuch' timeout 60 "$bin/llama-server" -m "$model" --port 0 --kvq nosuch
 refused "-ctk q8_0 beside --kvq" 'kvq.*(cache types|-ctk)' completion -c 512 -n 1 -p x --kvq skvq -fa on -ctk q8_0
 refused "-ctv q4_0 beside --kvq" 'kvq.*(cache types|-ctv)' completion -c 512 -n 1 -p x --kvq skvq -fa on -ctv q4_0
+echo 'extern "C" unsigned kvq_abi_version() { return 999; }' | g++ -shared -fPIC -x c++ - -o other_abi.so
+refused "a library of another ABI" 'kvq.*ABI 999' \
+    env LD_PRELOAD="$work/other_abi.so" "$bin/llama-completion" -m "$model" -n 1 -p x --kvq skvq
 checks odd_model odd.gguf
 check "a model with heads of 40 runs without kvq" "$bin/llama-bench" -m odd.gguf -p 8 -n 0 -r 1 -t 2
 refused "heads of 40" 'kvq.*40' "$bin/llama-bench" -m odd.gguf -p 8 -n 0 -r 1 -t 2 -kvq skvq

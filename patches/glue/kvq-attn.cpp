@@ -9,7 +9,7 @@
 #include <cstring>
 
 bool operator==(const llama_kvq_node & a, const llama_kvq_node & b) {
-    return a.layout == b.layout && a.has_rows == b.has_rows && a.has_sinks == b.has_sinks &&
+    return a.layout == b.layout && a.progress == b.progress && a.has_rows == b.has_rows && a.has_sinks == b.has_sinks &&
            a.scale  == b.scale  && a.softcap  == b.softcap  && a.max_bias  == b.max_bias;
 }
 
@@ -151,6 +151,7 @@ static void kvq_node_store(ggml_tensor * dst, int ith, int nth, void * userdata)
     }
 
     if (ith == 0) {
+        *node.progress = KVQ_LAYER_DONE;
         *(float *) dst->data = 0.0f;
     }
 }
@@ -195,6 +196,7 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
     llama_kvq_node node = {};
 
     node.layout    = layout;
+    node.progress  = &progress.at(kv.map_layer_ids.at(il));
     node.has_rows  = k_cur != nullptr;
     node.has_sinks = sinks != nullptr;
     node.scale     = kq_scale;
@@ -250,6 +252,10 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
     ggml_build_forward_expand(graph.gf, cur);
 
     if (k_cur) {
+        if (*node.progress == KVQ_LAYER_IDLE) {
+            *node.progress = KVQ_LAYER_DONE;
+        }
+
         ggml_tensor * src_store[7] = { k_cur, v_cur, k_mem, v_mem, plan, src[0], cur };
 
         ggml_tensor * store = ggml_custom_4d(ctx0, GGML_TYPE_F32, 1, 1, 1, 1, src_store, 7,

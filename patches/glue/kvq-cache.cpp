@@ -104,6 +104,7 @@ ggml_tensor * llama_kvq_cache::new_k(ggml_context * ctx, ggml_backend_buffer_typ
                     il, shape.n_heads, shape.n_kv_heads, shape.head_dim_k, shape.head_dim_v, kvq_last_error()));
     }
     layouts.emplace_back(layout);
+    progress.push_back(KVQ_LAYER_IDLE);
 
     return ggml_new_tensor_3d(ctx, GGML_TYPE_I8, kvq_layout_k_bytes(layout), 1, kv.n_stream);
 }
@@ -150,11 +151,19 @@ void llama_kvq_cache::log_info() const {
 }
 
 void llama_kvq_cache::clear() {
+    last_plan.clear();
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         kvq_planner_reset(planner.get(), s);
     }
 }
 
 void llama_kvq_cache::copy_stream(uint32_t src, uint32_t dst) {
+    if (settle()) {
+        // the bytes were copied before
+        for (const auto & layer : kv.layers) {
+            ggml_backend_tensor_copy(layer.k_stream[src], layer.k_stream[dst]);
+            ggml_backend_tensor_copy(layer.v_stream[src], layer.v_stream[dst]);
+        }
+    }
     llama_kvq_must(kvq_planner_copy_stream(planner.get(), src, dst), "stream copy");
 }

@@ -20,9 +20,18 @@ using kvq_recipe_ptr  = std::unique_ptr<kvq_recipe,  kvq_deleter>;
 using kvq_layout_ptr  = std::unique_ptr<kvq_layout,  kvq_deleter>;
 using kvq_planner_ptr = std::unique_ptr<kvq_planner, kvq_deleter>;
 
+// how far a layer is with the latest plan
+enum kvq_layer_plan : uint8_t {
+    KVQ_LAYER_IDLE, // no graph stores into it
+    KVQ_LAYER_DUE,
+    KVQ_LAYER_DONE,
+};
+
 // what a custom node needs besides its sources and their shapes; constant while the cache lives
 struct llama_kvq_node {
     const kvq_layout * layout;
+
+    kvq_layer_plan * progress; // of the layer that stores
 
     bool has_rows;  // k_cur and v_cur are sources
     bool has_sinks;
@@ -71,6 +80,10 @@ private:
 
     void plan_stream(uint32_t strm, const std::vector<kvq_row> & rows, int32_t * plan, size_t len);
 
+    // after an aborted graph: the layers it did not reach carry out its plan, so that all layers hold the same pages;
+    // false: there was nothing to do
+    bool settle() const;
+
     bool shift_cells(llama_context * lctx, uint32_t strm, uint32_t cell0, uint32_t n,
             const std::vector<int32_t> & location);
 
@@ -89,6 +102,13 @@ private:
     std::vector<kvq_layout_ptr> layouts; // as kv.layers
 
     std::deque<llama_kvq_node> nodes;
+
+    mutable std::vector<kvq_layer_plan> progress; // as layouts
+
+    // the latest plan, until every layer has carried it out
+    mutable std::vector<int32_t> last_plan; // [plan_len, last_streams]
+    std::vector<llama_seq_id>    last_streams;
+    size_t                       last_n_tokens = 0;
 };
 
 // a status that must not be: the arguments were checked when the graph was built

@@ -5,6 +5,8 @@
 
 #include "llama-impl.h"
 
+#include <cstring>
+
 ggml_tensor * llama_kvq_cache::build_plan(ggml_context * ctx, const llama_ubatch & ubatch) const {
     const uint32_t n_stream = kv.n_stream == 1 ? 1 : ubatch.n_seqs_unq;
     const size_t   len      = kvq_planner_plan_len(planner.get(), ubatch.n_tokens/n_stream)*n_stream;
@@ -36,6 +38,8 @@ void llama_kvq_cache::set_plan(ggml_tensor * dst, const llama_ubatch & ubatch,
 
     GGML_ASSERT(ggml_nelements(dst) >= (int64_t) (len*strm.size()));
 
+    settle();
+
     std::vector<kvq_row> rows(n_tokens);
 
     for (size_t s = 0; s < strm.size(); ++s) {
@@ -45,4 +49,58 @@ void llama_kvq_cache::set_plan(ggml_tensor * dst, const llama_ubatch & ubatch,
 
         plan_stream(strm[s], rows, (int32_t *) dst->data + s*len, len);
     }
+
+    last_plan.assign((const int32_t *) dst->data, (const int32_t *) dst->data + len*strm.size());
+    last_streams  = strm;
+    last_n_tokens = n_tokens;
+
+    for (auto & cur : progress) {
+        cur = cur == KVQ_LAYER_IDLE ? KVQ_LAYER_IDLE : KVQ_LAYER_DUE;
+    }
+}
+
+bool llama_kvq_cache::settle() const {
+    if (last_plan.empty()) {
+        return false;
+    }
+
+    bool found = false;
+
+    const size_t len = last_plan.size()/last_streams.size();
+
+    for (size_t i = 0; i < layouts.size(); ++i) {
+        if (progress[i] != KVQ_LAYER_DUE) {
+            continue;
+        }
+        found = true;
+
+        // llama.cpp has removed the tokens of the aborted ubatch: their rows may hold anything
+        const kvq_shape shape = layer_shape(kv.layers[i].il);
+        const std::vector<float> k(last_n_tokens*shape.n_kv_heads*shape.head_dim_k);
+        const std::vector<float> v(last_n_tokens*shape.n_kv_heads*shape.head_dim_v);
+
+        for (size_t s = 0; s < last_streams.size(); ++s) {
+            kvq_store_args args;
+            memset(&args, 0, sizeof(args));
+
+            args.k_cur          = k.data();
+            args.k_stride_token = shape.n_kv_heads*shape.head_dim_k;
+            args.k_stride_head  = shape.head_dim_k;
+            args.v_cur          = v.data();
+            args.v_stride_token = shape.n_kv_heads*shape.head_dim_v;
+            args.v_stride_head  = shape.head_dim_v;
+            args.k_mem          = (uint8_t *) kv.layers[i].k_stream[last_streams[s]]->data;
+            args.v_mem          = (uint8_t *) kv.layers[i].v_stream[last_streams[s]]->data;
+            args.plan           = last_plan.data() + s*len;
+            args.plan_len       = len;
+            args.n_tokens       = last_n_tokens;
+
+            llama_kvq_must(kvq_store(layouts[i].get(), &args, 0, 1), "store after an aborted graph");
+        }
+        progress[i] = KVQ_LAYER_DONE;
+    }
+
+    last_plan.clear();
+
+    return found;
 }

@@ -52,6 +52,7 @@ bool llama_kvq_cache::shift(llama_context * lctx) {
     if (kv.hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
         return false;
     }
+    settle();
 
     int64_t row_size = 1;
     for (const auto & layer : kv.layers) {

@@ -72,6 +72,8 @@ void llama_kvq_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) co
                 "decode before saving the state");
     }
 
+    settle();
+
     kvq_state_writer out { io, {} };
 
     out.value<uint32_t>(KVQ_STATE_MAGIC);
@@ -98,6 +100,8 @@ void llama_kvq_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) co
 }
 
 void llama_kvq_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
+    settle();
+
     kvq_state_reader in { io, {} };
 
     const bool is_seq = seq_id != -1;

@@ -1,6 +1,6 @@
 // Tests of the patched llama.cpp through its public API alone:
 //   test_llama MODEL RECIPE [NMSE]
-// Compares a kvq context with an f16 one (prefill, decode, several sequences, sequence copy, K-shift), and checks that
+// Compares a kvq context with an f16 one (prefill, decode, several sequences, sequence copy, abort, K-shift), and checks that
 // saved state comes back bit-identical and that damaged state is refused. Exit status 2: this model refuses the recipe.
 
 #include "llama.h"
@@ -182,6 +182,71 @@ static void test_rewind(llama_model * model, const char * recipe, double limit) 
     check(e <= limit, "far back", e);
 }
 
+// a decode that is aborted in the middle of its graph, over the end of a page, and again
+static void test_abort(llama_model * model, const char * recipe, bool unified, double limit) {
+    printf("abort, %s cache\n", unified ? "unified" : "split");
+
+    run exact (model, { "off",  unified, 2, 2048 });
+    run packed(model, { recipe, unified, 2, 2048 });
+
+    // calls of the callback: how many in all, and at which one to stop
+    struct { int n; int stop; } calls = { 0, 0 };
+    llama_set_abort_callback(packed.ctx, [](void * data) {
+        auto & c = *(decltype(calls) *) data;
+        return ++c.n == c.stop;
+    }, &calls);
+
+    exact .feed(0, 0, 240);
+    packed.feed(0, 0, 200);
+    calls.n = 0;
+    packed.feed(0, 200, 40);
+    const int n_graph = calls.n;
+
+    int n_aborted = 0;
+    for (const int stop : { n_graph/4, n_graph/2, 3*n_graph/4 }) {
+        calls = { 0, stop };
+        n_aborted += packed.feed(0, 240, 40).empty();
+    }
+    calls = { 0, 0 };
+    check(n_aborted == 3, "aborted", n_aborted);
+
+    const double e0 = nmse(exact.feed(0, 240, 40), packed.feed(0, 240, 40));
+    check(e0 <= limit, "the same again", e0);
+    const double e1 = nmse(exact.feed(0, 280, 300), packed.feed(0, 280, 300));
+    check(e1 <= limit, "when the window has left the page", e1);
+
+    calls = { 0, n_graph/2 };
+    packed.feed(0, 580, 70);
+    calls = { 0, 0 };
+    for (run * r : { &exact, &packed }) {
+        llama_memory_seq_cp(r->mem(), 0, 1, -1, -1);
+    }
+    const double e2 = nmse(exact.feed(1, 580, 40), packed.feed(1, 580, 40));
+    check(e2 <= limit, "a sequence copy after an abort", e2);
+}
+
+static void test_training(llama_model * model, const char * recipe) {
+    printf("training\n");
+    setenv("LLAMA_ARG_KVQ", recipe, 1);
+
+    auto cparams = llama_context_default_params();
+    cparams.n_ctx   = 256;
+    cparams.n_batch = cparams.n_ubatch = 256;
+    llama_context * ctx = llama_init_from_model(model, cparams);
+
+    std::string said;
+    try {
+        llama_opt_params params = {};
+        params.param_filter = llama_opt_param_filter_all;
+        llama_opt_init(ctx, model, params);
+    } catch (const std::exception & err) {
+        said = err.what();
+    }
+    check(said.rfind("kvq: training", 0) == 0, "refused");
+
+    llama_free(ctx);
+}
+
 static void test_shift(llama_model * model, const char * recipe, double limit) {
     printf("K-shift\n");
 
@@ -319,6 +384,9 @@ int main(int argc, char ** argv) {
     if (!getenv("KVQ_TEST_QUICK")) {
         test_sequences(model, recipe, false, limit);
         test_state(model, recipe);
+        test_abort(model, recipe, true,  limit);
+        test_abort(model, recipe, false, limit);
+        test_training(model, recipe);
     }
     test_rewind(model, recipe, limit);
     test_shift(model, recipe, limit);
