@@ -4,9 +4,11 @@
 #   patches/build.sh             patched llama.cpp into build/llama/bin
 #   patches/build.sh --tests     and the programs that patches/integration.sh runs
 #   patches/build.sh --stock     and llama-perplexity of the same tree without patches, into build/stock/llama/bin
+#   patches/build.sh --tree      only the patched source tree, build/llama.cpp
 #
 #   LLAMA_CPP_DIR=/your/checkout   use that llama.cpp instead of the pinned one; it is copied, never modified
 #   JOBS=N                         parallel compile jobs (default: all cores)
+#   KVQ_BUILD=DIR                  instead of build/
 #
 # Writes into build/ and target/ of this repository; missing system packages are installed where apt-get and root
 # allow it.
@@ -14,13 +16,14 @@ set -euo pipefail
 # shellcheck source=patches/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-build=$root/build
+build=${KVQ_BUILD:-$root/build}
 targets=(llama-perplexity llama-bench llama-completion llama-server llama-cli llama-quantize)
-want_stock=no want_tests=no
+want_stock=no want_tests=no tree_only=no
 for arg in "$@"; do
     case $arg in
         --tests) want_tests=yes targets+=(test-llama-archs) ;;
         --stock) want_stock=yes ;;
+        --tree) tree_only=yes ;;
         *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2 ;;
     esac
 done
@@ -134,15 +137,22 @@ compile() {
         cmake --build "$binary" --parallel "$jobs" --target "${targets_of_tree[@]}"
 }
 
+mkdir -p "$build"
+build=$(cd "$build" && pwd)
 if [ -n "${LLAMA_CPP_DIR:-}" ]; then
     [ -f "$LLAMA_CPP_DIR/ggml/CMakeLists.txt" ] || die "LLAMA_CPP_DIR=$LLAMA_CPP_DIR is no llama.cpp checkout"
     LLAMA_CPP_DIR=$(cd "$LLAMA_CPP_DIR" && pwd)
     [[ $LLAMA_CPP_DIR/ != "$build"/* ]] || die "LLAMA_CPP_DIR is in $build, which this script renews"
 fi
+if [ "$tree_only" = yes ]; then
+    need patch=patch python3=python3 tar=tar gzip=gzip
+    prepare "$build/llama.cpp" "$root"/patches/[0-9]*.patch
+    say "ready: $build/llama.cpp"
+    exit
+fi
 need cmake=cmake ninja=ninja-build ccache=ccache g++=g++ patch=patch python3=python3 tar=tar gzip=gzip
 if [ -z "${LLAMA_CPP_DIR:-}" ] && ! python3 -m pip --version >/dev/null 2>&1; then need pip3=python3-pip; fi
 need_rust
-mkdir -p "$build"
 
 run_logged "$build/cargo.log" "building libkvq" cargo build --release --manifest-path "$root/Cargo.toml"
 prepare "$build/llama.cpp" "$root"/patches/[0-9]*.patch

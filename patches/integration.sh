@@ -141,6 +141,29 @@ refused "a kvq state without kvq" 'failed to load session file' continued off st
 check "saving without kvq" save off plain.bin
 refused "a state without kvq" 'failed to load session file' continued skvq:k=3,v=3 plain.bin
 
+echo "== LLAMA_CPP_DIR"
+if [ -d "$root/build/stock/llama.cpp" ] && command -v git >/dev/null; then
+    as_git() { git -c user.name=test -c user.email=test@example.invalid -C checkout "$@"; }
+    make_checkout() {
+        cp -r "$root/build/stock/llama.cpp" checkout && rm -rf checkout/.git checkout/.kvq-stamp && as_git init -q &&
+            sed -i 's/^\(set(GGML_VERSION_PATCH\) .*/\1 999)/' checkout/ggml/CMakeLists.txt &&
+            as_git add -A -f && as_git commit -q -m "llama.cpp"
+    }
+    tree() { KVQ_BUILD="$work/of_checkout" LLAMA_CPP_DIR="$work/checkout" "$root/patches/build.sh" --tree; }
+    patched_copy() {
+        tree >said.log 2>&1 || { cat said.log; return 1; }
+        cat said.log
+        grep -F "WARNING: LLAMA_CPP_DIR is commit $(as_git rev-parse HEAD), ggml" said.log | grep -F .999 &&
+            grep -q get_kvq of_checkout/llama.cpp/src/llama-graph.cpp
+    }
+    unmodified() { local changes; changes=$(as_git status --porcelain --ignored) && [ -z "$changes" ]; }
+    check "making a checkout with another commit and version" make_checkout
+    check "it is copied, patched and warned of" patched_copy
+    check "it is not modified" unmodified
+else
+    skip "LLAMA_CPP_DIR: no build/stock/llama.cpp (patches/build.sh --stock) or no git"
+fi
+
 echo "== quality"
 check "mean KLD against stock q4_0" checks bars "$bin" "$work/bars" "$model" "$text"
 tail -n 8 out.log
