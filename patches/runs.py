@@ -3,7 +3,7 @@
 A KV cache is named by one word: `f16`, `q8_0`, `q4_0` (llama.cpp's own types, flash attention on), `f16/no-fa`, else a
 kvq recipe. `f16/no-fa` shows the floor of every divergence: the same exact cache, summed in another order. That is not
 zero, since llama.cpp rounds activations to 8 bits before it multiplies them with quantized weights: 0.0002 to 0.0003
-with Q8_0 weights, 0.000000 with F32 ones.
+with Q8_0 weights, 0.00001 with F32 ones.
 
 Finished runs are kept by what decides their output (programs, model, text, arguments): a second call is instant.
 """
