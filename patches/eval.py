@@ -4,7 +4,8 @@
     patches/eval.py -m MODEL.gguf -f TEXT [-f TEXT ...] [-c 2048,4096] [--chunks 6] [-o build/eval/NAME] RECIPE...
 
 Stock q8_0 and q4_0 are always measured beside the recipes, and f16 without flash attention, which is the floor: nothing
-can be seen below it. `/ q4_0` is the divergence as a share of stock q4_0's in the same run. --exact-weights turns the
+can be seen below it. `bits` is what a packed value costs; the totals count the exact rows of a full context of 4 096 and of
+32 768 tokens too. `/ q4_0` is the divergence as a share of stock q4_0's in the same run. --exact-weights turns the
 model's weights into F32 first, which takes the floor away (see runs.py) and costs disk and time. Everything runs with
 ubatches of 64 tokens, so that most of what is attended comes from packed rows.
 Finished runs are kept in the folder of -o: a second call, or one with a further recipe, runs only what is new.
@@ -17,11 +18,16 @@ import sys
 
 from runs import FLOOR, ROOT, RunError, Runs, markdown
 
-FIELDS = ["text", "context", "cache", "bits", "mib", "ppl", "mean", "mean_error", "median", "p999", "same_top",
-          "mean_ratio", "p999_ratio"]
-TITLES = ["text", "context", "cache", "bits", "MiB", "PPL", "mean KLD", "±", "median", "99.9 %", "same top %",
+FIELDS = ["text", "context", "cache", "bits", "bits_4k", "bits_32k", "mib", "ppl", "mean", "mean_error", "median", "p999",
+          "same_top", "mean_ratio", "p999_ratio"]
+TITLES = ["text", "context", "cache", "bits", "total at 4k", "at 32k", "MiB", "PPL", "mean KLD", "±", "median", "99.9 %", "same top %",
           "mean / q4_0", "99.9 % / q4_0"]
-FORMATS = ["", "", "", ".2f", ".2f", ".3f", ".6f", ".6f", ".6f", ".4f", ".2f", ".3f", ".3f"]
+FORMATS = ["", "", "", ".2f", ".2f", ".2f", ".2f", ".3f", ".6f", ".6f", ".6f", ".4f", ".2f", ".3f", ".3f"]
+
+
+def total_bits(runs, model, kv, n_ctx):
+    """Bits per value of a full context of this length, exact rows and everything else counted."""
+    return 16.0 * runs.cache_size(model, kv, n_ctx)["mib"] / runs.cache_size(model, "f16", n_ctx)["mib"]
 
 
 def measure(runs, model, texts, contexts, chunks, caches):
@@ -34,6 +40,8 @@ def measure(runs, model, texts, contexts, chunks, caches):
                 if n_ctx > size["n_ctx_train"]:
                     raise RunError(f"context {n_ctx}: the model was trained for {size['n_ctx_train']}")
                 group.append({"text": text.name, "context": n_ctx, "cache": kv, **size,
+                              "bits_4k": total_bits(runs, model, kv, 4096),
+                              "bits_32k": total_bits(runs, model, kv, 32768),
                               **runs.divergence(model, text, kv, n_ctx, chunks)})
             stock = next(row for row in group if row["cache"] == "q4_0")
             for row in group:

@@ -42,12 +42,13 @@ impl PoolParams {
 }
 
 /// The cell of each row of a pool.
-pub(crate) fn cells<'a>(side: &SideLayout, region: &'a [u8]) -> impl Iterator<Item = Option<usize>> + use<'a> {
-    side.pool_table(region).chunks_exact(4).map(|bytes| {
-        let stored = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-        // Zeroed memory is an empty pool.
-        stored.checked_sub(1).map(|cell| cell as usize)
-    })
+pub(crate) fn cells<'a>(side: &SideLayout, region: &'a [u8]) -> impl ExactSizeIterator<Item = Option<usize>> + use<'a> {
+    side.pool_table(region).chunks_exact(4).map(parse_cell)
+}
+
+/// An entry of the table; zeroed memory is an empty pool.
+fn parse_cell(entry: &[u8]) -> Option<usize> {
+    u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]).checked_sub(1).map(|cell| cell as usize)
 }
 
 /// The row of the pool that belongs to a cell.
@@ -74,10 +75,10 @@ pub(crate) fn drop_stale(layout: &Layout, regions: &mut [&mut [u8]; 2], plan: &P
             && (in_page() || plan.slot_cells(View::After).contains(&(cell as i32)))
     };
     for side in [Side::Key, Side::Value] {
-        let (side_layout, region) = (layout.side(side), &mut *regions[side as usize]);
-        for row in 0..layout.pool_rows() {
-            if cells(side_layout, region).nth(row).flatten().is_some_and(|cell| !holds(cell)) {
-                set_cell(side_layout, region, row, None);
+        let region = &mut *regions[side as usize];
+        for entry in layout.side(side).pool_table_mut(region).chunks_exact_mut(4) {
+            if parse_cell(entry).is_some_and(|cell| !holds(cell)) {
+                entry.fill(0);
             }
         }
     }
@@ -115,22 +116,22 @@ pub(crate) fn trace(layout: &Layout, params: &PoolParams, region: &[u8], keys: &
 /// sides of a cell find the same place, since their pools hold the same cells.
 pub(crate) fn adopt(layout: &Layout, side: Side, region: &mut [u8], saved: &[u8], from: &[u32], to: &[u32]) {
     let side = layout.side(side);
-    for row in 0..layout.pool_rows() {
-        if cells(side, region).nth(row).flatten().is_some_and(|cell| to.contains(&(cell as u32))) {
-            set_cell(side, region, row, None);
+    for entry in side.pool_table_mut(region).chunks_exact_mut(4) {
+        if parse_cell(entry).is_some_and(|cell| to.contains(&(cell as u32))) {
+            entry.fill(0);
         }
     }
     let (rows, table) = saved.split_at(saved.len() - 4 * layout.pool_rows());
-    let mut free: Vec<usize> = cells(side, region)
+    let free: Vec<usize> = cells(side, region)
         .take(layout.pool_rows())
         .enumerate()
         .filter_map(|(i, c)| c.is_none().then_some(i))
         .collect();
-    free.reverse();
+    let mut free = free.into_iter();
     for (entry, row) in table.chunks_exact(4).zip(rows.chunks_exact(side.head_dim * 2)) {
-        let cell = u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]).checked_sub(1);
-        let Some(index) = cell.and_then(|cell| from.iter().position(|from| *from == cell)) else { continue };
-        let Some(place) = free.pop() else { return };
+        let index = parse_cell(entry).and_then(|cell| from.iter().position(|from| *from as usize == cell));
+        let Some(index) = index else { continue };
+        let Some(place) = free.next() else { return };
         side.pool_row_mut(region, place).copy_from_slice(row);
         set_cell(side, region, place, Some(to[index] as usize));
     }

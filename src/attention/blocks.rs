@@ -68,8 +68,8 @@ pub(super) fn page_mask(
         return Visible::None;
     }
     let first = page * columns;
-    let in_page = |cell: i32| usize::try_from(cell).is_ok_and(|cell| cell / columns == page);
-    let is_whole = !pooled.iter().any(|&cell| in_page(cell));
+    let in_page = |cell: i32| (first as i32..(first + columns) as i32).contains(&cell);
+    let is_whole = !pooled.iter().fold(false, |some, &cell| some | in_page(cell));
     // Cells beyond the mask are hidden.
     let n = args.n_kv.saturating_sub(first).min(columns);
     if n == 0 {

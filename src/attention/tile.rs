@@ -65,7 +65,6 @@ pub(super) fn run(
     work.pooled.clear();
     work.pooled.extend(
         pool::cells(key, k_region)
-            .take(layout.pool_rows())
             .map(|cell| cell.filter(|cell| is_in_page(args, *cell)).map_or(-1, |cell| cell as i32)),
     );
     for block in blocks(args, split, layout.pool_rows() > 0) {
