@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check of the project, from a fresh clone: Rust, C, patches, patched llama.cpp. About 30 minutes on 2 cores the
+# Every check of the project, from a fresh clone: Rust, C, patches, patched llama.cpp. About 17 minutes on 2 cores the
 # first time. Ends with "N passed, N failed, N skipped" and a status; each step's output is in build/checks.
 set -euo pipefail
 # shellcheck source=patches/lib.sh

@@ -132,6 +132,8 @@ static void layer(kvq_layout *layout, kvq_planner *planner) {
     CHECK_OK(kvq_store(layout, &store, 0, 1));
 
     const uint32_t no_cell = 0;
+    const uint32_t far_cell = 1u << 30;
+    CHECK_INVALID(kvq_pool_adopt(layout, k_mem, v_mem, k_mem, v_mem, &no_cell, &far_cell, 1));
     CHECK_INVALID(kvq_pool_adopt(NULL, k_mem, v_mem, k_mem, v_mem, &no_cell, &no_cell, 1));
     CHECK_INVALID(kvq_pool_adopt(layout, NULL, v_mem, k_mem, v_mem, &no_cell, &no_cell, 1));
     CHECK_INVALID(kvq_pool_adopt(layout, k_mem, NULL, k_mem, v_mem, &no_cell, &no_cell, 1));

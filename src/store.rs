@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::layout::{Layout, SideLayout};
 use crate::plan::{Plan, Record, Source, View};
 use crate::pool;
+use crate::shape::MAX_HEAD_DIM;
 
 /// Keys and values are kept within the range of FP16; NaN counts as 0.
 #[inline(always)]
@@ -146,35 +147,32 @@ fn learn_queries(layout: &Layout, head: usize, region: &mut [u8], q: &Rows, n_to
         return;
     }
     let (dim, gqa) = (side.head_dim, layout.shape().gqa_ratio());
-    let mut squares = vec![0f32; dim];
+    let mut squares = [0f32; MAX_HEAD_DIM as usize];
     for token in 0..n_tokens {
         for q_head in head * gqa..(head + 1) * gqa {
             squares.iter_mut().zip(q.row(token, q_head, dim)).for_each(|(s, x)| *s += finite(*x) * finite(*x));
         }
     }
-    let mut numbers: Vec<f32> = Vec::new();
-    read_floats(side.moments(region), &mut numbers);
-    let (n, seen) = ((n_tokens * gqa) as f32, numbers[dim]);
-    for (mean, sum) in numbers.iter_mut().zip(&squares) {
-        *mean += (sum - *mean * n) / (seen + n);
+    let (means, seen_bytes) = side.moments_mut(region).split_at_mut(4 * dim);
+    let (n, seen) = ((n_tokens * gqa) as f32, read_float(seen_bytes));
+    for (bytes, sum) in means.chunks_exact_mut(4).zip(&squares) {
+        let mean = read_float(bytes);
+        bytes.copy_from_slice(&(mean + (sum - mean * n) / (seen + n)).to_le_bytes());
     }
-    numbers[dim] = (seen + n).min(MOMENT_MEMORY);
-    for (to, x) in side.moments_mut(region).chunks_exact_mut(4).zip(&numbers) {
-        to.copy_from_slice(&x.to_le_bytes());
-    }
+    seen_bytes.copy_from_slice(&(seen + n).min(MOMENT_MEMORY).to_le_bytes());
 }
 
 /// The weights of the channels that the queries seen so far give; empty without any.
 fn read_moments(side: &SideLayout, region: &[u8], out: &mut Vec<f32>) {
-    read_floats(side.moments(region), out);
+    out.clear();
+    out.extend(side.moments(region).chunks_exact(4).map(read_float));
     if out.pop().is_none_or(|seen| seen == 0.0) {
         out.clear();
     }
 }
 
-fn read_floats(bytes: &[u8], out: &mut Vec<f32>) {
-    out.clear();
-    out.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
+fn read_float(bytes: &[u8]) -> f32 {
+    f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
 }
 
 /// Fails unless the plan was made for this layout.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::codec::channel::{ChannelCodec, ChannelParams};
 use crate::codec::group::{GroupCodec, GroupParams};
 use crate::codec::{PageCodec, Side};
-use crate::error::Result;
+use crate::error::{Error, Result, Status};
 use crate::planner::PlannerConfig;
 use crate::pool::PoolParams;
 use crate::simd::IsaToken;
@@ -37,6 +37,9 @@ impl SideRecipe {
     ) -> Result<Arc<dyn PageCodec>> {
         Ok(match self {
             SideRecipe::Group(params) => Arc::new(GroupCodec::new(params, side, head_dim, page, token)?),
+            SideRecipe::Channel(_) if side == Side::Value => {
+                return Err(Error::new(Status::Recipe, "values cannot be quantized per channel"));
+            }
             SideRecipe::Channel(params) => Arc::new(ChannelCodec::new(params, head_dim, page, token)?),
         })
     }

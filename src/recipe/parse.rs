@@ -349,6 +349,13 @@ mod tests {
             ("skvq:k", "'k' is not key=value"),
             ("skvq:k=2,k=3", "key 'k' is given twice"),
             ("skvq:k=1.6,group=32", "group=32 with width 1.6"),
+            ("skvq:outliers=3", "skvq has no key 'outliers'; it knows k, v, group"),
+            ("kivi:outliers=3", "kivi has no key 'outliers'; it knows k, v, adaptive, meta"),
+            ("kivi:k=5", "k=5: use a number from 1 to 4"),
+            ("kivi:k=2.5,adaptive=0", "k=2.5 needs adaptive=1; without it use 2, 3 or 4"),
+            ("kivi:meta=fp32", "meta=fp32: use fp8 or fp16"),
+            ("ott:outliers=17", "outliers=17: use a whole number from 0 to 16"),
+            ("ott:pool=113", "pool=113: use a whole number from 0 to 112"),
         ] {
             let error = Recipe::parse(spec).unwrap_err();
             assert_eq!(error.status(), Status::Recipe);
