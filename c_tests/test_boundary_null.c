@@ -106,9 +106,9 @@ static void layer(kvq_layout *layout, kvq_planner *planner) {
     CHECK_OK(kvq_attend(layout, &good, 0, 1));
 
     CHECK(kvq_attend_splits(NULL, 1, 1) == 0);
-    CHECK_INVALID(kvq_combine(NULL, out, NULL, 1, 1, rows, 0, 1));
-    CHECK_INVALID(kvq_combine(layout, NULL, NULL, 1, 1, rows, 0, 1));
-    CHECK_INVALID(kvq_combine(layout, out, NULL, 1, 1, NULL, 0, 1));
+    CHECK_INVALID(kvq_combine(NULL, out, NULL, 1, 1, rows, NULL, 0, 1));
+    CHECK_INVALID(kvq_combine(layout, NULL, NULL, 1, 1, rows, NULL, 0, 1));
+    CHECK_INVALID(kvq_combine(layout, out, NULL, 1, 1, NULL, NULL, 0, 1));
 
     const kvq_store_args store = {
         .k_cur = rows, .k_stride_token = 128, .k_stride_head = 64,

@@ -13,11 +13,13 @@ static uint16_t *half_mask(const layer *l, const exact *e) {
     return mask;
 }
 
-static void attend_in_parts(const layer *l, const exact *e, uint32_t n_parts) {
+/* `lse` gets the logarithms of the softmax denominators, float [n_tokens][n_heads]. */
+static void attend_in_parts(const layer *l, const exact *e, uint32_t n_parts, float *lse) {
     const size_t n_out = (size_t)l->n * SHAPE.n_heads * SHAPE.head_dim_v;
     float *out = make(n_out, sizeof(float));
     memset(out, 0xff, n_out * sizeof(float)); /* NaN: every value must be written */
-    const kvq_attend_args args = layer_attend_args(l, e, out);
+    kvq_attend_args args = layer_attend_args(l, e, out);
+    args.lse = lse;
     for (uint32_t part = n_parts; part-- > 0;) {
         CHECK_OK(kvq_attend(l->layout, &args, part, n_parts));
     }
@@ -25,10 +27,12 @@ static void attend_in_parts(const layer *l, const exact *e, uint32_t n_parts) {
     free(out);
 }
 
-static void attend_in_splits(const layer *l, const exact *e, uint32_t n_splits) {
+/* `expected_lse` is what attention without splits gave. */
+static void attend_in_splits(const layer *l, const exact *e, uint32_t n_splits, const float *expected_lse) {
     const size_t n_rows = (size_t)l->n * SHAPE.n_heads;
     float *partial = make(n_splits * n_rows * (SHAPE.head_dim_v + 2), sizeof(float));
     float *out = make(n_rows * SHAPE.head_dim_v, sizeof(float));
+    float *lse = make(n_rows, sizeof(float));
     uint16_t *mask = half_mask(l, e);
     kvq_attend_args args = layer_attend_args(l, e, partial);
     args.n_splits = n_splits;
@@ -37,9 +41,14 @@ static void attend_in_splits(const layer *l, const exact *e, uint32_t n_splits) 
     CHECK_OK(kvq_attend(l->layout, &args, 0, 2));
     CHECK_OK(kvq_attend(l->layout, &args, 1, 2));
     for (uint32_t part = 0; part < 3; part++) {
-        CHECK_OK(kvq_combine(l->layout, partial, NULL, n_splits, l->n, out, part, 3));
+        CHECK_OK(kvq_combine(l->layout, partial, NULL, n_splits, l->n, out, lse, part, 3));
     }
     CHECK_NMSE(out, l->expected, n_rows * SHAPE.head_dim_v, NMSE_8_BITS);
+    for (size_t i = 0; i < n_rows; i++) {
+        /* Only the order of a few additions differs. */
+        CHECK(fabsf(lse[i] - expected_lse[i]) <= 1e-5f * (1 + fabsf(expected_lse[i])));
+    }
+    free(lse);
     free(partial);
     free(out);
     free(mask);
@@ -115,15 +124,22 @@ int main(void) {
     CHECK(kvq_attend_splits(l.layout, 1, 1) == 1 && kvq_attend_splits(l.layout, 1, 64) >= 1);
     for (size_t i = 0; i < sizeof ubatches / sizeof *ubatches; i++) {
         layer_begin_ubatch(&l, &e, &seed, ubatches[i]);
-        attend_in_parts(&l, &e, 1);
-        attend_in_parts(&l, &e, 2);
-        attend_in_parts(&l, &e, 7);
-        attend_in_splits(&l, &e, 2);
-        attend_in_splits(&l, &e, 5);
-        const kvq_store_args store = layer_store_args(&l, &e);
+        float *lse = make((size_t)l.n * SHAPE.n_heads, sizeof(float));
+        attend_in_parts(&l, &e, 1, NULL);
+        attend_in_parts(&l, &e, 2, lse);
+        attend_in_parts(&l, &e, 7, lse);
+        attend_in_splits(&l, &e, 2, lse);
+        attend_in_splits(&l, &e, 5, lse);
+        kvq_store_args store = layer_store_args(&l, &e);
+        store.q = l.q;
+        store.q_stride_token = (size_t)SHAPE.n_heads * SHAPE.head_dim_k;
+        store.q_stride_head = SHAPE.head_dim_k;
+        store.lse = lse;
+        store.scale = layer_attend_args(&l, &e, NULL).scale;
         for (uint32_t part = 0; part < 3; part++) {
             CHECK_OK(kvq_store(l.layout, &store, part, 3));
         }
+        free(lse);
         attend_after_store(&l, &e);
         read_rows(&l, &e);
         /* Now the window holds rows that are in their page too; later steps read them from there. */

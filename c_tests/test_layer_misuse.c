@@ -91,8 +91,8 @@ int main(void) {
     CHECK_INVALID(kvq_attend(other.layout, &args, 0, 1));
     store_misuse(&l, &e);
     location_misuse(&l);
-    CHECK_INVALID(kvq_combine(l.layout, out, NULL, UINT32_MAX, UINT32_MAX, out, 0, 1));
-    CHECK_INVALID(kvq_combine(l.layout, out, NULL, 2, 1, out, 1, 1));
+    CHECK_INVALID(kvq_combine(l.layout, out, NULL, UINT32_MAX, UINT32_MAX, out, NULL, 0, 1));
+    CHECK_INVALID(kvq_combine(l.layout, out, NULL, 2, 1, out, NULL, 1, 1));
 
     kvq_recipe *recipe = recipe_of("skvq:group=128");
     kvq_layout *layout = NULL;

@@ -28,7 +28,7 @@
 
 
 // Rises with every change to a function or struct of this header. Compare it with kvq_abi_version() at start.
-#define KVQ_ABI_VERSION 2
+#define KVQ_ABI_VERSION 3
 
 // Smallest supported head size.
 #define KVQ_MIN_HEAD_DIM 64
@@ -192,6 +192,9 @@ typedef struct {
     // Contiguous, float [n_tokens][n_heads][head_dim_v] or, if n_splits > 1,
     // float [n_splits][n_tokens][n_heads][head_dim_v + 2].
     float *out;
+    // If n_splits is 1: natural logarithms of the softmax denominators, float [n_tokens][n_heads], for kvq_store. NULL:
+    // not wanted.
+    float *lse;
 } kvq_attend_args;
 
 // What kvq_store reads and writes: one layer, one stream. All strides count elements.
@@ -223,6 +226,11 @@ typedef struct {
     size_t q_stride_token;
     // Distance between heads in `q`.
     size_t q_stride_head;
+    // What kvq_attend or kvq_combine wrote to `lse`, float [n_tokens][n_heads]: with `q` it tells recipes with an
+    // attention window which tokens matter. NULL: the tokens that are encoded now do not follow these queries.
+    const float *lse;
+    // The factor on the scores that kvq_attend got; only read with `lse`.
+    float scale;
     // Rows; the plan's n_tokens.
     uint32_t n_tokens;
 } kvq_store_args;
@@ -443,7 +451,8 @@ kvq_status kvq_attend(const kvq_layout *layout, const kvq_attend_args *args, uin
 uint32_t kvq_attend_splits(const kvq_layout *layout, uint32_t n_tokens, uint32_t n_threads);
 
 // Merges the partial results of kvq_attend with n_splits > 1 into `out`, float [n_tokens][n_heads][head_dim_v]; part
-// `part` of `n_parts`. All parts of kvq_attend must have finished. `sink_logits` as in kvq_attend_args, or NULL.
+// `part` of `n_parts`. All parts of kvq_attend must have finished. `sink_logits` and `lse` as in kvq_attend_args, or
+// NULL.
 //
 // Parts write disjoint ranges of `out` and may run concurrently.
 kvq_status kvq_combine(const kvq_layout *layout,
@@ -452,6 +461,7 @@ kvq_status kvq_combine(const kvq_layout *layout,
                        uint32_t n_splits,
                        uint32_t n_tokens,
                        float *out,
+                       float *lse,
                        uint32_t part,
                        uint32_t n_parts);
 

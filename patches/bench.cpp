@@ -428,7 +428,7 @@ public:
         pool_.run([&](int part, int n_parts) { ok(kvq_attend(layout_, &args, part, n_parts)); });
         if (n_splits_ > 1) {
             pool_.run([&](int part, int n_parts) {
-                ok(kvq_combine(layout_, partial_.data(), nullptr, n_splits_, case_.n_q, out_.data(), part, n_parts));
+                ok(kvq_combine(layout_, partial_.data(), nullptr, n_splits_, case_.n_q, out_.data(), nullptr, part, n_parts));
             });
         }
     }

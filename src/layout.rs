@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::codec::{PageCodec, PageRef, Side, HEADER_BYTES};
 use crate::error::{Error, Result};
 use crate::pool::PoolParams;
+use crate::recent::AttnWindow;
 use crate::recipe::{Recipe, SideRecipe};
 use crate::shape::Shape;
 use crate::simd::{kernels, IsaToken, Kernels};
@@ -22,6 +23,7 @@ use crate::simd::{kernels, IsaToken, Kernels};
 /// | outlier pool | `pool_rows * head_dim * 2` | FP16 rows of outlier tokens, for recipes that trace them |
 /// | pool's cells | `pool_rows * 4` | u32: 1 + the cell of each row, 0 if it is free |
 /// | query moments | `(head_dim + 1) * 4` | keys of codecs that want them: f32 mean of the squared queries by channel, and how many |
+/// | recent queries | [`AttnWindow::bytes`] | keys of recipes with an attention window: a ring of queries |
 /// | page headers | `n_pages * 4` | see the codec |
 /// | pages | `n_pages * page_bytes` | see the codec; page `i` holds cells `i * page` and up |
 ///
@@ -34,6 +36,7 @@ pub struct Layout {
     page: usize,
     pool: Option<PoolParams>,
     pool_rows: usize,
+    attn_window: AttnWindow,
     sides: [SideLayout; 2],
     token: IsaToken,
 }
@@ -48,6 +51,8 @@ pub(crate) struct SideLayout {
     pool_table_end: usize,
     moments: usize,
     moments_end: usize,
+    recent: usize,
+    recent_end: usize,
     headers: usize,
     pages: usize,
     page_bytes: usize,
@@ -91,7 +96,10 @@ impl Layout {
             let pool_table_end = pool_table + pool_rows * 4;
             let moments = pool_table_end.next_multiple_of(64);
             let moments_end = moments + if codec.wants_queries() { (head_dim + 1) * 4 } else { 0 };
-            let headers = moments_end.next_multiple_of(64);
+            let recent = moments_end.next_multiple_of(64);
+            let ring = if side == Side::Key { recipe.attn_window.bytes(shape.gqa_ratio(), head_dim) } else { 0 };
+            let recent_end = recent + ring;
+            let headers = recent_end.next_multiple_of(64);
             let pages = headers + (n_pages * HEADER_BYTES).next_multiple_of(64);
             let page_bytes = codec.page_bytes();
             let head_bytes = n_pages.checked_mul(page_bytes).and_then(|n| n.checked_add(pages));
@@ -106,6 +114,8 @@ impl Layout {
                 pool_table_end,
                 moments,
                 moments_end,
+                recent,
+                recent_end,
                 headers,
                 pages,
                 page_bytes,
@@ -114,7 +124,17 @@ impl Layout {
         };
         let sides =
             [side(Side::Key, shape.head_dim_k, &recipe.key)?, side(Side::Value, shape.head_dim_v, &recipe.value)?];
-        Ok(Layout { shape, n_cells, n_slots, page: recipe.page, pool: recipe.pool, pool_rows, sides, token })
+        Ok(Layout {
+            shape,
+            n_cells,
+            n_slots,
+            page: recipe.page,
+            pool: recipe.pool,
+            pool_rows,
+            attn_window: recipe.attn_window,
+            sides,
+            token,
+        })
     }
 
     /// The layer's shape.
@@ -140,6 +160,12 @@ impl Layout {
     /// Rows of each head's outlier pool; 0 if the recipe or the layer has none.
     pub fn pool_rows(&self) -> usize {
         self.pool_rows
+    }
+
+    /// Which queries' attention decides the widths of the tokens of a page. If none does,
+    /// [`crate::store::StoreRows`] need no softmax denominators.
+    pub fn attn_window(&self) -> AttnWindow {
+        self.attn_window
     }
 
     pub(crate) fn pool(&self) -> Option<&PoolParams> {
@@ -202,9 +228,10 @@ impl Layout {
         at..at + HEADER_BYTES
     }
 
-    /// Byte range of everything before the pages inside a head region: exact slots, outlier pool and query moments.
+    /// Byte range of everything before the pages inside a head region: exact slots, outlier pool, query moments and recent
+    /// queries.
     pub fn slots_range(&self, side: Side) -> std::ops::Range<usize> {
-        0..self.side(side).moments_end
+        0..self.side(side).recent_end
     }
 
     /// Byte range of the outlier pool, its cells included, inside a head region.
@@ -219,14 +246,18 @@ impl Layout {
         let [k, v] = &self.sides;
         let shape = self.shape;
         format!(
-            "k={};v={};page={};n_kv_heads={};head_dim={}/{}{}",
+            "k={};v={};page={};n_kv_heads={};head_dim={}/{}{}{}",
             k.codec.format(),
             v.codec.format(),
             self.page,
             shape.n_kv_heads,
             shape.head_dim_k,
             shape.head_dim_v,
-            if self.pool_rows > 0 { format!(";pool={}", self.pool_rows) } else { String::new() }
+            if self.pool_rows > 0 { format!(";pool={}", self.pool_rows) } else { String::new() },
+            match self.attn_window {
+                AttnWindow { queries: 0, .. } => String::new(),
+                AttnWindow { queries, stride } => format!(";recent={queries}*{stride}*{}", shape.gqa_ratio()),
+            }
         )
     }
 
@@ -300,6 +331,16 @@ impl SideLayout {
     /// [`SideLayout::moments`], to write to.
     pub(crate) fn moments_mut<'a>(&self, region: &'a mut [u8]) -> &'a mut [u8] {
         &mut region[self.moments..self.moments_end]
+    }
+
+    /// The ring of recent queries, as the layout has it; empty if the recipe has no attention window.
+    pub(crate) fn recent<'a>(&self, region: &'a [u8]) -> &'a [u8] {
+        &region[self.recent..self.recent_end]
+    }
+
+    /// [`SideLayout::recent`], to write to.
+    pub(crate) fn recent_mut<'a>(&self, region: &'a mut [u8]) -> &'a mut [u8] {
+        &mut region[self.recent..self.recent_end]
     }
 
     /// The FP16 row of an exact slot, to write to.

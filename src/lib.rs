@@ -21,6 +21,7 @@ pub mod parallel;
 pub mod plan;
 pub mod planner;
 pub mod pool;
+pub mod recent;
 pub mod recipe;
 pub mod reference;
 pub mod shape;

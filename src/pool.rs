@@ -195,7 +195,7 @@ mod tests {
             rows.iter().for_each(|row| self.live[row.cell as usize] = true);
             let current = Rows { data: &keys, stride_token: DIM, stride_head: DIM };
             let [k, v] = &mut self.memory;
-            let store = StoreRows { k: current, v: current, q: None };
+            let store = StoreRows { k: current, v: current, q: None, attended: None };
             store_head(&self.layout, 0, [k, v], &store, &Plan::new(&ints).unwrap()).unwrap();
             let members = |side: Side| {
                 let found = cells(self.layout.side(side), &self.memory[side as usize]).flatten();

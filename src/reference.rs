@@ -15,8 +15,9 @@ pub struct Query<'a> {
     pub sink_logit: Option<f64>,
 }
 
-/// `softmax(scale q K^T + bias) V` for rows `k[n][head_dim_k]` and `v[n][head_dim_v]`; zeros if everything is hidden.
-pub fn attention(query: &Query, k: &[f32], v: &[f32], head_dim_v: usize) -> Vec<f64> {
+/// `softmax(scale q K^T + bias) V` for rows `k[n][head_dim_k]` and `v[n][head_dim_v]`, and the natural logarithm of the
+/// softmax denominator; zeros and minus infinity if everything is hidden.
+pub fn attention(query: &Query, k: &[f32], v: &[f32], head_dim_v: usize) -> (Vec<f64>, f64) {
     let logits: Vec<f64> = k
         .chunks_exact(query.q.len())
         .zip(query.bias)
@@ -30,7 +31,7 @@ pub fn attention(query: &Query, k: &[f32], v: &[f32], head_dim_v: usize) -> Vec<
     let max = logits.iter().copied().chain(query.sink_logit).fold(f64::NEG_INFINITY, f64::max);
     let mut out = vec![0.0; head_dim_v];
     if max == f64::NEG_INFINITY {
-        return out;
+        return (out, max);
     }
     let mut sum = query.sink_logit.map_or(0.0, |sink| (sink - max).exp());
     for (logit, v) in logits.iter().zip(v.chunks_exact(head_dim_v)) {
@@ -39,7 +40,7 @@ pub fn attention(query: &Query, k: &[f32], v: &[f32], head_dim_v: usize) -> Vec<
         out.iter_mut().zip(v).for_each(|(o, v)| *o += weight * f64::from(*v));
     }
     out.iter_mut().for_each(|o| *o /= sum);
-    out
+    (out, max + sum.ln())
 }
 
 /// Normalised mean squared error `sum (a - b)^2 / sum b^2`; NaN if anything is.
@@ -61,10 +62,10 @@ mod tests {
     fn two_rows_by_hand() {
         // Scores 0 and ln 3: weights 1/4 and 3/4.
         let query = Query { q: &[1.0, 0.0], scale: 1.0, softcap: 0.0, bias: &[0.0, 0.0], sink_logit: None };
-        let out = attention(&query, &[0.0, 9.0, 3f32.ln(), 9.0], &[4.0, 8.0], 1);
-        assert!((out[0] - 7.0).abs() < 1e-6);
+        let (out, lse) = attention(&query, &[0.0, 9.0, 3f32.ln(), 9.0], &[4.0, 8.0], 1);
+        assert!((out[0] - 7.0).abs() < 1e-6 && (lse - 4f64.ln()).abs() < 1e-6);
         // A sink of the same weight as both together halves the output.
         let sink = Query { sink_logit: Some(4f64.ln()), ..query };
-        assert!((attention(&sink, &[0.0, 9.0, 3f32.ln(), 9.0], &[4.0, 8.0], 1)[0] - 3.5).abs() < 1e-6);
+        assert!((attention(&sink, &[0.0, 9.0, 3f32.ln(), 9.0], &[4.0, 8.0], 1).0[0] - 3.5).abs() < 1e-6);
     }
 }

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::layout::{Layout, SideLayout};
 use crate::plan::{Plan, Record, Source, View};
 use crate::pool;
+use crate::recent::{self, Attended};
 use crate::shape::MAX_HEAD_DIM;
 
 /// Keys and values are kept within the range of FP16; NaN counts as 0.
@@ -44,6 +45,9 @@ pub struct StoreRows<'a> {
     pub v: Rows<'a>,
     /// Queries of the ubatch, from which codecs learn which channels matter. `None`: they learn nothing.
     pub q: Option<Rows<'a>>,
+    /// What attention made of the queries, for layouts with an attention window. `None`: widths of tokens that are
+    /// encoded now do not follow these queries.
+    pub attended: Option<Attended<'a>>,
 }
 
 /// Executes a plan for one KV head of one layer: encodes the rows that leave the exact part, then writes the ubatch's rows
@@ -62,6 +66,9 @@ pub fn store_head(
     check_plan(layout, plan)?;
     if let Some(q) = &rows.q {
         learn_queries(layout, head, regions[0], q, plan.n_tokens());
+        if let Some(attended) = rows.attended.as_ref().filter(|_| layout.attn_window().queries > 0) {
+            recent::remember(layout, head, regions[0], q, attended, plan.n_tokens());
+        }
     }
     if layout.pool().is_some() {
         pool::drop_stale(layout, &mut regions, plan);
@@ -96,11 +103,12 @@ struct SealedPage {
     pooled: Vec<Option<usize>>,
     exact: Vec<bool>,
     channel_weights: Vec<f32>,
+    attention: Vec<f32>,
 }
 
 /// Encodes the records of one page, keys first: they decide which tokens enter the outlier pool.
 fn seal_page(layout: &Layout, head: usize, regions: &mut [&mut [u8]; 2], rows: &StoreRows, page: &mut SealedPage) {
-    let SealedPage { records, at, rows: gathered, pooled, exact, channel_weights } = page;
+    let SealedPage { records, at, rows: gathered, pooled, exact, channel_weights, attention } = page;
     let (index, fresh) = (records[0].cell / layout.page(), records[0].fresh);
     at.clear();
     at.extend(records.iter().map(|record| (record.cell % layout.page()) as u32));
@@ -125,6 +133,7 @@ fn seal_page(layout: &Layout, head: usize, regions: &mut [&mut [u8]; 2], rows: &
             }
             exact.clear();
             exact.extend(pooled.iter().map(Option::is_some));
+            recent::attention(layout, region, gathered, attention);
         }
         for (i, row) in pooled.iter().enumerate() {
             let Some(row) = *row else { continue };
@@ -133,7 +142,8 @@ fn seal_page(layout: &Layout, head: usize, regions: &mut [&mut [u8]; 2], rows: &
         }
         read_moments(side_layout, region, channel_weights);
         let (header, bytes) = side_layout.page_mut(region, index);
-        side_layout.codec.seal(header, bytes, &mut SealRows { at, rows: gathered, fresh, exact, channel_weights });
+        let mut rows = SealRows { at, rows: gathered, fresh, exact, channel_weights, attention };
+        side_layout.codec.seal(header, bytes, &mut rows);
     }
 }
 
@@ -171,7 +181,7 @@ fn read_moments(side: &SideLayout, region: &[u8], out: &mut Vec<f32>) {
     }
 }
 
-fn read_float(bytes: &[u8]) -> f32 {
+pub(crate) fn read_float(bytes: &[u8]) -> f32 {
     f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
 }
 
@@ -276,8 +286,14 @@ pub fn requantize_k_head(
             let cells = page * layout.page()..((page + 1) * layout.page()).min(layout.n_cells());
             let fresh = cells.filter(|i| location[*i] == IN_PAGE).count() == at.len();
             let (header, bytes) = side.page_mut(region, page);
-            let mut rows =
-                SealRows { at: &at, rows: &mut packed, fresh, exact: &exact, channel_weights: &channel_weights };
+            let mut rows = SealRows {
+                at: &at,
+                rows: &mut packed,
+                fresh,
+                exact: &exact,
+                channel_weights: &channel_weights,
+                attention: &[],
+            };
             side.codec.seal(header, bytes, &mut rows);
         }
         cell = end;

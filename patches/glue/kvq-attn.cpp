@@ -24,7 +24,14 @@ void * llama_kvq_cache::keep(const llama_kvq_node & node) {
     return &nodes.back();
 }
 
-// In all nodes: plan is [plan_len, n_stream], rows and outputs of the streams follow each other.
+// In all nodes: plan is [plan_len, n_stream], rows and outputs of the streams follow each other. Attention's output is a
+// block of rows, [head_dim_v, n_head, n_tokens*n_stream], and behind it a float for each row: the logarithm of its softmax
+// denominator, which the store node reads.
+
+// out: [n_head, n_tokens*n_stream, head_dim_v + 1]
+static float * lse_of(const ggml_tensor * out) {
+    return (float *) out->data + out->ne[0]*out->ne[1]*(out->ne[2] - 1);
+}
 
 // sources: q, k_mem, v_mem, mask, plan[, k_cur, v_cur][, sinks]
 static void kvq_attend_part(ggml_tensor * dst, uint32_t n_splits, int ith, int nth, const llama_kvq_node & node) {
@@ -39,7 +46,8 @@ static void kvq_attend_part(ggml_tensor * dst, uint32_t n_splits, int ith, int n
 
     const int64_t n_stream = plan->ne[1];
     const int64_t n_tokens = q->ne[2]/n_stream;
-    const int64_t n_out    = ggml_nelements(dst)/n_stream;
+    const int64_t n_rows   = q->ne[1]*n_tokens;
+    const int64_t n_out    = n_splits == 1 ? n_rows*(dst->ne[2] - 1) : ggml_nelements(dst)/n_stream;
 
     for (int64_t s = 0; s < n_stream; ++s) {
         const int64_t i0 = s*n_tokens;
@@ -78,12 +86,13 @@ static void kvq_attend_part(ggml_tensor * dst, uint32_t n_splits, int ith, int n
         args.n_tokens = n_tokens;
         args.n_splits = n_splits;
         args.out      = (float *) dst->data + s*n_out;
+        args.lse      = n_splits == 1 ? lse_of(dst) + s*n_rows : nullptr;
 
         llama_kvq_must(kvq_attend(node.layout, &args, ith, nth), "attend");
     }
 }
 
-// dst: [head_dim_v*n_head, n_tokens*n_stream]
+// dst: [n_head, n_tokens*n_stream, head_dim_v + 1]
 static void kvq_node_attend(ggml_tensor * dst, int ith, int nth, void * userdata) {
     kvq_attend_part(dst, 1, ith, nth, *(const llama_kvq_node *) userdata);
 }
@@ -93,7 +102,7 @@ static void kvq_node_attend_split(ggml_tensor * dst, int ith, int nth, void * us
     kvq_attend_part(dst, dst->ne[2], ith, nth, *(const llama_kvq_node *) userdata);
 }
 
-// sources: the output of kvq_node_attend_split[, sinks]
+// sources: the output of kvq_node_attend_split[, sinks]; dst as of kvq_node_attend
 static void kvq_node_combine(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto & node = *(const llama_kvq_node *) userdata;
 
@@ -102,17 +111,17 @@ static void kvq_node_combine(ggml_tensor * dst, int ith, int nth, void * userdat
 
     const int64_t n_stream = split->ne[3];
     const int64_t n_tokens = dst->ne[1]/n_stream;
+    const int64_t n_rows   = dst->ne[0]*n_tokens;
     const int64_t n_split  = ggml_nelements(split)/n_stream;
-    const int64_t n_out    = ggml_nelements(dst)/n_stream;
 
     for (int64_t s = 0; s < n_stream; ++s) {
         llama_kvq_must(kvq_combine(node.layout, (const float *) split->data + s*n_split,
                     sinks ? (const float *) sinks->data : nullptr, split->ne[2], n_tokens,
-                    (float *) dst->data + s*n_out, ith, nth), "combine");
+                    (float *) dst->data + s*n_rows*(dst->ne[2] - 1), lse_of(dst) + s*n_rows, ith, nth), "combine");
     }
 }
 
-// sources: k_cur, v_cur, k_mem, v_mem, plan, q, the attention output (only to come after it)
+// sources: k_cur, v_cur, k_mem, v_mem, plan, q, the output of kvq_node_attend or kvq_node_combine
 static void kvq_node_store(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto & node = *(const llama_kvq_node *) userdata;
 
@@ -122,6 +131,7 @@ static void kvq_node_store(ggml_tensor * dst, int ith, int nth, void * userdata)
     const ggml_tensor * v_mem = dst->src[3];
     const ggml_tensor * plan  = dst->src[4];
     const ggml_tensor * q     = dst->src[5];
+    const ggml_tensor * out   = dst->src[6];
 
     const int64_t n_stream = plan->ne[1];
     const int64_t n_tokens = k_cur->ne[2]/n_stream;
@@ -145,6 +155,8 @@ static void kvq_node_store(ggml_tensor * dst, int ith, int nth, void * userdata)
         args.q              = (const float *) ((const char *) q->data + i0*q->nb[2]);
         args.q_stride_token = q->nb[2]/sizeof(float);
         args.q_stride_head  = q->nb[1]/sizeof(float);
+        args.lse            = lse_of(out) + s*n_tokens*out->ne[0];
+        args.scale          = node.scale;
         args.n_tokens       = n_tokens;
 
         llama_kvq_must(kvq_store(node.layout, &args, ith, nth), "store");
@@ -233,10 +245,10 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
 
     void * userdata = keep(node);
 
-    ggml_tensor * cur;
+    ggml_tensor * out;
 
     if (n_splits == 1) {
-        cur = ggml_custom_4d(ctx0, GGML_TYPE_F32, n_embd_v*n_head, q->ne[2], 1, 1, src.data(), src.size(),
+        out = ggml_custom_4d(ctx0, GGML_TYPE_F32, n_head, q->ne[2], n_embd_v + 1, 1, src.data(), src.size(),
                 kvq_node_attend, GGML_N_TASKS_MAX, userdata);
     } else {
         ggml_tensor * split = ggml_custom_4d(ctx0, GGML_TYPE_F32, n_embd_v + 2, n_head*n_tokens, n_splits, n_stream,
@@ -245,18 +257,18 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
 
         ggml_tensor * src_combine[2] = { split, sinks };
 
-        cur = ggml_custom_4d(ctx0, GGML_TYPE_F32, n_embd_v*n_head, q->ne[2], 1, 1, src_combine, sinks ? 2 : 1,
+        out = ggml_custom_4d(ctx0, GGML_TYPE_F32, n_head, q->ne[2], n_embd_v + 1, 1, src_combine, sinks ? 2 : 1,
                 kvq_node_combine, GGML_N_TASKS_MAX, userdata);
     }
 
-    ggml_build_forward_expand(graph.gf, cur);
+    ggml_build_forward_expand(graph.gf, out);
 
     if (k_cur) {
         if (*node.progress == KVQ_LAYER_IDLE) {
             *node.progress = KVQ_LAYER_DONE;
         }
 
-        ggml_tensor * src_store[7] = { k_cur, v_cur, k_mem, v_mem, plan, src[0], cur };
+        ggml_tensor * src_store[7] = { k_cur, v_cur, k_mem, v_mem, plan, src[0], out };
 
         ggml_tensor * store = ggml_custom_4d(ctx0, GGML_TYPE_F32, 1, 1, 1, 1, src_store, 7,
                 kvq_node_store, GGML_N_TASKS_MAX, userdata);
@@ -265,5 +277,5 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
         ggml_build_forward_expand(graph.gf, store);
     }
 
-    return cur;
+    return ggml_view_2d(ctx0, out, n_embd_v*n_head, q->ne[2], n_embd_v*n_head*sizeof(float), 0);
 }

@@ -93,6 +93,9 @@ pub struct AttendArgs<'a> {
     /// 1: `emit` gets final rows of `[n_tokens][n_heads][head_dim_v]`. More: partial states of
     /// `[n_splits][n_tokens][n_heads][head_dim_v + 2]` for [`combine`].
     pub n_splits: usize,
+    /// Final rows only: `emit` also gets `[n_tokens][n_heads]` natural logarithms of the softmax denominators, behind the
+    /// rows.
+    pub with_lse: bool,
 }
 
 impl AttendArgs<'_> {

@@ -29,11 +29,12 @@ fn gcd(a: usize, b: usize) -> usize {
     }
 }
 
-/// Adds the learned sink logit to the softmax and divides by its sum: the last step of every output row.
-pub(super) fn finish(row: &mut [f32], max: f32, sum: f32, sink_logit: Option<f32>) {
-    let (mut factor, mut sum) = (1.0, sum);
+/// Adds the learned sink logit to the softmax and divides by its sum: the last step of every output row. Gives the
+/// logarithm of the denominator.
+pub(super) fn finish(row: &mut [f32], max: f32, sum: f32, sink_logit: Option<f32>) -> f32 {
+    let (mut factor, mut sum, mut top) = (1.0, sum, max);
     if let Some(sink) = sink_logit {
-        let top = max.max(sink);
+        top = max.max(sink);
         factor = (max - top).exp();
         sum = sum * factor + (sink - top).exp();
     }
@@ -41,10 +42,12 @@ pub(super) fn finish(row: &mut [f32], max: f32, sum: f32, sink_logit: Option<f32
     // A non-finite query makes the sum NaN; its row must not look valid.
     let scale = if sum.is_nan() { f32::NAN } else { scale };
     row.iter_mut().for_each(|x| *x *= scale);
+    top + sum.ln()
 }
 
 /// Merges partial states `[n_splits][n_tokens][n_heads][head_dim_v + 2]` (output, maximum, sum) into final rows of
-/// `[n_tokens][n_heads][head_dim_v]`, part `part` of `n_parts` of them. `emit` as for [`super::attend`].
+/// `[n_tokens][n_heads][head_dim_v]`, part `part` of `n_parts` of them. `emit` and `with_lse` as for
+/// [`super::attend`].
 #[allow(clippy::too_many_arguments)]
 pub fn combine(
     layout: &Layout,
@@ -52,6 +55,7 @@ pub fn combine(
     sink_logits: Option<&[f32]>,
     n_splits: usize,
     n_tokens: usize,
+    with_lse: bool,
     part: usize,
     n_parts: usize,
     emit: &mut dyn FnMut(usize, &[f32]),
@@ -75,8 +79,11 @@ pub fn combine(
             sum += weight * state[dim + 1];
             out.iter_mut().zip(state).for_each(|(o, x)| *o += weight * x);
         }
-        finish(out, max, sum, sink_logits.map(|s| s[row % n_heads]));
+        let lse = finish(out, max, sum, sink_logits.map(|s| s[row % n_heads]));
         emit(row * dim, out);
+        if with_lse {
+            emit(n_rows * dim + row, &[lse]);
+        }
     }
     Ok(())
 }

@@ -4,6 +4,7 @@
 use super::*;
 use crate::layout::Layout;
 use crate::planner::{Planner, Row};
+use crate::recent::Attended;
 use crate::recipe::Recipe;
 use crate::reference;
 use crate::shape::Shape;
@@ -133,10 +134,18 @@ fn run(case: &Case, isa: Isa, seed: u64) -> Option<(f64, Vec<u8>)> {
             max_bias: case.max_bias,
             n_tokens: n,
             n_splits: case.n_splits,
+            with_lse: true,
         };
-        let out = collect(&layout, &args);
+        let (out, mut lse) = collect(&layout, &args);
         let expected = oracle(&layout, &args, &pos_of_cell, &k, &v, &mask, &k_mem, &v_mem);
-        for (at, expected) in expected {
+        // Sealing follows these, so that they must not depend on the kernels for the bytes to be equal.
+        let attended: Vec<f32> = std::mem::replace(&mut lse, vec![5.0; n * nh]);
+        for (row, (expected, want)) in expected {
+            lse[row] = want as f32;
+            // The scores' error, relative to the largest of them, is what the logarithm of their sum may be off by.
+            let off = (f64::from(attended[row]) - want).abs() / want.abs().max(1.0);
+            assert!(off <= bound(case.spec).sqrt(), "{}: log-sum-exp {} instead of {want}", case.spec, attended[row]);
+            let at = row * dv;
             let row = &out[at..at + expected.len()];
             error += row.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
             power += expected.iter().map(|b| b * b).sum::<f64>();
@@ -145,6 +154,7 @@ fn run(case: &Case, isa: Isa, seed: u64) -> Option<(f64, Vec<u8>)> {
             k: rows_of(&k, stride(nkv, dk)),
             v: rows_of(&v, stride(nkv, dv)),
             q: Some(rows_of(&q, stride(nh, dk))),
+            attended: Some(Attended { lse: &lse, scale: args.scale }),
         };
         let keys = k_mem.chunks_exact_mut(layout.head_bytes(Side::Key));
         let values = v_mem.chunks_exact_mut(layout.head_bytes(Side::Value));
@@ -157,12 +167,12 @@ fn run(case: &Case, isa: Isa, seed: u64) -> Option<(f64, Vec<u8>)> {
     Some((error / power, k_mem))
 }
 
-/// Runs all parts, and the combination of splits, and returns the rows.
-fn collect(layout: &Layout, args: &AttendArgs) -> Vec<f32> {
+/// Runs all parts, and the combination of splits, and returns the rows and the logarithms of their denominators.
+fn collect(layout: &Layout, args: &AttendArgs) -> (Vec<f32>, Vec<f32>) {
     let (nh, dv) = (layout.shape().n_heads as usize, layout.shape().head_dim_v as usize);
     let n_rows = args.n_tokens * nh;
     let extra = if args.n_splits > 1 { 2 } else { 0 };
-    let mut out = vec![f32::NAN; args.n_splits * n_rows * (dv + extra)];
+    let mut out = vec![f32::NAN; args.n_splits * n_rows * (dv + extra) + if extra == 0 { n_rows } else { 0 }];
     for part in 0..3 {
         attend(layout, args, part, 3, &mut |at, row| {
             assert!(out[at..at + row.len()].iter().all(|x| x.is_nan()), "a row is emitted twice");
@@ -171,17 +181,20 @@ fn collect(layout: &Layout, args: &AttendArgs) -> Vec<f32> {
         .unwrap();
     }
     if args.n_splits == 1 {
-        return out;
+        let lse = out.split_off(n_rows * dv);
+        return (out, lse);
     }
-    let mut last = vec![f32::NAN; n_rows * dv];
+    let mut last = vec![f32::NAN; n_rows * (dv + 1)];
     for part in 0..2 {
         let mut emit = |at: usize, row: &[f32]| last[at..at + row.len()].copy_from_slice(row);
-        combine(layout, &out, args.sink_logits, args.n_splits, args.n_tokens, part, 2, &mut emit).unwrap();
+        combine(layout, &out, args.sink_logits, args.n_splits, args.n_tokens, true, part, 2, &mut emit).unwrap();
     }
-    last
+    let lse = last.split_off(n_rows * dv);
+    (last, lse)
 }
 
-/// The oracle on the rows as the cache holds them before the store, with the ubatch's own rows exact.
+/// The oracle on the rows as the cache holds them before the store, with the ubatch's own rows exact: for some query rows
+/// the output and the logarithm of the denominator.
 #[allow(clippy::too_many_arguments)]
 fn oracle(
     layout: &Layout,
@@ -192,7 +205,7 @@ fn oracle(
     mask: &[f32],
     k_mem: &[u8],
     v_mem: &[u8],
-) -> Vec<(usize, Vec<f64>)> {
+) -> Vec<(usize, (Vec<f64>, f64))> {
     let shape = layout.shape();
     let (nh, nkv) = (shape.n_heads as usize, shape.n_kv_heads as usize);
     let (dk, dv) = (shape.head_dim_k as usize, shape.head_dim_v as usize);
@@ -242,7 +255,7 @@ fn oracle(
                     bias: &bias,
                     sink_logit: args.sink_logits.map(|s| f64::from(s[h])),
                 };
-                out.push(((token * nh + h) * dv, reference::attention(&query, &rows[0], &rows[1], dv)));
+                out.push((token * nh + h, reference::attention(&query, &rows[0], &rows[1], dv)));
             }
         }
     }
@@ -313,6 +326,27 @@ fn keys_per_channel() {
 }
 
 #[test]
+fn every_budget_of_tokens() {
+    for bits in [1.0, 1.5, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0] {
+        check(&Case { spec: format!("qaq:bits={bits}").leak(), ..BASE });
+    }
+    for spec in ["qaq:paper", "qaq:outliers=1,rotate=0", "qaq:adaptive=0", "qaq:bits=2.5,min-bits=2,attn-keys=1"] {
+        check(&Case { spec, ..BASE });
+    }
+    for spec in
+        ["qaq:bits=2,page=64", "qaq:page=256,window=9", "qaq:attn-window=64,window=64,v=2.5", "qaq:symmetric=0,mean=0"]
+    {
+        check(&Case { spec, ubatches: &[300, 1, 64, 1, 7], n_cells: 512, ..BASE });
+    }
+    for (dim_k, dim_v) in [(64, 64), (96, 128), (256, 160)] {
+        let shape = Shape { n_heads: 6, n_kv_heads: 2, head_dim_k: dim_k, head_dim_v: dim_v };
+        check(&Case { spec: "qaq", shape, ..BASE });
+        check(&Case { spec: "qaq", shape, n_splits: 3, ..BASE });
+    }
+    check(&Case { spec: "qaq", shape: Shape { n_heads: 40, n_kv_heads: 1, ..LLAMA }, ..BASE });
+}
+
+#[test]
 fn outlier_tokens_are_read_once() {
     for spec in ["ott", "ott:paper", "ott:outliers=1,pool=0", "ott:outliers=6,pool=2,page=64,window=9", "ott:k=3,v=4"] {
         check(&Case { spec, ..BASE });
@@ -378,8 +412,14 @@ fn kernels_read_what_the_page_says_and_nothing_else() {
     let rows = rng.rows(128, 128);
     let at: Vec<u32> = (0..128).collect();
     let (header, page) = layout.side(Side::Key).page_mut(&mut region, 0);
-    let mut seal =
-        crate::codec::SealRows { at: &at, rows: &mut rows.clone(), fresh: true, exact: &[], channel_weights: &[] };
+    let mut seal = crate::codec::SealRows {
+        at: &at,
+        rows: &mut rows.clone(),
+        fresh: true,
+        exact: &[],
+        channel_weights: &[],
+        attention: &[],
+    };
     layout.side(Side::Key).codec.seal(header, page, &mut seal);
     let mut out = vec![0f32; 128 * 128];
     dequantize_head(&layout, Side::Key, &region, &[-2; 256], 0, 128, &mut out).unwrap();
@@ -405,7 +445,14 @@ fn hostile_values_do_not_spread() {
         layout.side(Side::Value).codec.seal(
             header,
             page,
-            &mut crate::codec::SealRows { at: &at, rows: &mut rows, fresh: true, exact: &[], channel_weights: &[] },
+            &mut crate::codec::SealRows {
+                at: &at,
+                rows: &mut rows,
+                fresh: true,
+                exact: &[],
+                channel_weights: &[],
+                attention: &[],
+            },
         );
         let mut out = vec![0f32; 128 * 128];
         dequantize_head(&layout, Side::Value, &region, &[-2; 256], 0, 128, &mut out).unwrap();

@@ -190,8 +190,12 @@ fn emit_rows(
         out.iter_mut().zip(packed.iter().zip(exact)).for_each(|(o, (p, e))| *o = p + e);
         let at = token * n_heads + q_head;
         if args.n_splits == 1 {
-            finish(&mut out[..dim], state.max[row], state.sum[row], args.sink_logits.map(|s| s[q_head]));
+            let sink_logit = args.sink_logits.map(|s| s[q_head]);
+            let lse = finish(&mut out[..dim], state.max[row], state.sum[row], sink_logit);
             emit(at * dim, &out[..dim]);
+            if args.with_lse {
+                emit(args.n_tokens * n_heads * dim + at, &[lse]);
+            }
         } else {
             out[dim] = state.max[row];
             out[dim + 1] = state.sum[row];

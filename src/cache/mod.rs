@@ -27,6 +27,7 @@ use crate::layout::Layout;
 use crate::parallel;
 use crate::plan::{plan_len, Plan};
 use crate::planner::{Planner, Row};
+use crate::recent::Attended;
 use crate::recipe::Recipe;
 use crate::shape::Shape;
 use crate::store::{self, StoreRows};
@@ -209,10 +210,13 @@ impl Cache {
             max_bias: options.max_bias,
             n_tokens,
             n_splits: attention::n_splits(layout, n_tokens, n_threads),
+            with_lse: layout.attn_window().queries > 0,
         };
-        attend_parts(layout, &args, n_threads, out)?;
+        let mut lse = vec![0.0; n_tokens * self.params.shape.n_heads as usize];
+        attend_parts(layout, &args, n_threads, [&mut *out, &mut lse])?;
+        let attended = Some(Attended { lse: &lse, scale: args.scale });
         self.broken = true;
-        let rows = StoreRows { k, v, q: Some(q) };
+        let rows = StoreRows { k, v, q: Some(q), attended };
         store_layer(memory, &rows, &Plan::new(&batch.plan)?, n_threads)?;
         self.broken = false;
         batch.done[layer] = true;
@@ -374,29 +378,42 @@ fn tensor_rows<'a>(shape: &Shape, n_tokens: usize, tensors: [&'a [f32]; 3], out:
     }))
 }
 
-fn attend_parts(layout: &Layout, args: &AttendArgs, n_threads: usize, out: &mut [f32]) -> Result<()> {
+/// `out` are rows and logarithms of denominators.
+fn attend_parts(layout: &Layout, args: &AttendArgs, n_threads: usize, out: [&mut [f32]; 2]) -> Result<()> {
     if args.n_splits <= 1 {
         return collect_parts(n_threads, out, |part, emit| attention::attend(layout, args, part, n_threads, emit));
     }
     let shape = layout.shape();
     let mut partial =
         vec![0.0; args.n_splits * args.n_tokens * shape.n_heads as usize * (shape.head_dim_v as usize + 2)];
-    collect_parts(n_threads, &mut partial, |part, emit| attention::attend(layout, args, part, n_threads, emit))?;
+    collect_parts(n_threads, [&mut partial, &mut []], |part, emit| {
+        attention::attend(layout, args, part, n_threads, emit)
+    })?;
     collect_parts(n_threads, out, |part, emit| {
-        attention::combine(layout, &partial, args.sink_logits, args.n_splits, args.n_tokens, part, n_threads, emit)
+        let (n_splits, with_lse) = (args.n_splits, args.with_lse);
+        let (sinks, n) = (args.sink_logits, args.n_tokens);
+        attention::combine(layout, &partial, sinks, n_splits, n, with_lse, part, n_threads, emit)
     })
 }
 
 /// A function that is handed ranges of an output: offset and values.
 type Emit<'a> = dyn FnMut(usize, &[f32]) + 'a;
 
-/// Runs a part per thread. Parts emit a row at a time, seldom enough to take turns.
-fn collect_parts(n_parts: usize, out: &mut [f32], run: impl Fn(usize, &mut Emit) -> Result<()> + Sync) -> Result<()> {
+/// Runs a part per thread. Parts emit a row at a time, seldom enough to take turns. The second output follows the first.
+fn collect_parts(
+    n_parts: usize,
+    out: [&mut [f32]; 2],
+    run: impl Fn(usize, &mut Emit) -> Result<()> + Sync,
+) -> Result<()> {
     let out = Mutex::new(out);
     parallel::for_each(n_parts, (0..n_parts).collect(), |part| {
         run(part, &mut |offset, row| {
             let mut out = out.lock().unwrap_or_else(PoisonError::into_inner);
-            out[offset..][..row.len()].copy_from_slice(row);
+            let [rows, behind] = &mut *out;
+            match offset.checked_sub(rows.len()) {
+                None => rows[offset..][..row.len()].copy_from_slice(row),
+                Some(offset) => behind[offset..][..row.len()].copy_from_slice(row),
+            }
         })
     })
 }

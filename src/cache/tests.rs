@@ -144,7 +144,7 @@ impl Model {
                 };
                 let k: Vec<f32> = keys.iter().flat_map(|k| k[kv_head * dim_k..][..dim_k].to_vec()).collect();
                 let v = self.tokens.iter().flat_map(|token| token.v[layer][kv_head * dim_v..][..dim_v].to_vec());
-                out.extend(reference::attention(&query, &k, &v.collect::<Vec<_>>(), dim_v));
+                out.extend(reference::attention(&query, &k, &v.collect::<Vec<_>>(), dim_v).0);
             }
         }
         out

@@ -62,6 +62,9 @@ pub struct kvq_attend_args {
     /// Contiguous, float [n_tokens][n_heads][head_dim_v] or, if n_splits > 1,
     /// float [n_splits][n_tokens][n_heads][head_dim_v + 2].
     pub out: *mut f32,
+    /// If n_splits is 1: natural logarithms of the softmax denominators, float [n_tokens][n_heads], for kvq_store. NULL:
+    /// not wanted.
+    pub lse: *mut f32,
 }
 
 /// Computes part `part` of `n_parts` of the attention of one layer over the cells that the mask shows: sealed pages,
@@ -87,8 +90,10 @@ pub unsafe extern "C" fn kvq_attend(
         let shape = layout.shape();
         let row = shape.head_dim_v as usize + extra;
         let n = product(&[args.n_splits as usize, args.n_tokens as usize, shape.n_heads as usize, row], "out")?;
-        // SAFETY: out has room for n floats, of which this part writes ranges that no other part touches.
-        let mut emit = unsafe { scatter(args.out, n) }?;
+        let lse = (args.lse, safe.n_tokens * shape.n_heads as usize);
+        // SAFETY: out has room for n floats and lse, unless NULL, for one per query row; no other part touches what this
+        // one writes.
+        let mut emit = unsafe { scatter(args.out, n, lse) }?;
         attention::attend(layout, &safe, part as usize, n_parts as usize, &mut emit)
     })
 }
@@ -105,7 +110,8 @@ pub unsafe extern "C" fn kvq_attend_splits(layout: *const kvq_layout, n_tokens: 
 }
 
 /// Merges the partial results of kvq_attend with n_splits > 1 into `out`, float [n_tokens][n_heads][head_dim_v]; part
-/// `part` of `n_parts`. All parts of kvq_attend must have finished. `sink_logits` as in kvq_attend_args, or NULL.
+/// `part` of `n_parts`. All parts of kvq_attend must have finished. `sink_logits` and `lse` as in kvq_attend_args, or
+/// NULL.
 ///
 /// Parts write disjoint ranges of `out` and may run concurrently.
 #[no_mangle]
@@ -116,6 +122,7 @@ pub unsafe extern "C" fn kvq_combine(
     n_splits: u32,
     n_tokens: u32,
     out: *mut f32,
+    lse: *mut f32,
     part: u32,
     n_parts: u32,
 ) -> Status {
@@ -130,10 +137,11 @@ pub unsafe extern "C" fn kvq_combine(
         // SAFETY: partial has the shape that the header gives, sink_logits is NULL or has n_heads floats.
         let (partial, sinks) =
             unsafe { (slice(partial, n_partial, "partial")?, optional(sink_logits, heads, "sink_logits")?) };
-        // SAFETY: out has room for a row per token and head; parts write disjoint ranges.
-        let mut emit = unsafe { scatter(out, product(&[n_rows, dim], "out")?) }?;
-        let (splits, tokens) = (n_splits as usize, n_tokens as usize);
-        attention::combine(layout, partial, sinks, splits, tokens, part as usize, n_parts as usize, &mut emit)
+        // SAFETY: out has room for a row per token and head, lse (unless NULL) for a float; parts write disjoint ranges.
+        let mut emit = unsafe { scatter(out, product(&[n_rows, dim], "out")?, (lse, n_rows)) }?;
+        let (splits, tokens, with_lse) = (n_splits as usize, n_tokens as usize, !lse.is_null());
+        let (part, n_parts) = (part as usize, n_parts as usize);
+        attention::combine(layout, partial, sinks, splits, tokens, with_lse, part, n_parts, &mut emit)
     })
 }
 
@@ -176,6 +184,7 @@ unsafe fn attend_args<'a>(layout: &crate::layout::Layout, args: &kvq_attend_args
             max_bias: args.max_bias,
             n_tokens: n,
             n_splits: args.n_splits as usize,
+            with_lse: !args.lse.is_null(),
         })
     }
 }
@@ -236,16 +245,23 @@ pub(super) unsafe fn optional<'a, T>(data: *const T, n: usize, name: &str) -> Re
     unsafe { slice(data, n, name) }.map(Some)
 }
 
-/// A writer of rows into `out`, which never becomes a slice, because other parts write to it at the same time.
+/// A writer of rows into `out` and, from offset `n` on, into `behind`. They never become slices, because other parts write
+/// to them at the same time.
 ///
 /// # Safety
-/// `out` is NULL or has room for `n` floats while the writer lives, and the ranges that it writes are its own.
-unsafe fn scatter(out: *mut f32, n: usize) -> Result<impl FnMut(usize, &[f32])> {
+/// `out` is NULL or has room for `n` floats while the writer lives, `behind` is NULL or has room for as many as it says,
+/// and the ranges that the writer writes are its own.
+unsafe fn scatter(out: *mut f32, n: usize, behind: (*mut f32, usize)) -> Result<impl FnMut(usize, &[f32])> {
     check(out, "out")?;
     check_len::<f32>(n, "out")?;
+    if !behind.0.is_null() {
+        check(behind.0, "lse")?;
+    }
+    let first = out;
     Ok(move |offset: usize, row: &[f32]| {
+        let (out, n, offset) = if offset < n { (first, n, offset) } else { (behind.0, behind.1, offset - n) };
         let end = offset.checked_add(row.len());
-        assert!(end.is_some_and(|end| end <= n), "a row for {offset}..{end:?} in an output of {n}");
+        assert!(!out.is_null() && end.is_some_and(|end| end <= n), "a row for {offset}..{end:?} in an output of {n}");
         // SAFETY: the range is inside out (just checked) and belongs to this writer.
         unsafe { std::ptr::copy_nonoverlapping(row.as_ptr(), out.add(offset), row.len()) };
     })

@@ -1,6 +1,6 @@
 //! Writing and reading the memory of one layer.
 
-use super::attention::rows;
+use super::attention::{optional, rows};
 use super::layout::kvq_layout;
 use super::{check, check_part, guard, product, shared, slice, slice_mut};
 use crate::cache::split_location;
@@ -9,6 +9,7 @@ use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
 use crate::plan::Plan;
 use crate::pool;
+use crate::recent::Attended;
 use crate::store::{self, StoreRows};
 
 /// What kvq_store reads and writes: one layer, one stream. All strides count elements.
@@ -42,6 +43,11 @@ pub struct kvq_store_args {
     pub q_stride_token: usize,
     /// Distance between heads in `q`.
     pub q_stride_head: usize,
+    /// What kvq_attend or kvq_combine wrote to `lse`, float [n_tokens][n_heads]: with `q` it tells recipes with an
+    /// attention window which tokens matter. NULL: the tokens that are encoded now do not follow these queries.
+    pub lse: *const f32,
+    /// The factor on the scores that kvq_attend got; only read with `lse`.
+    pub scale: f32,
     /// Rows; the plan's n_tokens.
     pub n_tokens: u32,
 }
@@ -65,7 +71,7 @@ pub unsafe extern "C" fn kvq_store(
         let (n, heads) = (args.n_tokens as usize, shape.n_kv_heads as usize);
         let (dim_k, dim_v) = (shape.head_dim_k as usize, shape.head_dim_v as usize);
         // SAFETY: the arrays in args have the sizes that its comments give, as the header requires.
-        let (q, k, v, plan) = unsafe {
+        let (q, lse, k, v, plan) = unsafe {
             let q_shape = [n, shape.n_heads as usize, dim_k];
             let q = if args.q.is_null() {
                 None
@@ -74,6 +80,7 @@ pub unsafe extern "C" fn kvq_store(
             };
             (
                 q,
+                optional(args.lse, product(&[n, shape.n_heads as usize], "lse")?, "lse")?,
                 rows(args.k_cur, [n, heads, dim_k], args.k_stride_token, args.k_stride_head, "k_cur")?,
                 rows(args.v_cur, [n, heads, dim_v], args.v_stride_token, args.v_stride_head, "v_cur")?,
                 Plan::new(slice(args.plan, args.plan_len, "plan")?)?,
@@ -83,6 +90,7 @@ pub unsafe extern "C" fn kvq_store(
         if plan.n_tokens() != n {
             return Err(Error::invalid(format!("n_tokens is {n}, the plan is for {}", plan.n_tokens())));
         }
+        let attended = lse.map(|lse| Attended { lse, scale: args.scale });
         check(args.k_mem, "k_mem")?;
         check(args.v_mem, "v_mem")?;
         for head in (part as usize..heads).step_by(n_parts as usize) {
@@ -90,7 +98,7 @@ pub unsafe extern "C" fn kvq_store(
             let regions = unsafe {
                 [head_region(layout, Side::Key, head, args.k_mem)?, head_region(layout, Side::Value, head, args.v_mem)?]
             };
-            store::store_head(layout, head, regions, &StoreRows { k, v, q }, &plan)?;
+            store::store_head(layout, head, regions, &StoreRows { k, v, q, attended }, &plan)?;
         }
         Ok(())
     })

@@ -32,7 +32,11 @@ impl PageBench {
     /// Seals a full page; `rows` is scratch afterwards.
     pub fn seal(&self, header: &mut [u8], bytes: &mut [u8], rows: &mut [f32]) {
         let at: Vec<u32> = (0..self.page as u32).collect();
-        self.codec.seal(header, bytes, &mut SealRows { at: &at, rows, fresh: true, exact: &[], channel_weights: &[] });
+        self.codec.seal(
+            header,
+            bytes,
+            &mut SealRows { at: &at, rows, fresh: true, exact: &[], channel_weights: &[], attention: &[] },
+        );
     }
 
     /// Query rows for [`PageBench::scores`], `[n][head_dim]`.

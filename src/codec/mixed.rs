@@ -29,17 +29,21 @@ pub(crate) fn centre(bits: usize) -> f32 {
     ((1 << bits) - 1) as f32 * 0.5
 }
 
-/// The split of a budget that leaves the least error, given the weight of each place of the depth, which falls.
-pub(crate) fn share_out(weight: &[f32], budget: usize) -> Segments {
-    let n = weight.len() / SEGMENT;
+/// The split of a budget (sum of the widths) over segments of `segment` places that leaves the least error, given the
+/// weight of each place, which falls. No width is below `floor`, which the budget must allow.
+pub(crate) fn share_out(weight: &[f32], segment: usize, budget: usize, floor: usize) -> Segments {
+    let n = weight.len() / segment;
     let mut below = [0f32; 17];
-    for (s, weight) in weight.chunks_exact(SEGMENT).enumerate() {
+    for (s, weight) in weight.chunks_exact(segment).enumerate() {
         below[s + 1] = below[s] + weight.iter().sum::<f32>();
     }
-    let mut best = (f32::INFINITY, Segments::uniform(1, n));
+    let mut best = (f32::INFINITY, Segments::uniform(floor, n));
     for four in 0..=n {
         for three in 0..=n - four {
             let Some(segments) = Segments::complete(four, three, n, budget) else { continue };
+            if segments.0[MAX_BITS + 1 - floor..].iter().any(|count| *count > 0) {
+                continue;
+            }
             let (mut first, mut error) = (0, 0.0);
             for (count, bits) in segments.0.into_iter().zip((1..=MAX_BITS).rev()) {
                 error += DISTORTION[bits] * (below[first + count] - below[first]);

@@ -3,6 +3,7 @@
 //! A codec is a scalar implementation in safe Rust, which is its specification, plus kernels for instruction sets that
 //! must agree with it: the same sealed bytes, and scores and outputs within the codec's `nmse` bound.
 
+pub mod adaptive;
 #[doc(hidden)]
 pub mod bench_api;
 pub mod channel;
@@ -12,6 +13,7 @@ pub mod hadamard;
 pub mod mixed;
 pub(crate) mod query;
 pub mod tile;
+pub(crate) mod uniform;
 
 use std::fmt::Debug;
 
@@ -42,6 +44,8 @@ pub const REGISTRY: &[CodecInfo] = &[
     CodecInfo { name: "group", format_version: group::FORMAT_VERSION, nmse: 2e-4 },
     // Keys are not rotated, so the unit to which a query row is rounded follows its largest channel.
     CodecInfo { name: "channel", format_version: channel::FORMAT_VERSION, nmse: 1e-3 },
+    // As above, since rotation can be turned off.
+    CodecInfo { name: "adaptive", format_version: adaptive::FORMAT_VERSION, nmse: 1e-3 },
 ];
 
 /// Rows to be sealed into one page, already copied out of wherever they were.
@@ -56,6 +60,8 @@ pub struct SealRows<'a> {
     pub exact: &'a [bool],
     /// `[head_dim]`: how much an error of each channel matters; empty: unknown.
     pub channel_weights: &'a [f32],
+    /// `[at.len()]`: the largest attention weight that recent queries gave each row; empty: unknown.
+    pub attention: &'a [f32],
 }
 
 /// Bytes of a page's header, kept apart from the page so that pages stay 64-byte aligned.

@@ -6,12 +6,14 @@ mod parse;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::codec::adaptive::{AdaptiveCodec, AdaptiveParams};
 use crate::codec::channel::{ChannelCodec, ChannelParams};
 use crate::codec::group::{GroupCodec, GroupParams};
 use crate::codec::{PageCodec, Side};
 use crate::error::{Error, Result, Status};
 use crate::planner::PlannerConfig;
 use crate::pool::PoolParams;
+use crate::recent::AttnWindow;
 use crate::simd::IsaToken;
 
 /// Cells in a page unless the recipe says otherwise.
@@ -24,6 +26,8 @@ pub enum SideRecipe {
     Group(GroupParams),
     /// Per channel over the tokens of a page (KIVI, OTT). Keys only.
     Channel(ChannelParams),
+    /// Per token, each with a width of its own (QAQ).
+    Adaptive(AdaptiveParams),
 }
 
 impl SideRecipe {
@@ -41,6 +45,7 @@ impl SideRecipe {
                 return Err(Error::new(Status::Recipe, "values cannot be quantized per channel"));
             }
             SideRecipe::Channel(params) => Arc::new(ChannelCodec::new(params, head_dim, page, token)?),
+            SideRecipe::Adaptive(params) => Arc::new(AdaptiveCodec::new(params, side, head_dim, page, token)?),
         })
     }
 }
@@ -60,6 +65,8 @@ pub struct Recipe {
     pub seal_lag: usize,
     /// Trace outlier tokens and keep them exact (OTT).
     pub pool: Option<PoolParams>,
+    /// Last queries whose attention decides the widths of tokens (QAQ).
+    pub attn_window: AttnWindow,
     /// How keys are encoded.
     pub key: SideRecipe,
     /// How values are encoded.

@@ -4,11 +4,13 @@
 use std::fmt;
 
 use super::{Recipe, SideRecipe, DEFAULT_PAGE};
+use crate::codec::adaptive::{AdaptiveParams, MAX_OUTLIERS};
 use crate::codec::channel::ChannelParams;
 use crate::codec::group::{Clip, GroupParams, GroupSize};
 use crate::codec::tile::Width;
 use crate::error::{Error, Result, Status};
 use crate::pool::PoolParams;
+use crate::recent::AttnWindow;
 
 /// The methods a specification may start with, one row each.
 pub const METHODS: &[Method] = &[
@@ -30,6 +32,12 @@ pub const METHODS: &[Method] = &[
         defaults: ott_defaults,
         paper: ott_paper,
     },
+    Method {
+        name: "qaq",
+        about: "every token with a width of its own (QAQ, arXiv 2403.04643)",
+        defaults: qaq_defaults,
+        paper: qaq_paper,
+    },
 ];
 
 /// One row of [`METHODS`].
@@ -45,6 +53,8 @@ pub struct Method {
 
 /// Most tokens a residual window may hold.
 const MAX_WINDOW: usize = 8192;
+/// Longest attention window: as many queries are kept in the layer's memory.
+const MAX_ATTN_WINDOW: usize = 64;
 /// Most sink tokens per sequence.
 const MAX_SINKS: usize = 64;
 
@@ -63,8 +73,9 @@ impl Recipe {
         let mut recipe = (method.defaults)();
         let mut seen: Vec<&str> = Vec::new();
         let mut items: Vec<&str> = rest.split([',', ':']).filter(|item| !item.is_empty()).collect();
-        // `group` chooses the default of `symmetric`, whichever the user wrote first.
-        items.sort_by_key(|item| if *item == "paper" { 0 } else { 2 - u8::from(item.starts_with("group=")) });
+        // `group` chooses the default of `symmetric` and `bits` that of `k` and `v`, whichever the user wrote first.
+        let sets_defaults = |item: &str| item.starts_with("group=") || item.starts_with("bits=");
+        items.sort_by_key(|item| if *item == "paper" { 0 } else { 2 - u8::from(sets_defaults(item)) });
         for item in items {
             if item == "paper" {
                 recipe = (method.paper)();
@@ -80,6 +91,10 @@ impl Recipe {
             set_key(&mut recipe, key, value)?
                 .then_some(())
                 .ok_or_else(|| fail(format!("{name} has no key '{key}'; it knows {}", known_keys(&recipe))))?;
+        }
+        if recipe.attn_window.queries > 0 {
+            // The later a page is sealed, the better its future is known; up to the window that costs no memory.
+            recipe.seal_lag = recipe.window;
         }
         check(&recipe)?;
         Ok(recipe)
@@ -118,6 +133,7 @@ fn skvq_defaults() -> Recipe {
         sink_tokens: 4,
         seal_lag: 0,
         pool: None,
+        attn_window: AttnWindow { queries: 0, stride: 1 },
         key: side_default(Width::Bits3, true),
         value: side_default(Width::Bits3, false),
     }
@@ -182,6 +198,44 @@ fn ott_paper() -> Recipe {
 
 const PUBLISHED_POOL: PoolParams = PoolParams { outliers: 3, extra: 32, skip_layers: 2 };
 
+fn qaq_side(bits: f32) -> AdaptiveParams {
+    AdaptiveParams {
+        bits,
+        adaptive: true,
+        min_bits: 1,
+        attention: true,
+        outliers: 0,
+        symmetric: true,
+        clip: Clip::Auto,
+        refit: true,
+        mean: false,
+        rotate: true,
+    }
+}
+
+fn qaq_defaults() -> Recipe {
+    let key = SideRecipe::Adaptive(AdaptiveParams { attention: false, mean: true, ..qaq_side(2.25) });
+    let value = SideRecipe::Adaptive(qaq_side(2.25));
+    Recipe { method: "qaq", attn_window: AttnWindow { queries: 5, stride: 1 }, key, value, ..skvq_defaults() }
+}
+
+/// QAQ's experiments at 2 bits: ranges of each token, not rotated, 1 % of the values exact (at 128 channels one at either
+/// end), a window of 5 queries, no sink tokens. The tokens whose attention window is not full, which the paper codes with
+/// its widest codes, are exact here.
+fn qaq_paper() -> Recipe {
+    let value = AdaptiveParams {
+        outliers: 2,
+        symmetric: false,
+        clip: Clip::Cells,
+        refit: false,
+        rotate: false,
+        ..qaq_side(2.0)
+    };
+    let key = AdaptiveParams { attention: false, ..value.clone() };
+    let [key, value] = [key, value].map(SideRecipe::Adaptive);
+    Recipe { window: 5, sink_tokens: 0, key, value, ..qaq_defaults() }
+}
+
 /// Sets one key. `Ok(false)`: there is no such key.
 fn set_key(recipe: &mut Recipe, key: &str, value: &str) -> Result<bool> {
     match key {
@@ -193,13 +247,30 @@ fn set_key(recipe: &mut Recipe, key: &str, value: &str) -> Result<bool> {
                 return Err(fail(format!("page={value}: use 64, 128 or 256")));
             }
         }
-        "outliers" | "pool" | "skip-layers" => {
+        "outliers" | "pool" | "skip-layers" if recipe.pool.is_some() => {
             let Some(pool) = &mut recipe.pool else { return Ok(false) };
             match key {
                 "outliers" => pool.outliers = number(key, value, 0..=16)?,
                 "pool" => pool.extra = number(key, value, 0..=PoolParams::MAX_ROWS - 16)?,
                 _ => pool.skip_layers = number(key, value, 0..=1000)?,
             }
+        }
+        "attn-window" if matches!(recipe.key, SideRecipe::Adaptive(_)) => {
+            recipe.attn_window.queries = number(key, value, 0..=MAX_ATTN_WINDOW)?;
+        }
+        "attn-stride" if matches!(recipe.key, SideRecipe::Adaptive(_)) => {
+            recipe.attn_window.stride = number(key, value, 1..=MAX_WINDOW)?;
+        }
+        "attn-keys" => {
+            let SideRecipe::Adaptive(side) = &mut recipe.key else { return Ok(false) };
+            side.attention = flag(key, value)?;
+        }
+        "bits" => {
+            if !matches!(recipe.key, SideRecipe::Adaptive(_)) {
+                return Ok(false);
+            }
+            set_width(&mut recipe.key, key, value)?;
+            set_width(&mut recipe.value, key, value)?;
         }
         "k" => set_width(&mut recipe.key, key, value)?,
         "v" => set_width(&mut recipe.value, key, value)?,
@@ -213,9 +284,9 @@ fn set_key(recipe: &mut Recipe, key: &str, value: &str) -> Result<bool> {
 fn set_width(side: &mut SideRecipe, key: &str, value: &str) -> Result<()> {
     match side {
         SideRecipe::Group(side) => side.width = Width::parse(value).map_err(|e| fail(format!("{key}={value}: {e}")))?,
-        SideRecipe::Channel(side) => {
-            let bits = value.parse::<f32>().ok().filter(|bits| (1.0..=4.0).contains(bits));
-            side.bits = bits.ok_or_else(|| fail(format!("{key}={value}: use a number from 1 to 4")))?;
+        SideRecipe::Channel(ChannelParams { bits, .. }) | SideRecipe::Adaptive(AdaptiveParams { bits, .. }) => {
+            let number = value.parse::<f32>().ok().filter(|bits| (1.0..=4.0).contains(bits));
+            *bits = number.ok_or_else(|| fail(format!("{key}={value}: use a number from 1 to 4")))?;
         }
     }
     Ok(())
@@ -249,6 +320,17 @@ fn set_side_key(side: &mut SideRecipe, key: &str, value: &str) -> Result<bool> {
             }
             _ => return Ok(false),
         },
+        SideRecipe::Adaptive(side) => match key {
+            "adaptive" => side.adaptive = flag(key, value)?,
+            "min-bits" => side.min_bits = number(key, value, 1..=2)?,
+            "outliers" => side.outliers = number(key, value, 0..=MAX_OUTLIERS)?,
+            "clip" => side.clip = Clip::parse(value)?,
+            "symmetric" => side.symmetric = flag(key, value)?,
+            "refit" => side.refit = flag(key, value)?,
+            "rotate" => side.rotate = flag(key, value)?,
+            "mean" => side.mean = flag(key, value)?,
+            _ => return Ok(false),
+        },
     }
     Ok(true)
 }
@@ -263,6 +345,17 @@ fn check(recipe: &Recipe) -> Result<()> {
             }
             SideRecipe::Channel(side) if !side.adaptive && side.bits.fract() != 0.0 => {
                 return Err(fail(format!("k={} needs adaptive=1; without it use 2, 3 or 4", side.bits)));
+            }
+            SideRecipe::Adaptive(side) if side.mean && !side.symmetric => {
+                return Err(fail("symmetric=0 needs mean=0: mid-points replace the mean".into()));
+            }
+            SideRecipe::Adaptive(_) if recipe.attn_window.queries * recipe.attn_window.stride > recipe.window => {
+                let AttnWindow { queries, stride } = recipe.attn_window;
+                return Err(fail(format!(
+                    "attn-window={queries} times attn-stride={stride} spans more tokens than window={}: use window={}",
+                    recipe.window,
+                    queries * stride
+                )));
             }
             _ => {}
         }
@@ -288,29 +381,49 @@ fn number(key: &str, value: &str, range: std::ops::RangeInclusive<usize>) -> Res
 
 /// Writes every key, in an order in which they can be parsed back. Keys that both sides have are equal.
 pub(super) fn write_keys(f: &mut fmt::Formatter<'_>, recipe: &Recipe) -> fmt::Result {
-    let bit = u8::from;
-    match &recipe.key {
-        SideRecipe::Group(k) => write!(f, "k={}", k.width)?,
-        SideRecipe::Channel(k) => write!(f, "k={}", k.bits)?,
+    for (name, side) in [("k", &recipe.key), (",v", &recipe.value)] {
+        match side {
+            SideRecipe::Group(side) => write!(f, "{name}={}", side.width)?,
+            SideRecipe::Channel(ChannelParams { bits, .. }) | SideRecipe::Adaptive(AdaptiveParams { bits, .. }) => {
+                write!(f, "{name}={bits}")?;
+            }
+        }
     }
-    let v = match &recipe.value {
-        SideRecipe::Group(v) => v,
-        SideRecipe::Channel(_) => unreachable!("no method has values per channel"),
-    };
-    write!(f, ",v={}", v.width)?;
-    if let SideRecipe::Channel(k) = &recipe.key {
-        write!(f, ",adaptive={},meta={}", bit(k.adaptive), if k.half { "fp16" } else { "fp8" })?;
+    write_side(f, recipe, &recipe.key)?;
+    if let (SideRecipe::Channel(_), SideRecipe::Group(_)) = (&recipe.key, &recipe.value) {
+        write_side(f, recipe, &recipe.value)?;
     }
-    write!(f, ",group={},symmetric={},clip={},refit={}", v.group, bit(v.symmetric), v.clip, bit(v.refit))?;
-    if let SideRecipe::Group(k) = &recipe.key {
-        write!(f, ",mean={}", bit(k.mean))?;
-    }
-    write!(f, ",rotate={}", bit(v.rotate))?;
     write!(f, ",window={},sinks={},page={}", recipe.window, recipe.sink_tokens, recipe.page)?;
     if let Some(PoolParams { outliers, extra, skip_layers }) = recipe.pool {
         write!(f, ",outliers={outliers},pool={extra},skip-layers={skip_layers}")?;
     }
     Ok(())
+}
+
+/// The keys of one side but for its width.
+fn write_side(f: &mut fmt::Formatter<'_>, recipe: &Recipe, side: &SideRecipe) -> fmt::Result {
+    let bit = u8::from;
+    match side {
+        SideRecipe::Group(side) => {
+            let GroupParams { group, clip, .. } = side;
+            write!(f, ",group={group},symmetric={},clip={clip},refit={}", bit(side.symmetric), bit(side.refit))?;
+            if matches!(recipe.key, SideRecipe::Group(_)) {
+                write!(f, ",mean={}", bit(side.mean))?;
+            }
+            write!(f, ",rotate={}", bit(side.rotate))
+        }
+        SideRecipe::Channel(side) => {
+            write!(f, ",adaptive={},meta={}", bit(side.adaptive), if side.half { "fp16" } else { "fp8" })
+        }
+        SideRecipe::Adaptive(side) => {
+            let AdaptiveParams { min_bits, outliers, clip, .. } = side;
+            write!(f, ",adaptive={},min-bits={min_bits},outliers={outliers}", bit(side.adaptive))?;
+            let AttnWindow { queries, stride } = recipe.attn_window;
+            write!(f, ",attn-window={queries},attn-stride={stride},attn-keys={}", bit(side.attention))?;
+            write!(f, ",symmetric={},clip={clip},refit={}", bit(side.symmetric), bit(side.refit))?;
+            write!(f, ",mean={},rotate={}", bit(side.mean), bit(side.rotate))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -329,6 +442,9 @@ mod tests {
             "kivi:k=2.5,v=3,meta=fp16,group=64",
             "ott:paper",
             "ott:outliers=1,pool=0,skip-layers=0",
+            "qaq",
+            "qaq:paper",
+            "qaq:bits=2.5,v=2,attn-window=64,attn-keys=1,outliers=1,min-bits=2,mean=0,symmetric=0,window=64",
         ] {
             let recipe = Recipe::parse(spec).unwrap();
             assert_eq!(Recipe::parse(&recipe.spec()).unwrap(), recipe, "{spec} -> {}", recipe.spec());
@@ -345,7 +461,7 @@ mod tests {
             ("skvq:page=100", "page=100: use 64, 128 or 256"),
             ("skvq:rotate=yes", "rotate=yes: use 0 or 1"),
             ("skvq:group=48", "group=48: use 32, 64, 128 or head"),
-            ("skvq:clip=2", "clip=2: use auto or a number from 0.3 to 1"),
+            ("skvq:clip=2", "clip=2: use auto, cells or a number from 0.3 to 1"),
             ("skvq:k", "'k' is not key=value"),
             ("skvq:k=2,k=3", "key 'k' is given twice"),
             ("skvq:k=1.6,group=32", "group=32 with width 1.6"),
@@ -354,6 +470,10 @@ mod tests {
             ("kivi:k=5", "k=5: use a number from 1 to 4"),
             ("kivi:k=2.5,adaptive=0", "k=2.5 needs adaptive=1; without it use 2, 3 or 4"),
             ("kivi:meta=fp32", "meta=fp32: use fp8 or fp16"),
+            ("qaq:group=64", "qaq has no key 'group'; it knows k, v, adaptive, min-bits"),
+            ("qaq:symmetric=0", "symmetric=0 needs mean=0"),
+            ("qaq:window=4", "attn-window=5 times attn-stride=1 spans more tokens than window=4: use window=5"),
+            ("qaq:outliers=3", "outliers=3: use a whole number from 0 to 2"),
             ("ott:outliers=17", "outliers=17: use a whole number from 0 to 16"),
             ("ott:pool=113", "pool=113: use a whole number from 0 to 112"),
         ] {

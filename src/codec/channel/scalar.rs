@@ -6,7 +6,6 @@ use half::f16;
 
 use super::{ChannelCodec, ChannelKernels, PageRef, Query, SealRows};
 use crate::codec::float8::{e4m3_base, e4m3_decode, e4m3_encode, inverse_power, power};
-use crate::codec::group::Clip;
 use crate::codec::mixed::{self, MixedPage, Segments, SEGMENT};
 use crate::shape::MAX_HEAD_DIM;
 
@@ -105,22 +104,11 @@ fn fit(codec: &ChannelCodec, rows: &SealRows) -> (Params, Order) {
     let mut params = Params { step: [0.0; MAX_DIM], mid: [0.0; MAX_DIM] };
     for d in 0..dim {
         let (c, bits) = (usize::from(order.channel[d]), order.segments.bits(d / SEGMENT));
-        let half = (high[c] - low[c]) * 0.5 * clip(codec.params.clip, bits);
+        let half = (high[c] - low[c]) * 0.5 * codec.params.clip.affine(1 << bits);
         params.step[d] = half / mixed::centre(bits);
         params.mid[d] = (high[c] + low[c]) * 0.5;
     }
     (params, order)
-}
-
-/// Share of the half-range that the codes cover. With the refit narrower codes may clip more; the 1-bit code is a sign
-/// whatever the clip.
-fn clip(clip: Clip, bits: usize) -> f32 {
-    match (clip, bits) {
-        (Clip::Factor(x), _) => x,
-        (Clip::Auto, 2) => 0.8,
-        (Clip::Auto, 3) => 0.9,
-        (Clip::Auto, _) => 1.0,
-    }
 }
 
 /// Widest first: segments of channels of falling weight, with the split of the budget that leaves the least weighted
@@ -135,7 +123,7 @@ fn choose_order(codec: &ChannelCodec, weight: &[f32]) -> Order {
         channel.sort_by(|a, b| weight[usize::from(*b)].total_cmp(&weight[usize::from(*a)]));
         let mut by_depth = [0f32; MAX_DIM];
         by_depth.iter_mut().zip(channel).for_each(|(w, c)| *w = weight[usize::from(*c)]);
-        order.segments = mixed::share_out(&by_depth[..weight.len()], codec.tile.budget());
+        order.segments = mixed::share_out(&by_depth[..weight.len()], SEGMENT, codec.tile.budget(), 1);
     }
     order
 }

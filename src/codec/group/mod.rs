@@ -19,6 +19,7 @@ use std::fmt;
 
 use super::query::{Probabilities, Query, QueryForm};
 use super::tile::{Tile, Width};
+use super::uniform::Uniform;
 use super::{PageCodec, PageRef, SealRows, Side};
 use crate::error::{Error, Result, Status};
 use crate::simd::{Isa, IsaToken};
@@ -64,28 +65,31 @@ pub enum Clip {
     Auto,
     /// This part of the largest distance from the middle of the range.
     Factor(f32),
+    /// The range is cut into as many cells as there are codes, which stand for the cells' middles.
+    Cells,
 }
 
 impl Clip {
     /// Parses the `clip` key of a recipe.
     pub fn parse(text: &str) -> Result<Self> {
-        if text == "auto" {
-            return Ok(Clip::Auto);
-        }
-        match text.parse::<f32>() {
-            Ok(x) if (0.3..=1.0).contains(&x) => Ok(Clip::Factor(x)),
-            _ => Err(Error::new(Status::Recipe, format!("clip={text}: use auto or a number from 0.3 to 1"))),
+        match (text, text.parse::<f32>()) {
+            ("auto", _) => Ok(Clip::Auto),
+            ("cells", _) => Ok(Clip::Cells),
+            (_, Ok(x)) if (0.3..=1.0).contains(&x) => Ok(Clip::Factor(x)),
+            _ => Err(Error::new(Status::Recipe, format!("clip={text}: use auto, cells or a number from 0.3 to 1"))),
         }
     }
 
-    /// The factor of affine groups: wider codes want less clipping.
-    pub fn affine(self, width: Width) -> f32 {
-        match (self, width) {
+    /// The part of the half-range that affine codes reach: more levels want less clipping.
+    pub fn affine(self, levels: u32) -> f32 {
+        match (self, levels) {
             (Clip::Factor(x), _) => x,
-            (Clip::Auto, Width::Ternary) => 0.7,
-            (Clip::Auto, Width::Bits2) => 0.8,
-            (Clip::Auto, Width::Bits3) => 0.9,
-            (Clip::Auto, Width::Bits4 | Width::Bits8) => 1.0,
+            (Clip::Cells, _) => (levels - 1) as f32 / levels as f32,
+            (Clip::Auto, 3) => 0.7,
+            (Clip::Auto, 4) => 0.8,
+            (Clip::Auto, 8) => 0.9,
+            // Two levels stand for a sign, whatever their distance.
+            (Clip::Auto, _) => 1.0,
         }
     }
 }
@@ -94,6 +98,7 @@ impl fmt::Display for Clip {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Clip::Auto => f.write_str("auto"),
+            Clip::Cells => f.write_str("cells"),
             Clip::Factor(x) => write!(f, "{x}"),
         }
     }
@@ -202,6 +207,12 @@ impl GroupCodec {
 
     pub(crate) fn mean_offset(&self) -> usize {
         self.mids_offset() + if self.params.symmetric { 0 } else { self.n_groups * self.page }
+    }
+
+    #[inline(always)]
+    pub(crate) fn quantizer(&self) -> Uniform {
+        let GroupParams { width, symmetric, clip, refit, .. } = self.params;
+        Uniform { levels: width.levels(), symmetric, clip, refit }
     }
 
     /// Two int8 coefficients instead of one where a single one would be coarser than the codes.

@@ -35,7 +35,7 @@ fn round_trip(spec: &str, offset: f32) -> (f64, f64) {
         codec.seal(
             &mut header,
             &mut bytes,
-            &mut SealRows { at: &at, rows: &mut rows, fresh: true, exact: &[], channel_weights: &[] },
+            &mut SealRows { at: &at, rows: &mut rows, fresh: true, exact: &[], channel_weights: &[], attention: &[] },
         );
         let mut out = [0f32; DIM];
         for (row, truth) in truth.chunks_exact(DIM).enumerate() {

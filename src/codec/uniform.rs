@@ -1,0 +1,174 @@
+//! One row's uniform quantizer, which codecs with a step per token share: its range, its codes, its unbiased refit.
+//!
+//! Compiled once more for each instruction set and must give the same bytes: no fused multiply-add, and sums over a row
+//! are kept in [`LANES`] partial sums (element `i` goes to sum `i % LANES`) added in order at the end.
+#![forbid(unsafe_code)]
+
+use super::float8::{e4m3_base, e4m3_decode, e4m3_encode, inverse_power, power, scale_decode, scale_encode};
+use super::group::Clip;
+use crate::shape::MAX_HEAD_DIM;
+
+const LANES: usize = 16;
+
+/// Codes from 0 to `levels - 1` about zero (`symmetric`) or about a mid-point.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Uniform {
+    pub(crate) levels: u32,
+    pub(crate) symmetric: bool,
+    pub(crate) clip: Clip,
+    pub(crate) refit: bool,
+}
+
+/// The parameters of one row before they are rounded.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fit {
+    pub(crate) step: f32,
+    pub(crate) mid: f32,
+}
+
+/// Step of the uniform quantizer with this many levels that is best for a Gaussian of unit variance (Max 1960; two, three
+/// and 256 levels computed the same way).
+fn gaussian_step(levels: u32) -> f32 {
+    match levels {
+        2 => 1.5958,
+        3 => 1.224,
+        4 => 0.9957,
+        8 => 0.5860,
+        16 => 0.3352,
+        _ => 0.0308,
+    }
+}
+
+#[inline(always)]
+pub(crate) fn sum(x: impl Iterator<Item = f32>) -> f32 {
+    let mut partial = [0f32; LANES];
+    x.enumerate().for_each(|(i, x)| partial[i % LANES] += x);
+    partial.iter().fold(0.0, |a, b| a + b)
+}
+
+#[inline(always)]
+pub(crate) fn abs_max(x: &[f32]) -> f32 {
+    x.iter().fold(0.0, |a: f32, b| a.max(b.abs()))
+}
+
+/// Smallest and largest element.
+#[inline(always)]
+pub(crate) fn range(x: &[f32]) -> (f32, f32) {
+    let low = x.iter().fold(f32::INFINITY, |a, b| a.min(*b));
+    let high = x.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
+    (low, high)
+}
+
+impl Uniform {
+    /// The code value, possibly between two codes, that stands for the middle of the range.
+    #[inline(always)]
+    pub(crate) fn centre(&self) -> f32 {
+        (self.levels - 1) as f32 * 0.5
+    }
+
+    /// Range of the codes of a row, before coding.
+    #[inline(always)]
+    pub(crate) fn fit(&self, x: &[f32]) -> Fit {
+        if !self.symmetric {
+            let (low, high) = range(x);
+            let half = (high - low) * 0.5 * self.clip.affine(self.levels);
+            return Fit { step: half / self.centre(), mid: (low + high) * 0.5 };
+        }
+        let widest = abs_max(x) / self.centre();
+        let step = match self.clip {
+            Clip::Factor(_) | Clip::Cells => widest * self.clip.affine(self.levels),
+            Clip::Auto if self.levels == 256 => widest,
+            Clip::Auto => {
+                let rms = (sum(x.iter().map(|x| x * x)) / x.len() as f32).sqrt();
+                (rms * gaussian_step(self.levels)).min(widest)
+            }
+        };
+        Fit { step, mid: 0.0 }
+    }
+
+    /// Codes a row and returns the step to store.
+    #[inline(always)]
+    pub(crate) fn code(&self, x: &[f32], step: f32, mid: f32, codes: &mut [u8]) -> f32 {
+        let (centre, top) = (self.centre(), (self.levels - 1) as f32);
+        let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
+        for (code, &x) in codes.iter_mut().zip(x) {
+            // Adding a half and cutting rounds to nearest; the value is not negative after the clamp.
+            *code = (((x - mid) * inverse + centre).clamp(0.0, top) + 0.5) as u8;
+        }
+        if !self.refit {
+            return step;
+        }
+        let energy = sum(x.iter().map(|x| (x - mid) * (x - mid)));
+        let inner = sum(x.iter().zip(codes.iter()).map(|(x, &c)| (x - mid) * (f32::from(c) - centre)));
+        if inner > 0.0 {
+            energy / inner
+        } else {
+            step
+        }
+    }
+
+    /// Codes a row with parameters as they will be read back. Gives the bytes of the step and of the mid-point; `bases`
+    /// are the page's powers of two for each.
+    #[inline(always)]
+    pub(crate) fn seal(&self, x: &[f32], bases: [u8; 2], codes: &mut [u8]) -> [u8; 2] {
+        let Fit { step, mid } = self.fit(x);
+        if self.symmetric {
+            let step = scale_decode(scale_encode(step, bases[0]), bases[0]);
+            return [scale_encode(self.code(x, step, 0.0, codes), bases[0]), 0];
+        }
+        let encode_step = |step: f32| e4m3_encode(step * inverse_power(bases[0]));
+        let mid = e4m3_encode(mid * inverse_power(bases[1]));
+        let step = e4m3_decode(encode_step(step)) * power(bases[0]);
+        [encode_step(self.code(x, step, e4m3_decode(mid) * power(bases[1]), codes)), mid]
+    }
+
+    /// A step as [`Uniform::seal`] gives it.
+    #[inline(always)]
+    pub(crate) fn read_step(&self, byte: u8, base: u8) -> f32 {
+        if self.symmetric {
+            scale_decode(byte, base)
+        } else {
+            e4m3_decode(byte) * power(base)
+        }
+    }
+}
+
+/// Mean of rows `[n][out.len()]`.
+#[inline(always)]
+pub(crate) fn mean_row(rows: &[f32], out: &mut [f32]) {
+    out.fill(0.0);
+    let dim = out.len();
+    for row in rows.chunks_exact(dim) {
+        out.iter_mut().zip(row).for_each(|(m, x)| *m += x);
+    }
+    let scale = 1.0 / (rows.len() / dim).max(1) as f32;
+    out.iter_mut().for_each(|m| *m *= scale);
+}
+
+/// Writes the mean of rows `[n][bytes.len()]` as E4M3 and gives its power of two.
+#[inline(always)]
+pub(crate) fn write_mean(rows: &[f32], bytes: &mut [u8]) -> u8 {
+    let mut mean = [0f32; MAX_HEAD_DIM as usize];
+    let mean = &mut mean[..bytes.len()];
+    mean_row(rows, mean);
+    let base = e4m3_base(abs_max(mean));
+    for (byte, m) in bytes.iter_mut().zip(mean.iter()) {
+        *byte = e4m3_encode(m * inverse_power(base));
+    }
+    base
+}
+
+/// Reads what [`write_mean`] wrote.
+#[inline(always)]
+pub(crate) fn read_mean(bytes: &[u8], base: u8, out: &mut [f32]) {
+    let scale = power(base);
+    out.iter_mut().zip(bytes).for_each(|(m, &b)| *m = e4m3_decode(b) * scale);
+}
+
+/// Takes the mean off every row.
+#[inline(always)]
+pub(crate) fn subtract(rows: &mut [f32], mean: &[f32]) {
+    for row in rows.chunks_exact_mut(mean.len()) {
+        row.iter_mut().zip(mean).for_each(|(x, m)| *x -= m);
+    }
+}

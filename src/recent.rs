@@ -1,0 +1,119 @@
+//! How much attention the last queries paid to the tokens of a page: QAQ's prediction of what later queries will do
+//! (arXiv 2403.04643, section 3.5: the maximum over a window of queries).
+//!
+//! The queries of a KV head, or one in so many of them, lie in a ring in the layer's memory with the logarithm of their
+//! softmax denominators, which attention gives. Weights are only computed for the tokens of a page that is being sealed. A
+//! page is sealed no earlier than as many tokens after its last one as the ring spans, so all queries of the ring come
+//! after all its tokens; that they may belong to other sequences is not looked at. Soft caps and ALiBi are left out of
+//! these weights.
+#![forbid(unsafe_code)]
+
+use half::f16;
+
+use crate::attention::Rows;
+use crate::codec::uniform::sum;
+use crate::codec::Side;
+use crate::layout::Layout;
+use crate::pool::read_half;
+use crate::shape::MAX_HEAD_DIM;
+use crate::store::{finite, read_float};
+
+/// Which queries are remembered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttnWindow {
+    /// How many; 0: none.
+    pub queries: usize,
+    /// Every so many tokens one.
+    pub stride: usize,
+}
+
+impl AttnWindow {
+    /// Bytes of the ring of a KV head: how many tokens there were (u32), then FP16 queries, each with an f32 logarithm.
+    pub(crate) fn bytes(self, gqa_ratio: usize, head_dim: usize) -> usize {
+        match self.queries * gqa_ratio {
+            0 => 0,
+            n => COUNT_BYTES + n * entry_bytes(head_dim),
+        }
+    }
+}
+
+const COUNT_BYTES: usize = 4;
+
+fn entry_bytes(head_dim: usize) -> usize {
+    2 * head_dim + 4
+}
+
+/// Queries of a ubatch, as attention saw them.
+#[derive(Clone, Copy)]
+pub struct Attended<'a> {
+    /// Natural logarithms of the softmax denominators, `[n_tokens][n_heads]`.
+    pub lse: &'a [f32],
+    /// What multiplied the scores.
+    pub scale: f32,
+}
+
+/// Puts the last queries of a ubatch into the ring of KV head `head`.
+pub(crate) fn remember(
+    layout: &Layout,
+    head: usize,
+    region: &mut [u8],
+    q: &Rows,
+    attended: &Attended,
+    n_tokens: usize,
+) {
+    let (window, gqa) = (layout.attn_window(), layout.shape().gqa_ratio());
+    let side = layout.side(Side::Key);
+    let (dim, n_heads) = (side.head_dim, layout.shape().n_heads as usize);
+    let (count, ring) = side.recent_mut(region).split_at_mut(COUNT_BYTES);
+    let seen = read_count(count);
+    let oldest = n_tokens.saturating_sub(window.queries * window.stride);
+    for token in (oldest..n_tokens).filter(|token| (seen + token).is_multiple_of(window.stride)) {
+        let entry = (seen + token) / window.stride % window.queries;
+        for i in 0..gqa {
+            let q_head = head * gqa + i;
+            let bytes = &mut ring[(entry * gqa + i) * entry_bytes(dim)..][..entry_bytes(dim)];
+            let (query, lse) = bytes.split_at_mut(2 * dim);
+            for (to, x) in query.chunks_exact_mut(2).zip(q.row(token, q_head, dim)) {
+                to.copy_from_slice(&f16::from_f32(finite(*x) * attended.scale).to_le_bytes());
+            }
+            lse.copy_from_slice(&attended.lse[token * n_heads + q_head].to_le_bytes());
+        }
+    }
+    // Kept below twice the span: the place in the ring modulo it, and that the ring is full.
+    let span = window.queries * window.stride;
+    let next = (seen + n_tokens) % span + span * usize::from(seen + n_tokens >= span);
+    count.copy_from_slice(&(next as u32).to_le_bytes());
+}
+
+/// Largest attention weight of each of the keys `[n][head_dim]` under the queries of the ring; empty without any.
+pub(crate) fn attention(layout: &Layout, region: &[u8], keys: &[f32], out: &mut Vec<f32>) {
+    out.clear();
+    let side = layout.side(Side::Key);
+    if side.recent(region).is_empty() {
+        return;
+    }
+    let (count, ring) = side.recent(region).split_at(COUNT_BYTES);
+    let window = layout.attn_window();
+    let n_entries = read_count(count).div_ceil(window.stride).min(window.queries) * layout.shape().gqa_ratio();
+    let dim = side.head_dim;
+    if n_entries > 0 {
+        out.resize(keys.len() / dim, 0.0);
+    }
+    let mut query = [0f32; MAX_HEAD_DIM as usize];
+    let query = &mut query[..dim];
+    for entry in ring.chunks_exact(entry_bytes(dim)).take(n_entries) {
+        read_half(&entry[..2 * dim], query);
+        let lse = read_float(&entry[2 * dim..]);
+        if !lse.is_finite() {
+            continue;
+        }
+        for (weight, key) in out.iter_mut().zip(keys.chunks_exact(dim)) {
+            let score = sum(query.iter().zip(key).map(|(q, k)| q * k));
+            *weight = weight.max((score - lse).min(0.0).exp());
+        }
+    }
+}
+
+fn read_count(bytes: &[u8]) -> usize {
+    u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) as usize
+}
