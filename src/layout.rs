@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::codec::{PageCodec, PageRef, Side, HEADER_BYTES};
 use crate::error::{Error, Result};
 use crate::pool::PoolParams;
-use crate::recent::AttnWindow;
+use crate::recent::ring_bytes;
 use crate::recipe::{Recipe, SideRecipe};
 use crate::shape::Shape;
 use crate::simd::{kernels, IsaToken, Kernels};
@@ -23,7 +23,7 @@ use crate::simd::{kernels, IsaToken, Kernels};
 /// | outlier pool | `pool_rows * head_dim * 2` | FP16 rows of outlier tokens, for recipes that trace them |
 /// | pool's cells | `pool_rows * 4` | u32: 1 + the cell of each row, 0 if it is free |
 /// | query moments | `(head_dim + 1) * 4` | keys of codecs that want them: f32 mean of the squared queries by channel, and how many |
-/// | recent queries | [`AttnWindow::bytes`] | keys of recipes with an attention window: a ring of queries |
+/// | recent queries | `4 + attn_window * gqa_ratio * (2 * head_dim + 4)` | keys of recipes with an attention window: a ring of queries |
 /// | page headers | `n_pages * 4` | see the codec |
 /// | pages | `n_pages * page_bytes` | see the codec; page `i` holds cells `i * page` and up |
 ///
@@ -36,7 +36,7 @@ pub struct Layout {
     page: usize,
     pool: Option<PoolParams>,
     pool_rows: usize,
-    attn_window: AttnWindow,
+    attn_window: usize,
     sides: [SideLayout; 2],
     token: IsaToken,
 }
@@ -97,8 +97,8 @@ impl Layout {
             let moments = pool_table_end.next_multiple_of(64);
             let moments_end = moments + if codec.wants_queries() { (head_dim + 1) * 4 } else { 0 };
             let recent = moments_end.next_multiple_of(64);
-            let ring = if side == Side::Key { recipe.attn_window.bytes(shape.gqa_ratio(), head_dim) } else { 0 };
-            let recent_end = recent + ring;
+            let window = if side == Side::Key { recipe.attn_window } else { 0 };
+            let recent_end = recent + ring_bytes(window, shape.gqa_ratio(), head_dim);
             let headers = recent_end.next_multiple_of(64);
             let pages = headers + (n_pages * HEADER_BYTES).next_multiple_of(64);
             let page_bytes = codec.page_bytes();
@@ -162,9 +162,9 @@ impl Layout {
         self.pool_rows
     }
 
-    /// Which queries' attention decides the widths of the tokens of a page. If none does,
-    /// [`crate::store::StoreRows`] need no softmax denominators.
-    pub fn attn_window(&self) -> AttnWindow {
+    /// How many of the last queries' attention decides the widths of the tokens of a page; 0 if the recipe has no such
+    /// rule. Then [`crate::store::StoreRows`] need no softmax denominators.
+    pub fn attn_window(&self) -> usize {
         self.attn_window
     }
 
@@ -255,8 +255,8 @@ impl Layout {
             shape.head_dim_v,
             if self.pool_rows > 0 { format!(";pool={}", self.pool_rows) } else { String::new() },
             match self.attn_window {
-                AttnWindow { queries: 0, .. } => String::new(),
-                AttnWindow { queries, stride } => format!(";recent={queries}*{stride}*{}", shape.gqa_ratio()),
+                0 => String::new(),
+                n => format!(";recent={n}*{}", shape.gqa_ratio()),
             }
         )
     }

@@ -1,39 +1,28 @@
 //! How much attention the last queries paid to the tokens of a page: QAQ's prediction of what later queries will do
 //! (arXiv 2403.04643, section 3.5: the maximum over a window of queries).
 //!
-//! The queries of a KV head, or one in so many of them, lie in a ring in the layer's memory with the logarithm of their
-//! softmax denominators, which attention gives. Weights are only computed for the tokens of a page that is being sealed. A
-//! page is sealed no earlier than as many tokens after its last one as the ring spans, so all queries of the ring come
-//! after all its tokens; that they may belong to other sequences is not looked at. Soft caps and ALiBi are left out of
-//! these weights.
+//! The queries of a KV head lie in a ring in the layer's memory with the logarithm of their softmax denominators, which
+//! attention gives. Weights are only computed for the tokens of a page that is being sealed. A page is sealed no earlier
+//! than as many tokens after its last one as the window is long, so all queries of the ring come after all its tokens;
+//! that they may belong to other sequences is not looked at. Soft caps and ALiBi are left out of these weights.
 #![forbid(unsafe_code)]
 
 use half::f16;
 
 use crate::attention::Rows;
-use crate::codec::uniform::sum;
+use crate::codec::quantizer::sum;
 use crate::codec::Side;
 use crate::layout::Layout;
 use crate::pool::read_half;
 use crate::shape::MAX_HEAD_DIM;
 use crate::store::{finite, read_float};
 
-/// Which queries are remembered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AttnWindow {
-    /// How many; 0: none.
-    pub queries: usize,
-    /// Every so many tokens one.
-    pub stride: usize,
-}
-
-impl AttnWindow {
-    /// Bytes of the ring of a KV head: how many tokens there were (u32), then FP16 queries, each with an f32 logarithm.
-    pub(crate) fn bytes(self, gqa_ratio: usize, head_dim: usize) -> usize {
-        match self.queries * gqa_ratio {
-            0 => 0,
-            n => COUNT_BYTES + n * entry_bytes(head_dim),
-        }
+/// Bytes of the ring of a KV head for a window of so many query tokens: how many there were (u32), then FP16 queries, each
+/// with an f32 logarithm.
+pub(crate) fn ring_bytes(window: usize, gqa_ratio: usize, head_dim: usize) -> usize {
+    match window * gqa_ratio {
+        0 => 0,
+        n => COUNT_BYTES + n * entry_bytes(head_dim),
     }
 }
 
@@ -66,9 +55,8 @@ pub(crate) fn remember(
     let (dim, n_heads) = (side.head_dim, layout.shape().n_heads as usize);
     let (count, ring) = side.recent_mut(region).split_at_mut(COUNT_BYTES);
     let seen = read_count(count);
-    let oldest = n_tokens.saturating_sub(window.queries * window.stride);
-    for token in (oldest..n_tokens).filter(|token| (seen + token).is_multiple_of(window.stride)) {
-        let entry = (seen + token) / window.stride % window.queries;
+    for token in n_tokens.saturating_sub(window)..n_tokens {
+        let entry = (seen + token) % window;
         for i in 0..gqa {
             let q_head = head * gqa + i;
             let bytes = &mut ring[(entry * gqa + i) * entry_bytes(dim)..][..entry_bytes(dim)];
@@ -79,9 +67,8 @@ pub(crate) fn remember(
             lse.copy_from_slice(&attended.lse[token * n_heads + q_head].to_le_bytes());
         }
     }
-    // Kept below twice the span: the place in the ring modulo it, and that the ring is full.
-    let span = window.queries * window.stride;
-    let next = (seen + n_tokens) % span + span * usize::from(seen + n_tokens >= span);
+    // Kept below twice the window: the place in the ring modulo it, and that the ring is full.
+    let next = (seen + n_tokens) % window + window * usize::from(seen + n_tokens >= window);
     count.copy_from_slice(&(next as u32).to_le_bytes());
 }
 
@@ -93,8 +80,7 @@ pub(crate) fn attention(layout: &Layout, region: &[u8], keys: &[f32], out: &mut 
         return;
     }
     let (count, ring) = side.recent(region).split_at(COUNT_BYTES);
-    let window = layout.attn_window();
-    let n_entries = read_count(count).div_ceil(window.stride).min(window.queries) * layout.shape().gqa_ratio();
+    let n_entries = read_count(count).min(layout.attn_window()) * layout.shape().gqa_ratio();
     let dim = side.head_dim;
     if n_entries > 0 {
         out.resize(keys.len() / dim, 0.0);

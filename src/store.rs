@@ -66,7 +66,7 @@ pub fn store_head(
     check_plan(layout, plan)?;
     if let Some(q) = &rows.q {
         learn_queries(layout, head, regions[0], q, plan.n_tokens());
-        if let Some(attended) = rows.attended.as_ref().filter(|_| layout.attn_window().queries > 0) {
+        if let Some(attended) = rows.attended.as_ref().filter(|_| layout.attn_window() > 0) {
             recent::remember(layout, head, regions[0], q, attended, plan.n_tokens());
         }
     }

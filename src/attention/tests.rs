@@ -328,9 +328,12 @@ fn keys_per_channel() {
 #[test]
 fn every_budget_of_tokens() {
     for bits in [1.0, 1.5, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0] {
-        check(&Case { spec: format!("qaq:bits={bits}").leak(), ..BASE });
+        check(&Case { spec: format!("qaq:bits={bits},min-bits=1").leak(), ..BASE });
     }
-    for spec in ["qaq:paper", "qaq:outliers=1,rotate=0", "qaq:adaptive=0", "qaq:bits=2.5,min-bits=2,attn-keys=1"] {
+    for bits in [1, 2, 3, 4] {
+        check(&Case { spec: format!("qaq:bits={bits},min-bits=1,levels=normal").leak(), ..BASE });
+    }
+    for spec in ["qaq:paper", "qaq:outliers=1,rotate=0", "qaq:adaptive=0", "qaq:bits=2.5,attn-keys=1"] {
         check(&Case { spec, ..BASE });
     }
     for spec in

@@ -210,7 +210,7 @@ impl Cache {
             max_bias: options.max_bias,
             n_tokens,
             n_splits: attention::n_splits(layout, n_tokens, n_threads),
-            with_lse: layout.attn_window().queries > 0,
+            with_lse: layout.attn_window() > 0,
         };
         let mut lse = vec![0.0; n_tokens * self.params.shape.n_heads as usize];
         attend_parts(layout, &args, n_threads, [&mut *out, &mut lse])?;

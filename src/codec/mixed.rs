@@ -10,6 +10,7 @@ pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 
+use super::quantizer::Quantizer;
 use super::tile::{LANE_BLOCK, QUAD};
 
 /// Codes of consecutive depth that share a width: one word of 2-bit fields.
@@ -223,6 +224,8 @@ pub(crate) struct MixedPage<'a> {
     pub(crate) tile: &'a MixedTile,
     pub(crate) segments: Segments,
     pub(crate) codes: &'a [u8],
+    /// Codes stand for [`NORMAL_LEVELS`] with their middle at [`NORMAL_CENTRE`] instead of for themselves.
+    pub(crate) normal: bool,
     /// Empty: the depth is in the coefficients' order.
     pub(crate) order: &'a [u8],
     pub(crate) factors: &'a [f32],
@@ -231,6 +234,12 @@ pub(crate) struct MixedPage<'a> {
 }
 
 impl MixedPage<'_> {
+    /// Twice the middle of the values that codes of `bits` bits stand for.
+    #[inline(always)]
+    pub(crate) fn twice_centre(&self, bits: usize) -> i32 {
+        (2.0 * Quantizer::of_codes(bits, self.normal).centre()) as i32
+    }
+
     /// Which coefficient belongs to place `d` of the depth.
     #[inline(always)]
     pub(crate) fn entry(&self, d: usize) -> usize {
@@ -244,10 +253,11 @@ impl MixedPage<'_> {
             for (row, x) in x.chunks_exact(depth).enumerate() {
                 let mut sum = 0.0;
                 for d in 0..depth {
-                    let code = f32::from(self.tile.get(self.codes, &self.segments, lane, d));
+                    let bits = self.segments.bits(d / SEGMENT);
+                    let quantizer = Quantizer::of_codes(bits, self.normal);
+                    let value = quantizer.value(self.tile.get(self.codes, &self.segments, lane, d));
                     let mid = self.mids.get(d).copied().unwrap_or(0.0);
-                    sum +=
-                        x[self.entry(d)] * (self.factors[d] * (code - centre(self.segments.bits(d / SEGMENT))) + mid);
+                    sum += x[self.entry(d)] * (self.factors[d] * value + mid);
                 }
                 out[row * stride + lane] += sum;
             }

@@ -11,9 +11,9 @@ pub mod float8;
 pub mod group;
 pub mod hadamard;
 pub mod mixed;
+pub(crate) mod quantizer;
 pub(crate) mod query;
 pub mod tile;
-pub(crate) mod uniform;
 
 use std::fmt::Debug;
 

@@ -13,7 +13,6 @@ use crate::codec::{PageCodec, Side};
 use crate::error::{Error, Result, Status};
 use crate::planner::PlannerConfig;
 use crate::pool::PoolParams;
-use crate::recent::AttnWindow;
 use crate::simd::IsaToken;
 
 /// Cells in a page unless the recipe says otherwise.
@@ -65,8 +64,8 @@ pub struct Recipe {
     pub seal_lag: usize,
     /// Trace outlier tokens and keep them exact (OTT).
     pub pool: Option<PoolParams>,
-    /// Last queries whose attention decides the widths of tokens (QAQ).
-    pub attn_window: AttnWindow,
+    /// Last queries whose attention decides the widths of tokens (QAQ); 0: none does.
+    pub attn_window: usize,
     /// How keys are encoded.
     pub key: SideRecipe,
     /// How values are encoded.

@@ -10,7 +10,6 @@ use crate::codec::group::{Clip, GroupParams, GroupSize};
 use crate::codec::tile::Width;
 use crate::error::{Error, Result, Status};
 use crate::pool::PoolParams;
-use crate::recent::AttnWindow;
 
 /// The methods a specification may start with, one row each.
 pub const METHODS: &[Method] = &[
@@ -92,7 +91,7 @@ impl Recipe {
                 .then_some(())
                 .ok_or_else(|| fail(format!("{name} has no key '{key}'; it knows {}", known_keys(&recipe))))?;
         }
-        if recipe.attn_window.queries > 0 {
+        if recipe.attn_window > 0 {
             // The later a page is sealed, the better its future is known; up to the window that costs no memory.
             recipe.seal_lag = recipe.window;
         }
@@ -133,7 +132,7 @@ fn skvq_defaults() -> Recipe {
         sink_tokens: 4,
         seal_lag: 0,
         pool: None,
-        attn_window: AttnWindow { queries: 0, stride: 1 },
+        attn_window: 0,
         key: side_default(Width::Bits3, true),
         value: side_default(Width::Bits3, false),
     }
@@ -202,9 +201,10 @@ fn qaq_side(bits: f32) -> AdaptiveParams {
     AdaptiveParams {
         bits,
         adaptive: true,
-        min_bits: 1,
+        min_bits: 2,
         attention: true,
         outliers: 0,
+        normal: false,
         symmetric: true,
         clip: Clip::Auto,
         refit: true,
@@ -216,7 +216,7 @@ fn qaq_side(bits: f32) -> AdaptiveParams {
 fn qaq_defaults() -> Recipe {
     let key = SideRecipe::Adaptive(AdaptiveParams { attention: false, mean: true, ..qaq_side(2.25) });
     let value = SideRecipe::Adaptive(qaq_side(2.25));
-    Recipe { method: "qaq", attn_window: AttnWindow { queries: 5, stride: 1 }, key, value, ..skvq_defaults() }
+    Recipe { method: "qaq", attn_window: 5, key, value, ..skvq_defaults() }
 }
 
 /// QAQ's experiments at 2 bits: ranges of each token, not rotated, 1 % of the values exact (at 128 channels one at either
@@ -224,6 +224,7 @@ fn qaq_defaults() -> Recipe {
 /// its widest codes, are exact here.
 fn qaq_paper() -> Recipe {
     let value = AdaptiveParams {
+        min_bits: 1,
         outliers: 2,
         symmetric: false,
         clip: Clip::Cells,
@@ -256,10 +257,7 @@ fn set_key(recipe: &mut Recipe, key: &str, value: &str) -> Result<bool> {
             }
         }
         "attn-window" if matches!(recipe.key, SideRecipe::Adaptive(_)) => {
-            recipe.attn_window.queries = number(key, value, 0..=MAX_ATTN_WINDOW)?;
-        }
-        "attn-stride" if matches!(recipe.key, SideRecipe::Adaptive(_)) => {
-            recipe.attn_window.stride = number(key, value, 1..=MAX_WINDOW)?;
+            recipe.attn_window = number(key, value, 0..=MAX_ATTN_WINDOW)?;
         }
         "attn-keys" => {
             let SideRecipe::Adaptive(side) = &mut recipe.key else { return Ok(false) };
@@ -324,6 +322,13 @@ fn set_side_key(side: &mut SideRecipe, key: &str, value: &str) -> Result<bool> {
             "adaptive" => side.adaptive = flag(key, value)?,
             "min-bits" => side.min_bits = number(key, value, 1..=2)?,
             "outliers" => side.outliers = number(key, value, 0..=MAX_OUTLIERS)?,
+            "levels" => {
+                side.normal = match value {
+                    "uniform" => false,
+                    "normal" => true,
+                    _ => return Err(fail(format!("levels={value}: use uniform or normal"))),
+                }
+            }
             "clip" => side.clip = Clip::parse(value)?,
             "symmetric" => side.symmetric = flag(key, value)?,
             "refit" => side.refit = flag(key, value)?,
@@ -346,16 +351,15 @@ fn check(recipe: &Recipe) -> Result<()> {
             SideRecipe::Channel(side) if !side.adaptive && side.bits.fract() != 0.0 => {
                 return Err(fail(format!("k={} needs adaptive=1; without it use 2, 3 or 4", side.bits)));
             }
+            SideRecipe::Adaptive(side) if side.normal && !side.symmetric => {
+                return Err(fail("levels=normal lie about zero: they need symmetric=1".into()));
+            }
             SideRecipe::Adaptive(side) if side.mean && !side.symmetric => {
                 return Err(fail("symmetric=0 needs mean=0: mid-points replace the mean".into()));
             }
-            SideRecipe::Adaptive(_) if recipe.attn_window.queries * recipe.attn_window.stride > recipe.window => {
-                let AttnWindow { queries, stride } = recipe.attn_window;
-                return Err(fail(format!(
-                    "attn-window={queries} times attn-stride={stride} spans more tokens than window={}: use window={}",
-                    recipe.window,
-                    queries * stride
-                )));
+            SideRecipe::Adaptive(_) if recipe.attn_window > recipe.window => {
+                let (queries, window) = (recipe.attn_window, recipe.window);
+                return Err(fail(format!("attn-window={queries} is more than window={window}: use window={queries}")));
             }
             _ => {}
         }
@@ -418,8 +422,8 @@ fn write_side(f: &mut fmt::Formatter<'_>, recipe: &Recipe, side: &SideRecipe) ->
         SideRecipe::Adaptive(side) => {
             let AdaptiveParams { min_bits, outliers, clip, .. } = side;
             write!(f, ",adaptive={},min-bits={min_bits},outliers={outliers}", bit(side.adaptive))?;
-            let AttnWindow { queries, stride } = recipe.attn_window;
-            write!(f, ",attn-window={queries},attn-stride={stride},attn-keys={}", bit(side.attention))?;
+            write!(f, ",attn-window={},attn-keys={}", recipe.attn_window, bit(side.attention))?;
+            write!(f, ",levels={}", if side.normal { "normal" } else { "uniform" })?;
             write!(f, ",symmetric={},clip={clip},refit={}", bit(side.symmetric), bit(side.refit))?;
             write!(f, ",mean={},rotate={}", bit(side.mean), bit(side.rotate))
         }
@@ -444,7 +448,8 @@ mod tests {
             "ott:outliers=1,pool=0,skip-layers=0",
             "qaq",
             "qaq:paper",
-            "qaq:bits=2.5,v=2,attn-window=64,attn-keys=1,outliers=1,min-bits=2,mean=0,symmetric=0,window=64",
+            "qaq:bits=2.5,v=2,attn-window=64,attn-keys=1,outliers=1,min-bits=1,mean=0,symmetric=0,window=64",
+            "qaq:bits=3,levels=normal",
         ] {
             let recipe = Recipe::parse(spec).unwrap();
             assert_eq!(Recipe::parse(&recipe.spec()).unwrap(), recipe, "{spec} -> {}", recipe.spec());
@@ -472,7 +477,9 @@ mod tests {
             ("kivi:meta=fp32", "meta=fp32: use fp8 or fp16"),
             ("qaq:group=64", "qaq has no key 'group'; it knows k, v, adaptive, min-bits"),
             ("qaq:symmetric=0", "symmetric=0 needs mean=0"),
-            ("qaq:window=4", "attn-window=5 times attn-stride=1 spans more tokens than window=4: use window=5"),
+            ("qaq:window=4", "attn-window=5 is more than window=4: use window=5"),
+            ("qaq:levels=lloyd", "levels=lloyd: use uniform or normal"),
+            ("qaq:levels=normal,symmetric=0,mean=0", "levels=normal lie about zero"),
             ("qaq:outliers=3", "outliers=3: use a whole number from 0 to 2"),
             ("ott:outliers=17", "outliers=17: use a whole number from 0 to 16"),
             ("ott:pool=113", "pool=113: use a whole number from 0 to 112"),

@@ -19,9 +19,9 @@ mod tests;
 
 use super::group::Clip;
 use super::mixed::{MixedTile, MAX_BITS, SEGMENT};
+use super::quantizer::Quantizer;
 use super::query::{Probabilities, Query, QueryForm};
 use super::tile::LANE_BLOCK;
-use super::uniform::Uniform;
 use super::{PageCodec, PageRef, SealRows, Side};
 use crate::error::{Error, Result, Status};
 use crate::simd::{Isa, IsaToken};
@@ -46,6 +46,8 @@ pub struct AdaptiveParams {
     pub attention: bool,
     /// Values of a row that are kept exactly, 0 to 2.
     pub outliers: usize,
+    /// Codes stand for the levels that are best for a Gaussian instead of equal steps. Symmetric only.
+    pub normal: bool,
     /// No mid-point: codes lie about zero. Otherwise FP8 step and mid-point.
     pub symmetric: bool,
     /// Range of the codes.
@@ -154,9 +156,9 @@ impl AdaptiveCodec {
         MixedTile::new(self.head_dim, self.page, self.budget)
     }
 
-    pub(crate) fn quantizer(&self, bits: usize) -> Uniform {
-        let AdaptiveParams { symmetric, clip, refit, .. } = self.params;
-        Uniform { levels: 1 << bits, symmetric, clip, refit }
+    pub(crate) fn quantizer(&self, bits: usize) -> Quantizer {
+        let AdaptiveParams { normal, symmetric, clip, refit, .. } = self.params;
+        Quantizer { levels: 1 << bits, normal, symmetric, clip, refit }
     }
 
     pub(crate) fn codes_bytes(&self) -> usize {
@@ -186,8 +188,8 @@ impl AdaptiveCodec {
 
 impl PageCodec for AdaptiveCodec {
     fn format(&self) -> String {
-        let AdaptiveParams { adaptive, outliers, symmetric, mean, rotate, .. } = self.params;
-        format!("adaptive/{FORMAT_VERSION}:{},{adaptive},{outliers},{symmetric},{mean},{rotate}", self.budget)
+        let AdaptiveParams { adaptive, outliers, normal, symmetric, mean, rotate, .. } = self.params;
+        format!("adaptive/{FORMAT_VERSION}:{},{adaptive},{outliers},{normal},{symmetric},{mean},{rotate}", self.budget)
     }
 
     fn page_bytes(&self) -> usize {

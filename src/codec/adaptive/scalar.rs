@@ -1,5 +1,5 @@
 //! The specification of codec `adaptive`. Sealing is compiled once more for each instruction set and must give the same
-//! bytes; see [`crate::codec::uniform`].
+//! bytes; see [`crate::codec::quantizer`].
 #![forbid(unsafe_code)]
 
 use half::f16;
@@ -9,8 +9,8 @@ use super::{AdaptiveCodec, AdaptiveKernels, PageRef, Probabilities, Query, SealR
 use crate::codec::float8::{e4m3_base, e4m3_decode, power, scale_base};
 use crate::codec::hadamard;
 use crate::codec::mixed::{self, MixedPage, Segments, MAX_BITS, SEGMENT};
+use crate::codec::quantizer::{self, sum};
 use crate::codec::tile::LANE_BLOCK;
-use crate::codec::uniform::{self, sum};
 use crate::codec::Side;
 use crate::shape::MAX_HEAD_DIM;
 
@@ -49,11 +49,11 @@ pub(super) fn seal(codec: &AdaptiveCodec, header: &mut [u8], page: &mut [u8], ro
     if codec.params.mean {
         let bytes = &mut page[codec.mean_offset()..][..dim];
         if rows.fresh {
-            header[1] = uniform::write_mean(rows.rows, bytes);
+            header[1] = quantizer::write_mean(rows.rows, bytes);
         }
         let mut mean = [0f32; MAX_DIM];
-        uniform::read_mean(bytes, header[1], &mut mean[..dim]);
-        uniform::subtract(rows.rows, &mean[..dim]);
+        quantizer::read_mean(bytes, header[1], &mut mean[..dim]);
+        quantizer::subtract(rows.rows, &mean[..dim]);
     }
     let mut outliers = [[(0, 0.0); MAX_OUTLIERS]; MAX_PAGE];
     if codec.params.outliers > 0 {
@@ -114,7 +114,7 @@ fn choose_order(codec: &AdaptiveCodec, rows: &SealRows) -> Order {
         let spread = if codec.params.symmetric {
             (sum(x.iter().map(|x| x * x)) / codec.head_dim as f32).sqrt()
         } else {
-            let (low, high) = uniform::range(x);
+            let (low, high) = quantizer::range(x);
             high - low
         };
         let attention = if codec.params.attention { rows.attention.get(i).copied().unwrap_or(1.0) } else { 1.0 };
@@ -191,7 +191,7 @@ fn seal_row(
     }
     for (i, &(channel, value)) in outliers[..codec.params.outliers].iter().enumerate() {
         let mid = if codec.params.symmetric { 0.0 } else { e4m3_decode(mid) * power(header[1]) };
-        let coded = quantizer.read_step(step, header[0]) * (f32::from(codes[channel]) - quantizer.centre()) + mid;
+        let coded = quantizer.read_step(step, header[0]) * quantizer.value(codes[channel]) + mid;
         let missing = f16::from_f32((value - coded).clamp(-65504.0, 65504.0));
         page[codec.outliers_offset() + i * codec.page + place] = channel as u8;
         let at = codec.outliers_offset() + (codec.params.outliers + 2 * i) * codec.page + 2 * place;
@@ -247,7 +247,7 @@ pub(super) fn decode_transformed(codec: &AdaptiveCodec, page: PageRef, row: usiz
     let (steps, mids) = read_params(codec, page);
     let place = order.token[..codec.page].iter().position(|t| usize::from(*t) == row).unwrap_or(row);
     if codec.params.mean {
-        uniform::read_mean(&page.bytes[codec.mean_offset()..][..codec.head_dim], page.header[1], out);
+        quantizer::read_mean(&page.bytes[codec.mean_offset()..][..codec.head_dim], page.header[1], out);
     } else {
         out.fill(0.0);
     }
@@ -262,7 +262,7 @@ pub(super) fn decode_transformed(codec: &AdaptiveCodec, page: PageRef, row: usiz
             }
             Side::Value => codec.value_tile().get(page.bytes, &order.segments, c, place),
         };
-        *out += steps[place] * (f32::from(code) - codec.quantizer(bits).centre()) + mids[place];
+        *out += steps[place] * codec.quantizer(bits).value(code) + mids[place];
     }
     for (_, channel, x) in read_outliers(codec, page).filter(|(i, _, _)| *i == place) {
         out[channel] += x;
@@ -289,6 +289,7 @@ pub(super) fn scores(
             tile: &tile,
             segments: Segments::uniform(bits, dim / SEGMENT),
             codes: &page.bytes[run_offset(codec, &order.segments, first)..][..tile.bytes()],
+            normal: codec.params.normal,
             order: &[],
             factors: &[1.0; MAX_DIM][..dim],
             mids: &[],
@@ -297,7 +298,7 @@ pub(super) fn scores(
     }
     let mut mean = [0f32; MAX_DIM];
     if codec.params.mean {
-        uniform::read_mean(&page.bytes[codec.mean_offset()..][..dim], page.header[1], &mut mean[..dim]);
+        quantizer::read_mean(&page.bytes[codec.mean_offset()..][..dim], page.header[1], &mut mean[..dim]);
     }
     for (q, out) in query.rotated().chunks_exact(dim).zip(out.chunks_exact_mut(n)) {
         let base = sum(q.iter().zip(&mean).map(|(q, m)| q * m));
@@ -330,6 +331,7 @@ pub(super) fn accumulate(
         tile: &tile,
         segments: order.segments,
         codes: &page.bytes[..tile.bytes()],
+        normal: codec.params.normal,
         order: &order.token[..n],
         factors: &steps[..n],
         mids: if codec.params.symmetric { &[] } else { &mids[..n] },

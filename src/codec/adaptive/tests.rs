@@ -64,9 +64,10 @@ fn large_rows_get_the_bits() {
         // The rows lie where natural order would make them the widest, so the other way round as well.
         let backwards: Vec<f32> = rows.chunks_exact(DIM).rev().flatten().copied().collect();
         let uniform = mse(&errors("qaq:bits=2.25,adaptive=0", side, &backwards, &[]));
-        assert!(error("qaq:bits=2.25") < 0.6 * uniform, "{side:?}: {} {uniform}", error("qaq:bits=2.25"));
+        let free = error("qaq:bits=2.25,min-bits=1");
+        assert!(free < 0.6 * uniform, "{side:?}: {free} {uniform}");
         // A floor of 2 bits leaves less to share out.
-        assert!(error("qaq:bits=2.25,min-bits=2") > error("qaq:bits=2.25"));
+        assert!((free..uniform).contains(&error("qaq:bits=2.25,min-bits=2")));
     }
 }
 
@@ -80,7 +81,7 @@ fn widths_of_values_follow_attention() {
     // Keys only if they are asked to: the bound has no attention in it.
     let key = |spec: &str, attention: &[f32]| seen(&errors(spec, Side::Key, &rows, attention));
     assert_eq!(key("qaq:bits=2.25", &attention), key("qaq:bits=2.25", &[]));
-    assert!(key("qaq:bits=2.25,attn-keys=1", &attention) < 0.2 * key("qaq:bits=2.25", &[]));
+    assert!(key("qaq:bits=2.25,attn-keys=1", &attention) < 0.5 * key("qaq:bits=2.25", &[]));
 }
 
 #[test]
@@ -114,5 +115,19 @@ fn effective_bits_count_all_metadata() {
         let layout = Layout::new(&Recipe::parse(spec).unwrap(), shape, 0, 4096, 272).unwrap();
         near(spec, layout.bits_k(), k, 0.002);
         near(spec, layout.bits_v(), v, 0.002);
+    }
+}
+
+/// Squared errors of the quantizers of 1 to 4 bits that are best for a Gaussian, of any levels (.363, .117, .0346, .0095)
+/// and of equal steps (.363, .119, .0374, .0115); Max 1960. The refit, which takes the shrinkage out of the reconstruction,
+/// is off; rows of 128 values know their deviation to a few per cent only.
+#[test]
+fn normal_levels_are_the_best_for_a_gaussian() {
+    for (bits, any, equal) in [(1, 0.3634, 0.3634), (2, 0.1175, 0.1188), (3, 0.03454, 0.03744), (4, 0.009497, 0.01154)]
+    {
+        for (levels, want) in [("normal", any), ("uniform", equal)] {
+            let spec = format!("qaq:bits={bits},min-bits=1,levels={levels},refit=0,mean=0,rotate=0");
+            near(&spec, mse(&errors(&spec, Side::Value, &normal(PAGE * DIM), &[])), want, 0.06);
+        }
     }
 }

@@ -17,9 +17,9 @@ pub(super) mod tests;
 
 use std::fmt;
 
+use super::quantizer::Quantizer;
 use super::query::{Probabilities, Query, QueryForm};
 use super::tile::{Tile, Width};
-use super::uniform::Uniform;
 use super::{PageCodec, PageRef, SealRows, Side};
 use crate::error::{Error, Result, Status};
 use crate::simd::{Isa, IsaToken};
@@ -210,9 +210,9 @@ impl GroupCodec {
     }
 
     #[inline(always)]
-    pub(crate) fn quantizer(&self) -> Uniform {
+    pub(crate) fn quantizer(&self) -> Quantizer {
         let GroupParams { width, symmetric, clip, refit, .. } = self.params;
-        Uniform { levels: width.levels(), symmetric, clip, refit }
+        Quantizer { levels: width.levels(), normal: false, symmetric, clip, refit }
     }
 
     /// Two int8 coefficients instead of one where a single one would be coarser than the codes.

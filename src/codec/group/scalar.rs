@@ -4,7 +4,7 @@
 use super::{GroupCodec, GroupKernels, PageRef, Probabilities, Query, SealRows};
 use crate::codec::float8::{e4m3_base, e4m3_decode, power, scale_base};
 use crate::codec::hadamard;
-use crate::codec::uniform::{self, sum, Uniform};
+use crate::codec::quantizer::{self, sum, Quantizer};
 use crate::codec::Side;
 use crate::shape::MAX_HEAD_DIM;
 
@@ -30,11 +30,11 @@ pub(super) fn seal(codec: &GroupCodec, header: &mut [u8], page: &mut [u8], rows:
     let rows_of = &mut *rows.rows;
     if codec.params.mean {
         if rows.fresh {
-            header[2] = uniform::write_mean(rows_of, &mut page[codec.mean_offset()..][..dim]);
+            header[2] = quantizer::write_mean(rows_of, &mut page[codec.mean_offset()..][..dim]);
         }
         let mut mean = [0f32; MAX_HEAD_DIM as usize];
         read_mean(codec, PageRef { header, bytes: page }, &mut mean[..dim]);
-        uniform::subtract(rows_of, &mean[..dim]);
+        quantizer::subtract(rows_of, &mean[..dim]);
     }
     let quantizer = codec.quantizer();
     if rows.fresh {
@@ -56,13 +56,13 @@ pub(super) fn seal(codec: &GroupCodec, header: &mut [u8], page: &mut [u8], rows:
 /// The page's mean of the rotated channels.
 #[inline(always)]
 pub(super) fn read_mean(codec: &GroupCodec, page: PageRef, out: &mut [f32]) {
-    uniform::read_mean(&page.bytes[codec.mean_offset()..][..codec.head_dim], page.header[2], out);
+    quantizer::read_mean(&page.bytes[codec.mean_offset()..][..codec.head_dim], page.header[2], out);
 }
 
 #[inline(always)]
 fn seal_group(
     codec: &GroupCodec,
-    quantizer: &Uniform,
+    quantizer: &Quantizer,
     header: &[u8],
     page: &mut [u8],
     row: usize,

@@ -4,6 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::{MixedPage, MixedTile, Segments, SEGMENT, SEGMENT_QUADS};
+use crate::codec::quantizer::NORMAL_LEVELS;
 use crate::codec::tile::avx2::{add_quad, field, load_codes, Coefficients, Sums, MAX_ROWS, STRIP};
 use crate::simd::avx2::{load, prefetch_next, reduce_add, reduce_max, store};
 
@@ -16,18 +17,28 @@ pub(crate) fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride:
     let depth = page.factors.len();
     for (group, x) in x.chunks(MAX_ROWS * depth).enumerate() {
         let out = &mut out[group * MAX_ROWS * stride..];
-        match x.len() / depth {
-            1 => add_rows::<1>(page, x, out, stride, group == 0),
-            2 => add_rows::<2>(page, x, out, stride, group == 0),
-            3 => add_rows::<3>(page, x, out, stride, group == 0),
-            _ => add_rows::<4>(page, x, out, stride, group == 0),
+        match (page.normal, x.len() / depth) {
+            (false, 1) => add_rows::<false, 1>(page, x, out, stride, group == 0),
+            (false, 2) => add_rows::<false, 2>(page, x, out, stride, group == 0),
+            (false, 3) => add_rows::<false, 3>(page, x, out, stride, group == 0),
+            (false, _) => add_rows::<false, 4>(page, x, out, stride, group == 0),
+            (true, 1) => add_rows::<true, 1>(page, x, out, stride, group == 0),
+            (true, 2) => add_rows::<true, 2>(page, x, out, stride, group == 0),
+            (true, 3) => add_rows::<true, 3>(page, x, out, stride, group == 0),
+            (true, _) => add_rows::<true, 4>(page, x, out, stride, group == 0),
         }
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn add_rows<const R: usize>(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize, prefetch: bool) {
+fn add_rows<const NORMAL: bool, const R: usize>(
+    page: &MixedPage,
+    x: &[f32],
+    out: &mut [f32],
+    stride: usize,
+    prefetch: bool,
+) {
     let depth = page.factors.len();
     let mut int8 = [0i8; MAX_ROWS * MAX_DEPTH];
     let mut scale = [_mm256_setzero_ps(); R];
@@ -42,7 +53,7 @@ fn add_rows<const R: usize>(page: &MixedPage, x: &[f32], out: &mut [f32], stride
             prefetch_next(page.codes, strip, strips);
         }
         let coefficients = Coefficients { bytes: &int8[..R * depth], stride: depth };
-        let sums = dot::<R>(page.tile, &page.segments, page.codes, strip, coefficients);
+        let sums = dot::<NORMAL, R>(page.tile, &page.segments, page.codes, strip, coefficients);
         for row in 0..R {
             for half in 0..2 {
                 let at = row * stride + strip * STRIP + half * 8;
@@ -77,11 +88,10 @@ fn round(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> (f32, f32) {
         return (0.0, reduce_add(mid));
     }
     let inverse = _mm256_set1_ps(127.0 / max);
-    // Twice the centre is an integer: 15, 7, 3 or 1.
     let mut centres = _mm256_setzero_si256();
     for d in (0..depth).step_by(SEGMENT) {
         let n = [d, d + 8].map(|d| _mm256_cvtps_epi32(_mm256_mul_ps(load(&scaled, d), inverse)));
-        let twice = _mm256_set1_epi32((1 << page.segments.bits(d / SEGMENT)) - 1);
+        let twice = _mm256_set1_epi32(page.twice_centre(page.segments.bits(d / SEGMENT)));
         centres = _mm256_add_epi32(centres, _mm256_mullo_epi32(_mm256_add_epi32(n[0], n[1]), twice));
         let n = _mm256_permute4x64_epi64::<0xd8>(_mm256_packs_epi32(n[0], n[1]));
         let n = _mm_packs_epi16(_mm256_castsi256_si128(n), _mm256_extracti128_si256::<1>(n));
@@ -105,13 +115,19 @@ fn gather(x: &[f32], order: &[u8]) -> __m256 {
     unsafe { _mm256_i32gather_ps::<4>(x.as_ptr(), index) }
 }
 
-/// Segments whose products are added in 16 bits before they are widened: four quads of `2 * 127 * 15` each, twice.
-const FLUSH: usize = 2;
+/// Quads whose products are added in 16 bits before they are widened: `2 * 127 * 15` each, or `2 * 127 * 126`.
+const fn flush(normal: bool) -> usize {
+    if normal {
+        1
+    } else {
+        2 * SEGMENT_QUADS
+    }
+}
 
 /// Dot products of the lanes of strip `strip` with `R` coefficient rows, which are in the order of the depth.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn dot<const R: usize>(
+fn dot<const NORMAL: bool, const R: usize>(
     tile: &MixedTile,
     segments: &Segments,
     bytes: &[u8],
@@ -126,20 +142,31 @@ fn dot<const R: usize>(
     // Word `w` of the strip is at byte `128 * w`.
     let base = &bytes[strip / 2 * tile.block_bytes()..][..tile.block_bytes()][strip % 2 * 64..];
     let mut sums = [[_mm256_setzero_si256(); 2]; R];
-    for first in (0..n).step_by(FLUSH) {
+    for first in (0..n * SEGMENT_QUADS).step_by(flush(NORMAL)) {
         let mut partial = [[_mm256_setzero_si256(); 2]; R];
-        for segment in first..n.min(first + FLUSH) {
-            for f in 0..SEGMENT_QUADS {
-                let codes = quad(base, segments, segment, f);
-                // SAFETY: the quad belongs to one of the `n` segments, whose coefficients the assertion above covers.
-                unsafe { add_quad(&mut partial, codes, coefficients, segment * SEGMENT_QUADS + f) };
+        for at in first..(n * SEGMENT_QUADS).min(first + flush(NORMAL)) {
+            let segment = at / SEGMENT_QUADS;
+            let mut codes = quad(base, segments, segment, at % SEGMENT_QUADS);
+            if NORMAL {
+                codes = normal_levels(codes, segments.bits(segment));
             }
+            // SAFETY: the quad belongs to one of the `n` segments, whose coefficients the assertion above covers.
+            unsafe { add_quad(&mut partial, codes, coefficients, at) };
         }
         for (sum, partial) in sums.as_flattened_mut().iter_mut().zip(partial.as_flattened()) {
             *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(*partial, _mm256_set1_epi16(1)));
         }
     }
     sums
+}
+
+/// What codes of `bits` bits stand for in pages with normal levels.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn normal_levels(codes: [__m256i; 2], bits: usize) -> [__m256i; 2] {
+    // SAFETY: a row of the table is sixteen bytes.
+    let table = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(NORMAL_LEVELS[bits].as_ptr().cast()) });
+    codes.map(|codes| _mm256_shuffle_epi8(table, codes))
 }
 
 /// Quad `f` of a segment, unpacked.

@@ -4,6 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::{MixedPage, MixedTile, Segments, SEGMENT, SEGMENT_QUADS};
+use crate::codec::quantizer::NORMAL_LEVELS;
 use crate::codec::tile::avx512::{add_quad, field, load_codes, Coefficients, Sums, MAX_ROWS};
 use crate::codec::tile::LANE_BLOCK;
 use crate::simd::avx2::prefetch_next;
@@ -18,22 +19,36 @@ pub(crate) fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride:
     let depth = page.factors.len();
     for (group, x) in x.chunks(MAX_ROWS * depth).enumerate() {
         let out = &mut out[group * MAX_ROWS * stride..];
-        match x.len() / depth {
-            1 => add_rows::<1>(page, x, out, stride, group == 0),
-            2 => add_rows::<2>(page, x, out, stride, group == 0),
-            3 => add_rows::<3>(page, x, out, stride, group == 0),
-            4 => add_rows::<4>(page, x, out, stride, group == 0),
-            5 => add_rows::<5>(page, x, out, stride, group == 0),
-            6 => add_rows::<6>(page, x, out, stride, group == 0),
-            7 => add_rows::<7>(page, x, out, stride, group == 0),
-            _ => add_rows::<8>(page, x, out, stride, group == 0),
+        match (page.normal, x.len() / depth) {
+            (false, 1) => add_rows::<false, 1>(page, x, out, stride, group == 0),
+            (false, 2) => add_rows::<false, 2>(page, x, out, stride, group == 0),
+            (false, 3) => add_rows::<false, 3>(page, x, out, stride, group == 0),
+            (false, 4) => add_rows::<false, 4>(page, x, out, stride, group == 0),
+            (false, 5) => add_rows::<false, 5>(page, x, out, stride, group == 0),
+            (false, 6) => add_rows::<false, 6>(page, x, out, stride, group == 0),
+            (false, 7) => add_rows::<false, 7>(page, x, out, stride, group == 0),
+            (false, _) => add_rows::<false, 8>(page, x, out, stride, group == 0),
+            (true, 1) => add_rows::<true, 1>(page, x, out, stride, group == 0),
+            (true, 2) => add_rows::<true, 2>(page, x, out, stride, group == 0),
+            (true, 3) => add_rows::<true, 3>(page, x, out, stride, group == 0),
+            (true, 4) => add_rows::<true, 4>(page, x, out, stride, group == 0),
+            (true, 5) => add_rows::<true, 5>(page, x, out, stride, group == 0),
+            (true, 6) => add_rows::<true, 6>(page, x, out, stride, group == 0),
+            (true, 7) => add_rows::<true, 7>(page, x, out, stride, group == 0),
+            (true, _) => add_rows::<true, 8>(page, x, out, stride, group == 0),
         }
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn add_rows<const R: usize>(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize, prefetch: bool) {
+fn add_rows<const NORMAL: bool, const R: usize>(
+    page: &MixedPage,
+    x: &[f32],
+    out: &mut [f32],
+    stride: usize,
+    prefetch: bool,
+) {
     let depth = page.factors.len();
     let mut int8 = [0i8; MAX_ROWS * MAX_DEPTH];
     let mut scale = [_mm512_setzero_ps(); R];
@@ -48,7 +63,7 @@ fn add_rows<const R: usize>(page: &MixedPage, x: &[f32], out: &mut [f32], stride
             prefetch_next(page.codes, block, blocks);
         }
         let coefficients = Coefficients { int8: &int8[..R * depth], stride: depth };
-        let sums = dot::<R>(page.tile, &page.segments, page.codes, block, coefficients);
+        let sums = dot::<NORMAL, R>(page.tile, &page.segments, page.codes, block, coefficients);
         for row in 0..R {
             for half in 0..2 {
                 let at = row * stride + block * LANE_BLOCK + half * 16;
@@ -83,11 +98,10 @@ fn round(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> (f32, f32) {
         return (0.0, _mm512_reduce_add_ps(mid));
     }
     let inverse = _mm512_set1_ps(127.0 / max);
-    // Twice the centre is an integer: 15, 7, 3 or 1.
     let mut centres = _mm512_setzero_si512();
     for d in (0..depth).step_by(SEGMENT) {
         let n = _mm512_cvtps_epi32(_mm512_mul_ps(load(&scaled, d), inverse));
-        let twice = _mm512_set1_epi32((1 << page.segments.bits(d / SEGMENT)) - 1);
+        let twice = _mm512_set1_epi32(page.twice_centre(page.segments.bits(d / SEGMENT)));
         centres = _mm512_add_epi32(centres, _mm512_mullo_epi32(n, twice));
         let to = &mut int8[d..d + SEGMENT];
         // SAFETY: the slice holds sixteen bytes.
@@ -109,10 +123,19 @@ fn gather(x: &[f32], order: &[u8]) -> __m512 {
     unsafe { _mm512_i32gather_ps::<4>(index, x.as_ptr()) }
 }
 
+/// What codes of `bits` bits stand for in pages with normal levels.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn normal_levels(codes: [__m512i; 2], bits: usize) -> [__m512i; 2] {
+    // SAFETY: a row of the table is sixteen bytes.
+    let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(NORMAL_LEVELS[bits].as_ptr().cast()) });
+    codes.map(|codes| _mm512_shuffle_epi8(table, codes))
+}
+
 /// Dot products of the lanes of block `block` with `R` coefficient rows, which are in the order of the depth.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn dot<const R: usize>(
+fn dot<const NORMAL: bool, const R: usize>(
     tile: &MixedTile,
     segments: &Segments,
     bytes: &[u8],
@@ -127,12 +150,13 @@ fn dot<const R: usize>(
     let (mask4, mask2, mask1) = (_mm512_set1_epi8(15), _mm512_set1_epi8(3), _mm512_set1_epi8(1));
     let bit2 = _mm512_set1_epi8(4);
     let plane = 2 * four + three + two;
+    let levels = |codes, bits: usize| if NORMAL { normal_levels(codes, bits) } else { codes };
     // SAFETY: every quad below belongs to one of the `n` segments, whose coefficients the assertion above covers.
     unsafe {
         for word in 0..2 * four {
             let words = load_codes(base, word * 128);
             for f in 0..2 {
-                add_quad(&mut sums, field(words, f, mask4, 4), coefficients, word * 2 + f);
+                add_quad(&mut sums, levels(field(words, f, mask4, 4), 4), coefficients, word * 2 + f);
             }
         }
         for i in 0..three {
@@ -149,13 +173,14 @@ fn dot<const R: usize>(
                     };
                     _mm512_ternarylogic_epi32::<0xea>(moved, bit2, low[half])
                 });
-                add_quad(&mut sums, codes, coefficients, (four + i) * SEGMENT_QUADS + f);
+                add_quad(&mut sums, levels(codes, 3), coefficients, (four + i) * SEGMENT_QUADS + f);
             }
         }
         for segment in four + three..four + three + two {
             let words = load_codes(base, (four + segment) * 128);
             for f in 0..SEGMENT_QUADS {
-                add_quad(&mut sums, field(words, f, mask2, 2), coefficients, segment * SEGMENT_QUADS + f);
+                let codes = levels(field(words, f, mask2, 2), 2);
+                add_quad(&mut sums, codes, coefficients, segment * SEGMENT_QUADS + f);
             }
         }
         for i in 0..one {
@@ -163,7 +188,7 @@ fn dot<const R: usize>(
             let words = load_codes(base, (plane + odd / 2) * 128);
             for f in 0..SEGMENT_QUADS {
                 let codes = field(words, odd % 2 * SEGMENT_QUADS + f, mask1, 1);
-                add_quad(&mut sums, codes, coefficients, segment * SEGMENT_QUADS + f);
+                add_quad(&mut sums, levels(codes, 1), coefficients, segment * SEGMENT_QUADS + f);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! One row's uniform quantizer, which codecs with a step per token share: its range, its codes, its unbiased refit.
+//! One row's scalar quantizer, which codecs with a step per token share: its range, its codes, its unbiased refit.
 //!
 //! Compiled once more for each instruction set and must give the same bytes: no fused multiply-add, and sums over a row
 //! are kept in [`LANES`] partial sums (element `i` goes to sum `i % LANES`) added in order at the end.
@@ -12,12 +12,30 @@ const LANES: usize = 16;
 
 /// Codes from 0 to `levels - 1` about zero (`symmetric`) or about a mid-point.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Uniform {
+pub(crate) struct Quantizer {
     pub(crate) levels: u32,
+    /// Codes stand for [`NORMAL_LEVELS`] instead of equal steps; symmetric only, and at most 16 levels.
+    pub(crate) normal: bool,
     pub(crate) symmetric: bool,
     pub(crate) clip: Clip,
     pub(crate) refit: bool,
 }
+
+/// Levels of the best quantizer of 1 to 4 bits for a Gaussian (Max 1960, Lloyd 1982), at index `bits`, in steps of
+/// 1 / [`NORMAL_CENTRE`] of the outermost one: what integer kernels multiply. Their middle is [`NORMAL_CENTRE`].
+pub(crate) static NORMAL_LEVELS: [[u8; 16]; 5] = [
+    [0; 16],
+    [0, 126, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    [0, 44, 82, 126, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    [0, 24, 41, 56, 70, 85, 102, 126, 0, 0, 0, 0, 0, 0, 0, 0],
+    [0, 15, 26, 34, 41, 48, 54, 60, 66, 72, 78, 85, 92, 100, 111, 126],
+];
+
+/// The level, between two of them, that stands for zero.
+pub(crate) const NORMAL_CENTRE: f32 = 63.0;
+
+/// Outermost of [`NORMAL_LEVELS`] for a Gaussian of unit variance.
+const NORMAL_TOP: [f32; 5] = [0.0, 0.7979, 1.510, 2.152, 2.733];
 
 /// The parameters of one row before they are rounded.
 #[derive(Clone, Copy, Debug)]
@@ -59,11 +77,33 @@ pub(crate) fn range(x: &[f32]) -> (f32, f32) {
     (low, high)
 }
 
-impl Uniform {
+impl Quantizer {
+    /// What codes stand for, when nothing is to be coded.
+    #[inline(always)]
+    pub(crate) fn of_codes(bits: usize, normal: bool) -> Self {
+        Self { levels: 1 << bits, normal, symmetric: true, clip: Clip::Auto, refit: false }
+    }
+
     /// The code value, possibly between two codes, that stands for the middle of the range.
     #[inline(always)]
     pub(crate) fn centre(&self) -> f32 {
-        (self.levels - 1) as f32 * 0.5
+        if self.normal {
+            NORMAL_CENTRE
+        } else {
+            (self.levels - 1) as f32 * 0.5
+        }
+    }
+
+    #[inline(always)]
+    fn normal_levels(&self) -> &'static [u8] {
+        &NORMAL_LEVELS[self.levels.ilog2() as usize][..self.levels as usize]
+    }
+
+    /// What a code stands for, in steps above or below the middle.
+    #[inline(always)]
+    pub(crate) fn value(&self, code: u8) -> f32 {
+        let level = if self.normal { self.normal_levels()[usize::from(code)] } else { code };
+        f32::from(level) - self.centre()
     }
 
     /// Range of the codes of a row, before coding.
@@ -78,6 +118,10 @@ impl Uniform {
         let step = match self.clip {
             Clip::Factor(_) | Clip::Cells => widest * self.clip.affine(self.levels),
             Clip::Auto if self.levels == 256 => widest,
+            Clip::Auto if self.normal => {
+                let rms = (sum(x.iter().map(|x| x * x)) / x.len() as f32).sqrt();
+                (rms * NORMAL_TOP[self.levels.ilog2() as usize] / NORMAL_CENTRE).min(widest)
+            }
             Clip::Auto => {
                 let rms = (sum(x.iter().map(|x| x * x)) / x.len() as f32).sqrt();
                 (rms * gaussian_step(self.levels)).min(widest)
@@ -91,15 +135,23 @@ impl Uniform {
     pub(crate) fn code(&self, x: &[f32], step: f32, mid: f32, codes: &mut [u8]) -> f32 {
         let (centre, top) = (self.centre(), (self.levels - 1) as f32);
         let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
-        for (code, &x) in codes.iter_mut().zip(x) {
-            // Adding a half and cutting rounds to nearest; the value is not negative after the clamp.
-            *code = (((x - mid) * inverse + centre).clamp(0.0, top) + 0.5) as u8;
+        if self.normal {
+            codes.fill(0);
+            for pair in self.normal_levels().windows(2) {
+                let border = (f32::from(pair[0]) + f32::from(pair[1])) * 0.5 - centre;
+                codes.iter_mut().zip(x).for_each(|(code, &x)| *code += u8::from(x * inverse > border));
+            }
+        } else {
+            for (code, &x) in codes.iter_mut().zip(x) {
+                // Adding a half and cutting rounds to nearest; the value is not negative after the clamp.
+                *code = (((x - mid) * inverse + centre).clamp(0.0, top) + 0.5) as u8;
+            }
         }
         if !self.refit {
             return step;
         }
         let energy = sum(x.iter().map(|x| (x - mid) * (x - mid)));
-        let inner = sum(x.iter().zip(codes.iter()).map(|(x, &c)| (x - mid) * (f32::from(c) - centre)));
+        let inner = sum(x.iter().zip(codes.iter()).map(|(x, &c)| (x - mid) * self.value(c)));
         if inner > 0.0 {
             energy / inner
         } else {
@@ -122,7 +174,7 @@ impl Uniform {
         [encode_step(self.code(x, step, e4m3_decode(mid) * power(bases[1]), codes)), mid]
     }
 
-    /// A step as [`Uniform::seal`] gives it.
+    /// A step as [`Quantizer::seal`] gives it.
     #[inline(always)]
     pub(crate) fn read_step(&self, byte: u8, base: u8) -> f32 {
         if self.symmetric {
