@@ -59,6 +59,13 @@ struct Case {
 const char * const SKVQ_2 = "skvq:k=2,v=2";
 const char * const SKVQ_3 = "skvq:k=3,v=3";
 const char * const SKVQ_4 = "skvq:k=4,v=4";
+const char * const KIVI_2 = "kivi:k=2.25";
+const char * const KIVI_3 = "kivi:k=3,v=3";
+const char * const KIVI_4 = "kivi:k=4,v=4";
+const char * const OTT_2  = "ott:k=2.25";
+const char * const OTT_3  = "ott:k=3,v=3";
+const char * const OTT_4  = "ott:k=4,v=4";
+const char * const QAQ    = "qaq:bits=2.25";
 
 const std::vector<Case> QUICK = {
     { SKVQ_2,   4096, 1, 128, 4, 2 },
@@ -73,6 +80,13 @@ const std::vector<Case> FULL = {
     { SKVQ_2, 131072,   1, 128, 4, 2 },
     { SKVQ_3,  32768,   1, 128, 4, 2 },
     { SKVQ_4,  32768,   1, 128, 4, 2 },
+    { KIVI_2,  32768,   1, 128, 4, 2 },
+    { KIVI_3,  32768,   1, 128, 4, 2 },
+    { KIVI_4,  32768,   1, 128, 4, 2 },
+    { OTT_2,   32768,   1, 128, 4, 2 },
+    { OTT_3,   32768,   1, 128, 4, 2 },
+    { OTT_4,   32768,   1, 128, 4, 2 },
+    { QAQ,     32768,   1, 128, 4, 2 },
     { SKVQ_2,  32768,   1, 128, 4, 1 },
     { SKVQ_2,   8192,   1,  64, 4, 2 },
     { SKVQ_2,   8192,   1,  96, 4, 2 },
@@ -102,6 +116,20 @@ const std::vector<Bar> BARS = {
     { "ratio_q4_0", "skvq:k=3,v=3/32768/1/128/4/2",   "", true, 28.0 },
     { "ratio_f16",  "skvq:k=4,v=4/32768/1/128/4/2",   "", true, 15.0 },
     { "ratio_q4_0", "skvq:k=4,v=4/32768/1/128/4/2",   "", true, 28.0 },
+    { "ratio_f16",  "kivi:k=2.25/32768/1/128/4/2",    "", true, 15.0 },
+    { "ratio_q4_0", "kivi:k=2.25/32768/1/128/4/2",    "", true, 28.0 },
+    { "ratio_f16",  "kivi:k=3,v=3/32768/1/128/4/2",   "", true, 15.0 },
+    { "ratio_q4_0", "kivi:k=3,v=3/32768/1/128/4/2",   "", true, 28.0 },
+    { "ratio_f16",  "kivi:k=4,v=4/32768/1/128/4/2",   "", true, 15.0 },
+    { "ratio_q4_0", "kivi:k=4,v=4/32768/1/128/4/2",   "", true, 28.0 },
+    { "ratio_f16",  "ott:k=2.25/32768/1/128/4/2",     "", true, 15.0 },
+    { "ratio_q4_0", "ott:k=2.25/32768/1/128/4/2",     "", true, 28.0 },
+    { "ratio_f16",  "ott:k=3,v=3/32768/1/128/4/2",    "", true, 15.0 },
+    { "ratio_q4_0", "ott:k=3,v=3/32768/1/128/4/2",    "", true, 28.0 },
+    { "ratio_f16",  "ott:k=4,v=4/32768/1/128/4/2",    "", true, 15.0 },
+    { "ratio_q4_0", "ott:k=4,v=4/32768/1/128/4/2",    "", true, 28.0 },
+    { "ratio_f16",  "qaq:bits=2.25/32768/1/128/4/2",  "", true,  8.0 },
+    { "ratio_q4_0", "qaq:bits=2.25/32768/1/128/4/2",  "", true, 15.0 },
     { "ratio_f16",  "skvq:k=2,v=2/32768/512/128/4/2", "", true,  4.0 },
     { "ratio_q4_0", "skvq:k=2,v=2/32768/512/128/4/2", "", true, 30.0 },
     { "us_kvq", "skvq:k=2,v=2/131072/1/128/4/2", "skvq:k=2,v=2/32768/1/128/4/2", false, 4.5 },
@@ -266,7 +294,7 @@ struct Inputs {
 // One way to attend over the rows of a case.
 struct Backend {
     virtual ~Backend() = default;
-    virtual void append(int cell, int n, const float * k, const float * v) = 0;
+    virtual void append(int cell, int n, const float * k, const float * v, const float * q) = 0;
     virtual void run() = 0;
     virtual const float * out() const = 0;
     // The rows of one KV head as the backend holds them, [n_kv][head_dim].
@@ -309,7 +337,7 @@ public:
         ggml_backend_buffer_free(buffer_);
         ggml_free(ctx_);
     }
-    void append(int cell, int n, const float * k, const float * v) override {
+    void append(int cell, int n, const float * k, const float * v, const float *) override {
         const int64_t width = k_->ne[0];
         const size_t at = size_t(cell) * k_->nb[1];
         ggml_quantize_chunk(type_, k, static_cast<char *>(k_->data) + at, 0, n, width, nullptr);
@@ -357,6 +385,7 @@ public:
         n_splits_ = kvq_attend_splits(layout_, c.n_q, pool.size());
         const size_t n_rows = size_t(c.n_q) * c.n_heads();
         out_.resize(n_rows * dim);
+        lse_.resize(n_rows);
         partial_.resize(n_splits_ > 1 ? n_splits_ * n_rows * (dim + 2) : 0);
         location_.resize(c.n_kv);
     }
@@ -365,7 +394,7 @@ public:
         kvq_planner_free(planner_);
     }
     // The last n_q rows are kept for run(), which attends them before they are stored.
-    void append(int cell, int n, const float * k, const float * v) override {
+    void append(int cell, int n, const float * k, const float * v, const float * q) override {
         const bool last = cell + n == case_.n_kv;
         if (last && n != case_.n_q) {
             die("the last rows must be the ones that are decoded");
@@ -397,6 +426,14 @@ public:
         args.plan = plan_.data();
         args.plan_len = plan_.size();
         args.n_tokens = n;
+        // What recipes learn from queries: which channels matter, and what attention tokens had. Denominators as those of
+        // Gaussian scores whose variance is that of these rows.
+        const std::vector<float> lse(size_t(n) * case_.n_heads(), std::log(cell + n) + 0.9f);
+        args.q = q;
+        args.q_stride_token = size_t(case_.head_dim) * case_.n_heads();
+        args.q_stride_head = case_.head_dim;
+        args.lse = lse.data();
+        args.scale = case_.scale();
         const double start = now();
         pool_.run([&](int part, int n_parts) { ok(kvq_store(layout_, &args, part, n_parts)); });
         if (cell > 0) {
@@ -425,10 +462,11 @@ public:
         args.n_tokens = case_.n_q;
         args.n_splits = n_splits_;
         args.out = n_splits_ > 1 ? partial_.data() : out_.data();
+        args.lse = n_splits_ > 1 ? nullptr : lse_.data();
         pool_.run([&](int part, int n_parts) { ok(kvq_attend(layout_, &args, part, n_parts)); });
         if (n_splits_ > 1) {
             pool_.run([&](int part, int n_parts) {
-                ok(kvq_combine(layout_, partial_.data(), nullptr, n_splits_, case_.n_q, out_.data(), nullptr, part, n_parts));
+                ok(kvq_combine(layout_, partial_.data(), nullptr, n_splits_, case_.n_q, out_.data(), lse_.data(), part, n_parts));
             });
         }
     }
@@ -465,7 +503,7 @@ private:
     kvq_layout * layout_;
     std::unique_ptr<Buffer> k_mem_, v_mem_;
     uint32_t n_splits_;
-    std::vector<float> out_, partial_, k_cur_, v_cur_;
+    std::vector<float> out_, lse_, partial_, k_cur_, v_cur_;
     std::vector<int32_t> plan_, location_;
     std::vector<double> store_us_;
 };
@@ -473,14 +511,15 @@ private:
 // Fills all backends with the same rows, an ubatch at a time.
 void fill(const Case & c, const std::vector<Backend *> & backends) {
     const size_t width = size_t(c.head_dim) * N_KV_HEADS;
-    std::vector<float> k(UBATCH * width), v(UBATCH * width);
-    Rows keys(1), values(2);
+    std::vector<float> k(UBATCH * width), v(UBATCH * width), q(UBATCH * width * c.gqa);
+    Rows keys(1), values(2), queries(4);
     for (int cell = 0; cell < c.n_kv;) {
         const int n = cell < c.n_kv - c.n_q ? std::min(UBATCH, c.n_kv - c.n_q - cell) : c.n_q;
         keys.fill(k.data(), n, N_KV_HEADS, c.head_dim, true);
         values.fill(v.data(), n, N_KV_HEADS, c.head_dim, false);
+        queries.fill(q.data(), n, c.n_heads(), c.head_dim, false);
         for (Backend * b : backends) {
-            b->append(cell, n, k.data(), v.data());
+            b->append(cell, n, k.data(), v.data(), q.data());
         }
         cell += n;
     }

@@ -11,7 +11,7 @@
 use std::hint::black_box;
 
 use kvq::codec::bench_api::{ExactBench, PageBench};
-use kvq::codec::{Side, HEADER_BYTES, REGISTRY};
+use kvq::codec::{Side, HEADER_BYTES};
 use kvq::recipe::Recipe;
 use kvq::simd::{Isa, IsaToken};
 
@@ -35,11 +35,19 @@ fn main() {
     for isa in Isa::ALL {
         let Some(token) = IsaToken::new(isa) else { continue };
         for width in ["1.6", "2", "3", "4", "8"] {
-            bench.group(token, &format!("skvq:k={width},v={width}"), width, 128);
+            bench.codec(token, &format!("skvq:k={width},v={width}"), &format!("group {width}"), 128);
         }
-        bench.group(token, "skvq:k=2,v=2,group=64", "2/64", 128);
+        bench.codec(token, "skvq:k=2,v=2,group=64", "group 2/64", 128);
         for dim in [64, 96, 256] {
-            bench.group(token, "skvq:k=2,v=2", "2", dim);
+            bench.codec(token, "skvq:k=2,v=2", "group 2", dim);
+        }
+        for width in ["2.25", "3", "4"] {
+            bench.side(token, &format!("kivi:k={width}"), &format!("channel {width}"), 128, Side::Key);
+        }
+        for (keys, name) in
+            [("2.25", "2.25"), ("3", "3"), ("2.25,levels=normal", "2.25 n"), ("2.25,outliers=1", "2.25 o")]
+        {
+            bench.codec(token, &format!("qaq:bits={keys}"), &format!("adaptive {name}"), 128);
         }
         bench.exact(token, 128);
     }
@@ -72,30 +80,30 @@ struct Case<'a> {
 }
 
 impl Bench {
-    /// Seals, scores and accumulates pages of codec `group`.
-    fn group(&self, token: IsaToken, spec: &str, codec: &str, dim: usize) {
+    /// Seals, scores and accumulates pages of both sides of a recipe.
+    fn codec(&self, token: IsaToken, spec: &str, codec: &str, dim: usize) {
+        self.side(token, spec, codec, dim, Side::Key);
+        self.side(token, spec, codec, dim, Side::Value);
+    }
+
+    fn side(&self, token: IsaToken, spec: &str, codec: &str, dim: usize, side: Side) {
         let recipe = Recipe::parse(spec).expect("a recipe of this file");
-        for (side, kernel) in [(Side::Key, "scores"), (Side::Value, "accumulate")] {
-            if !self.wants(&format!("{kernel} {} {codec} {dim}", token.isa().name()))
-                && !self.wants(&format!("seal {} {codec} {dim}", token.isa().name()))
-            {
-                continue;
-            }
-            let mut pages = Pages::new(&recipe, side, dim, token);
-            let seal = if side == Side::Key { "seal keys" } else { "seal values" };
-            let bytes = pages.bench.page_bytes() as f64 / PAGE as f64;
-            let case = |kernel, rows, set, int8| {
-                let codes = (dim * rows) as f64;
-                Case { kernel, token, codec, dim, rows, set, bytes, codes, int8 }
-            };
-            self.run(&case(seal, 1, "L2", false), PAGE, || pages.seal_one());
-            for rows in [4, 32] {
-                pages.check(&recipe, side, rows);
-                for set in ["L2", "memory"] {
-                    let n =
-                        pages.repeat(if set == "L2" { DISTINCT_PAGES } else { MEMORY_BYTES / (bytes as usize * PAGE) });
-                    self.run(&case(kernel, rows, set, true), PAGE * n, || pages.pass(side));
-                }
+        let (kernel, seal) = if side == Side::Key { ("scores", "seal keys") } else { ("accumulate", "seal values") };
+        if ![kernel, seal].iter().any(|kernel| self.wants(&format!("{kernel} {} {codec} {dim}", token.isa().name()))) {
+            return;
+        }
+        let mut pages = Pages::new(&recipe, side, dim, token);
+        let bytes = pages.bench.page_bytes() as f64 / PAGE as f64;
+        let case = |kernel, rows, set, int8| {
+            let codes = (dim * rows) as f64;
+            Case { kernel, token, codec, dim, rows, set, bytes, codes, int8 }
+        };
+        self.run(&case(seal, 1, "L2", false), PAGE, || pages.seal_one());
+        for rows in [4, 32] {
+            pages.check(&recipe, side, rows);
+            for set in ["L2", "memory"] {
+                let n = pages.repeat(if set == "L2" { DISTINCT_PAGES } else { MEMORY_BYTES / (bytes as usize * PAGE) });
+                self.run(&case(kernel, rows, set, true), PAGE * n, || pages.pass(side));
             }
         }
     }
@@ -167,7 +175,7 @@ impl Bench {
         }
         let floor = floor.map_or(String::new(), |floor| format!(" {floor:>9.3} {:>5.0}%", 100.0 * floor / median));
         println!(
-            "{kernel:<16} {isa:<7} {codec:<5} {dim:>4} {rows:>4} {set:<7} {min:>9.3} {median:>9.3} {max:>9.3} \
+            "{kernel:<16} {isa:<7} {codec:<15} {dim:>4} {rows:>4} {set:<7} {min:>9.3} {median:>9.3} {max:>9.3} \
              {gb:>8.2} {rate:>9.1}{floor}"
         );
     }
@@ -185,7 +193,7 @@ impl Bench {
             self.peak / 1e9
         );
         println!(
-            "{:<16} {:<7} {:<5} {:>4} {:>4} {:<7} {:>9} {:>9} {:>9} {:>8} {:>9} {:>9} {:>6}",
+            "{:<16} {:<7} {:<15} {:>4} {:>4} {:<7} {:>9} {:>9} {:>9} {:>8} {:>9} {:>9} {:>6}",
             "kernel",
             "isa",
             "codec",
@@ -280,7 +288,7 @@ impl Pages {
             self.bench.accumulate(header, bytes, &mut self.out);
             reference.accumulate(header, bytes, &mut want);
         }
-        assert_close(&self.out, &want, REGISTRY[0].nmse, &recipe.spec());
+        assert_close(&self.out, &want, self.bench.info().nmse, &recipe.spec());
     }
 }
 

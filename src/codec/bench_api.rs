@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use super::query::{Probabilities, Query};
-use super::{PageCodec, PageRef, SealRows, Side};
+use super::{CodecInfo, PageCodec, PageRef, SealRows, Side, REGISTRY};
 use crate::error::Result;
 use crate::recipe::Recipe;
 use crate::simd::{kernels, ExactRows, IsaToken, Kernels, Logits, State};
@@ -27,6 +27,12 @@ impl PageBench {
 
     pub fn page_bytes(&self) -> usize {
         self.codec.page_bytes()
+    }
+
+    /// The codec's row of the registry.
+    pub fn info(&self) -> &'static CodecInfo {
+        let format = self.codec.format();
+        REGISTRY.iter().find(|row| format.starts_with(row.name)).expect("formats start with a name of the registry")
     }
 
     /// Seals a full page; `rows` is scratch afterwards.

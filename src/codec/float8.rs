@@ -1,5 +1,8 @@
 //! The two 8-bit number formats of page metadata. Both are scaled by a power of two that the page's header holds.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
 
 /// Largest finite E4M3 value.
 pub const E4M3_MAX: f32 = 448.0;

@@ -46,9 +46,19 @@ pub(crate) fn store(x: &mut [f32], at: usize, value: __m256) {
 #[inline]
 pub(crate) fn prefetch_next(page: &[u8], part: usize, parts: usize) {
     let (next, lines) = (page.as_ptr().wrapping_add(page.len()), page.len().div_ceil(64));
-    for line in part * lines / parts..(part + 1) * lines / parts {
+    let share = lines.div_ceil(parts);
+    for line in part * share..((part + 1) * share).min(lines) {
         // SAFETY: a hint, which no address makes fault.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(line * 64).cast()) };
+    }
+}
+
+/// Asks for what the next page has from byte `from` on.
+#[inline]
+pub(crate) fn prefetch_next_from(page: &[u8], from: usize) {
+    for at in (from..page.len()).step_by(64) {
+        // SAFETY: a hint, which no address makes fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(page.as_ptr().wrapping_add(page.len() + at).cast()) };
     }
 }
 

@@ -1,6 +1,7 @@
 //! AVX-512 forms of the kernels that do not depend on a codec.
 
 use std::arch::x86_64::*;
+use std::f32::consts::LOG2_E;
 
 use super::{ExactRows, IsaToken, Kernels, Logits, State};
 
@@ -31,6 +32,24 @@ pub(crate) fn load(x: &[f32], at: usize) -> __m512 {
     unsafe { _mm512_loadu_ps(x.as_ptr()) }
 }
 
+/// Sixteen bytes at `x[at..]`, bounds checked, as integers of 32 bits.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn load_bytes(x: &[u8], at: usize) -> __m512i {
+    let x = &x[at..at + 16];
+    // SAFETY: the slice holds sixteen bytes.
+    _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(x.as_ptr().cast()) })
+}
+
+/// Sixteen little-endian half floats at byte `at`, bounds checked.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn load_half(x: &[u8], at: usize) -> __m512 {
+    let x = &x[at..at + 32];
+    // SAFETY: the slice holds sixteen half floats.
+    _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(x.as_ptr().cast()) })
+}
+
 /// Stores sixteen floats at `x[at..]`, bounds checked.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -38,6 +57,36 @@ pub(crate) fn store(x: &mut [f32], at: usize, value: __m512) {
     let x = &mut x[at..at + 16];
     // SAFETY: the slice holds sixteen floats.
     unsafe { _mm512_storeu_ps(x.as_mut_ptr(), value) }
+}
+
+/// Four times sixteen integers that fit into a byte, as bytes in order.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(crate) fn pack_bytes(x: [__m512i; 4]) -> __m512i {
+    let pairs = [_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3])];
+    // Packing works in lanes of 128 bits: lane l now holds four bytes of each vector's lane l.
+    let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_permutexvar_epi32(order, _mm512_packs_epi16(pairs[0], pairs[1]))
+}
+
+/// Stores 64 bytes at `x[at..]`, bounds checked.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn store_bytes(x: &mut [i8], at: usize, value: __m512i) {
+    let x = &mut x[at..at + 64];
+    // SAFETY: the slice holds 64 bytes.
+    unsafe { _mm512_storeu_si512(x.as_mut_ptr().cast(), value) }
+}
+
+/// Dot product of two rows of a whole number of vectors.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn dot_floats(a: &[f32], b: &[f32]) -> f32 {
+    let mut sum = _mm512_setzero_ps();
+    for (a, b) in a.chunks_exact(16).zip(b.chunks_exact(16)) {
+        sum = _mm512_fmadd_ps(load(a, 0), load(b, 0), sum);
+    }
+    _mm512_reduce_add_ps(sum)
 }
 
 /// The sums over each of sixteen vectors.
@@ -139,29 +188,29 @@ fn add_rows<const Q: usize, const Z: usize>(
     }
 }
 
-/// `e^x` for `x <= 0` to about 2 units in the last place; exactly 0 below -87.
+/// `2^x` for `x <= 0` to about 2 units in the last place; exactly 0 below -125, NaN for NaN.
 #[inline]
+#[allow(clippy::approx_constant, reason = "a coefficient near ln 2, not ln 2")]
 #[target_feature(enable = "avx512f")]
-fn exp(x: __m512) -> __m512 {
+fn exp2(x: __m512) -> __m512 {
     let c = |x: f32| _mm512_set1_ps(x);
-    let keep = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, c(-87.0));
-    let y = _mm512_mul_ps(x, c(std::f32::consts::LOG2_E));
-    let n = _mm512_roundscale_ps::<0>(y);
-    // The fractional part from x itself, in two steps, so that large |x| keep their precision.
-    let r = _mm512_fnmadd_ps(n, c(0.693_359_4), x);
-    let r = _mm512_fnmadd_ps(n, c(-2.121_944_4e-4), r);
-    let mut e = c(1.0 / 720.0);
-    for k in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+    let keep = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, c(-125.0));
+    let n = _mm512_cvtps_epi32(x);
+    let r = _mm512_sub_ps(x, _mm512_cvtepi32_ps(n));
+    // The polynomial of degree 5 of least relative error (7.5e-8) on -0.5 to 0.5, by Remez' algorithm.
+    let mut e = c(0.001_327_647_2);
+    for k in [0.009_675_541, 0.055_507_133, 0.240_221_2, 0.693_147, 1.0] {
         e = _mm512_fmadd_ps(e, r, c(k));
     }
-    _mm512_maskz_scalef_ps(keep, e, n)
+    // To the exponent; NaN has n = -2^31, which adds nothing.
+    _mm512_castsi512_ps(_mm512_maskz_add_epi32(keep, _mm512_castps_si512(e), _mm512_slli_epi32::<23>(n)))
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn tanh(x: __m512) -> __m512 {
     // tanh |x| = (1 - e) / (1 + e) with e = exp(-2 |x|)
-    let e = exp(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2.0)));
+    let e = exp2(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2.0 * LOG2_E)));
     let one = _mm512_set1_ps(1.0);
     let t = _mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e));
     let negative = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, _mm512_setzero_ps());
@@ -170,43 +219,57 @@ fn tanh(x: __m512) -> __m512 {
 
 #[target_feature(enable = "avx512f")]
 fn softmax(scores: &mut [f32], columns: usize, logits: &Logits, state: &mut State) {
-    let cap = logits.softcap;
+    // All maxima first: within a row, weights wait for its maximum.
     for (row, scores) in scores.chunks_exact_mut(columns).enumerate() {
-        let mask_row = logits.mask_row[row] as usize * columns;
-        let slope = _mm512_set1_ps(logits.slopes[row]);
+        if logits.softcap > 0.0 || !logits.mask_is_zero {
+            adjust(scores, row, logits);
+        }
         let mut top = _mm512_set1_ps(state.max[row]);
-        for i in (0..columns).step_by(16) {
-            let mut s = load(scores, i);
-            if cap > 0.0 {
-                s = _mm512_mul_ps(tanh(_mm512_mul_ps(s, _mm512_set1_ps(1.0 / cap))), _mm512_set1_ps(cap));
-            }
-            if !logits.mask_is_zero {
-                s = _mm512_fmadd_ps(slope, load(logits.mask, mask_row + i), s);
-            }
-            store(scores, i, s);
-            top = _mm512_max_ps(s, top);
+        for s in scores.chunks_exact(16) {
+            top = _mm512_max_ps(load(s, 0), top);
         }
-        let max = _mm512_reduce_max_ps(top);
-        if max == f32::NEG_INFINITY {
-            scores.fill(0.0);
-            continue;
-        }
-        state.rescale(row, max);
-        let (max, mut sum) = (_mm512_set1_ps(max), _mm512_setzero_ps());
-        for i in (0..columns).step_by(16) {
-            let e = exp(_mm512_sub_ps(load(scores, i), max));
+        state.rescale(row, _mm512_reduce_max_ps(top));
+    }
+    let log2_e = _mm512_set1_ps(LOG2_E);
+    for (row, scores) in scores.chunks_exact_mut(columns).enumerate() {
+        // Every weight is 0 if nothing has been visible so far.
+        let max = if state.max[row] == f32::NEG_INFINITY { 0.0 } else { state.max[row] };
+        let (offset, mut sum) = (_mm512_set1_ps(max * LOG2_E), _mm512_setzero_ps());
+        for s in scores.chunks_exact_mut(16) {
+            let e = exp2(_mm512_fmsub_ps(load(s, 0), log2_e, offset));
             sum = _mm512_add_ps(sum, e);
-            store(scores, i, e);
+            store(s, 0, e);
         }
         state.sum[row] += _mm512_reduce_add_ps(sum);
     }
 }
 
+/// Soft cap and mask.
+#[target_feature(enable = "avx512f")]
+fn adjust(scores: &mut [f32], row: usize, logits: &Logits) {
+    let cap = logits.softcap;
+    let mask_row = logits.mask_row[row] as usize * scores.len();
+    let slope = _mm512_set1_ps(logits.slopes[row]);
+    for (i, s) in scores.chunks_exact_mut(16).enumerate() {
+        let mut x = load(s, 0);
+        if cap > 0.0 {
+            x = _mm512_mul_ps(tanh(_mm512_mul_ps(x, _mm512_set1_ps(1.0 / cap))), _mm512_set1_ps(cap));
+        }
+        if !logits.mask_is_zero {
+            x = _mm512_fmadd_ps(slope, load(logits.mask, mask_row + 16 * i), x);
+        }
+        store(s, 0, x);
+    }
+}
+
+/// Bytes from what is converted to what is asked for from memory.
+const AHEAD: usize = 2048;
+
 #[target_feature(enable = "avx512f,avx512vl,f16c")]
 fn f16_to_f32(from: &[u8], to: &mut [f32]) {
     for (f, t) in from.chunks_exact(32).zip(to.chunks_exact_mut(16)) {
-        // SAFETY: the chunk holds sixteen half floats.
-        let x = _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(f.as_ptr().cast()) });
+        _mm_prefetch::<_MM_HINT_T0>(f.as_ptr().wrapping_add(AHEAD).cast());
+        let x = load_half(f, 0);
         let x = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_ORD_Q>(x, x), x);
         let x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(65504.0)), _mm512_set1_ps(-65504.0));
         store(t, 0, x);

@@ -27,7 +27,7 @@ use crate::error::{Error, Result, Status};
 use crate::simd::{Isa, IsaToken};
 
 /// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// Most values of a row that can be kept exactly.
 pub const MAX_OUTLIERS: usize = 2;
@@ -72,7 +72,7 @@ pub struct AdaptiveParams {
 /// | steps | `page` | by place, as in codec `group` |
 /// | mid-points | `page` | by place; affine only: E4M3 times `2^(header 1 - 127)` |
 /// | mean | `head_dim` | keys with `mean` only: E4M3 times `2^(header 1 - 127)`; affine keys have none |
-/// | order | `page` | adaptive only: the token at each place |
+/// | order | `page` | adaptive only: keys: the place of each token; values: the token at each place |
 /// | outliers | `3 * outliers * page` | by place: the channels, one byte each, then what to add to their coded values, FP16 |
 ///
 /// padded to 64 bytes. Header byte 0 is the steps' base, bytes 2 and 3 are the numbers of segments of 4 and 3 bits, from
@@ -210,7 +210,8 @@ impl PageCodec for AdaptiveCodec {
             head_dim: self.head_dim,
             group: self.head_dim,
             planes: 1,
-            centre: 0.0,
+            // Times a width's centre: the offset of its tokens.
+            centre: 1.0,
             rotate: self.params.rotate,
         };
         (self.kernels.prepare)(query, rows, &form);

@@ -16,7 +16,7 @@ use crate::shape::MAX_HEAD_DIM;
 
 const MAX_DIM: usize = MAX_HEAD_DIM as usize;
 /// Largest page of any recipe.
-const MAX_PAGE: usize = 256;
+pub(super) const MAX_PAGE: usize = 256;
 
 pub(super) static KERNELS: AdaptiveKernels = AdaptiveKernels {
     seal: |codec, header, page, rows| seal(codec, header, page, rows),
@@ -27,9 +27,12 @@ pub(super) static KERNELS: AdaptiveKernels = AdaptiveKernels {
 };
 
 /// Which tokens have how many bits, and in which order they lie.
-struct Order {
-    segments: Segments,
+pub(super) struct Order {
+    pub(super) segments: Segments,
+    /// The token at each place.
     token: [u8; MAX_PAGE],
+    /// The place of each token.
+    place: [u8; MAX_PAGE],
 }
 
 /// Values of one row that are kept exactly: channels and values.
@@ -65,13 +68,12 @@ pub(super) fn seal(codec: &AdaptiveCodec, header: &mut [u8], page: &mut [u8], ro
         let order = choose_order(codec, rows);
         (header[2], header[3]) = (order.segments.0[0] as u8, order.segments.0[1] as u8);
         if codec.params.adaptive {
-            page[codec.order_offset()..][..codec.page].copy_from_slice(&order.token[..codec.page]);
+            let order = if codec.side == Side::Key { &order.place } else { &order.token };
+            page[codec.order_offset()..][..codec.page].copy_from_slice(&order[..codec.page]);
         }
     }
     let order = read_order(codec, PageRef { header, bytes: page });
-    let mut place = [0u8; MAX_PAGE];
-    (0..codec.page).for_each(|i| place[usize::from(order.token[i])] = i as u8);
-    let place = |i: usize| usize::from(place[rows.at[i] as usize]);
+    let place = |i: usize| usize::from(order.place[rows.at[i] as usize]);
     if rows.fresh {
         let (mut step, mut mid) = (0f32, 0f32);
         for (i, x) in rows.rows.chunks_exact(dim).enumerate() {
@@ -134,29 +136,45 @@ fn choose_order(codec: &AdaptiveCodec, rows: &SealRows) -> Order {
     by_place.iter_mut().zip(token).for_each(|(w, t)| *w = weight[usize::from(*t)]);
     let weight = &by_place[..codec.page];
     order.segments = mixed::share_out(weight, codec.segment(), codec.budget, codec.params.min_bits);
+    invert(&order.token[..codec.page], &mut order.place);
     order
 }
 
 fn natural_order(segments: Segments) -> Order {
-    Order { segments, token: std::array::from_fn(|i| i as u8) }
+    let order = std::array::from_fn(|i| i as u8);
+    Order { segments, token: order, place: order }
+}
+
+/// Makes of the token at each place the place of each token, and the other way round.
+#[inline(always)]
+fn invert(order: &[u8], inverse: &mut [u8; MAX_PAGE]) {
+    order.iter().enumerate().for_each(|(i, &at)| inverse[usize::from(at)] = i as u8);
+}
+
+#[inline(always)]
+pub(super) fn read_segments(codec: &AdaptiveCodec, page: PageRef) -> Segments {
+    let (four, three) = (usize::from(page.header[2]), usize::from(page.header[3]));
+    let n = codec.n_segments();
+    // A page that was never sealed has no header; its rows are read by nobody.
+    Segments::complete(four, three, n, codec.budget).unwrap_or(Segments::uniform(1, n))
 }
 
 #[inline(always)]
 fn read_order(codec: &AdaptiveCodec, page: PageRef) -> Order {
-    let (four, three) = (usize::from(page.header[2]), usize::from(page.header[3]));
-    let n = codec.n_segments();
-    // A page that was never sealed has no header; its rows are read by nobody.
-    let mut order = natural_order(Segments::complete(four, three, n, codec.budget).unwrap_or(Segments::uniform(1, n)));
+    let mut order = natural_order(read_segments(codec, page));
     if codec.params.adaptive {
         let stored = &page.bytes[codec.order_offset()..][..codec.page];
-        order.token.iter_mut().zip(stored).for_each(|(token, &t)| *token = t.min((codec.page - 1) as u8));
+        let Order { token, place, .. } = &mut order;
+        let (read, other) = if codec.side == Side::Key { (place, token) } else { (token, place) };
+        read.iter_mut().zip(stored).for_each(|(to, &at)| *to = at.min((codec.page - 1) as u8));
+        invert(&read[..codec.page], other);
     }
     order
 }
 
 /// Runs of places of one width: first segment, number of segments, bits.
 #[inline(always)]
-fn runs(segments: &Segments) -> impl Iterator<Item = (usize, usize, usize)> {
+pub(super) fn runs(segments: &Segments) -> impl Iterator<Item = (usize, usize, usize)> {
     let mut first = 0;
     segments.0.into_iter().zip((1..=MAX_BITS).rev()).filter(|(n, _)| *n > 0).map(move |(n, bits)| {
         first += n;
@@ -166,7 +184,7 @@ fn runs(segments: &Segments) -> impl Iterator<Item = (usize, usize, usize)> {
 
 /// Keys: where the codes of the run from segment `first` lie.
 #[inline(always)]
-fn run_offset(codec: &AdaptiveCodec, segments: &Segments, first: usize) -> usize {
+pub(super) fn run_offset(codec: &AdaptiveCodec, segments: &Segments, first: usize) -> usize {
     (0..first).map(|s| segments.bits(s)).sum::<usize>() * LANE_BLOCK * codec.head_dim / 8
 }
 
@@ -245,7 +263,7 @@ fn read_outliers<'a>(codec: &AdaptiveCodec, page: PageRef<'a>) -> impl Iterator<
 pub(super) fn decode_transformed(codec: &AdaptiveCodec, page: PageRef, row: usize, out: &mut [f32]) {
     let order = read_order(codec, page);
     let (steps, mids) = read_params(codec, page);
-    let place = order.token[..codec.page].iter().position(|t| usize::from(*t) == row).unwrap_or(row);
+    let place = usize::from(order.place[row]);
     if codec.params.mean {
         quantizer::read_mean(&page.bytes[codec.mean_offset()..][..codec.head_dim], page.header[1], out);
     } else {
@@ -289,6 +307,7 @@ pub(super) fn scores(
             tile: &tile,
             segments: Segments::uniform(bits, dim / SEGMENT),
             codes: &page.bytes[run_offset(codec, &order.segments, first)..][..tile.bytes()],
+            ahead: page.bytes.len(),
             normal: codec.params.normal,
             order: &[],
             factors: &[1.0; MAX_DIM][..dim],
@@ -331,6 +350,7 @@ pub(super) fn accumulate(
         tile: &tile,
         segments: order.segments,
         codes: &page.bytes[..tile.bytes()],
+        ahead: page.bytes.len(),
         normal: codec.params.normal,
         order: &order.token[..n],
         factors: &steps[..n],

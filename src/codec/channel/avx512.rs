@@ -3,6 +3,7 @@
 
 use super::{scalar, ChannelCodec, ChannelKernels, PageRef, Query, SealRows};
 use crate::codec::mixed::avx512::add_products;
+use crate::simd::avx2::prefetch_next_from;
 use crate::simd::IsaToken;
 
 static KERNELS: ChannelKernels = ChannelKernels {
@@ -24,5 +25,6 @@ fn seal(codec: &ChannelCodec, header: &mut [u8], page: &mut [u8], rows: &mut Sea
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")]
 fn scores(codec: &ChannelCodec, page: PageRef, query: &Query, out: &mut [f32]) {
+    prefetch_next_from(page.bytes, codec.tile.bytes());
     scalar::scores(codec, page, query, out, |page, x, out, n| add_products(page, x, out, n));
 }

@@ -245,6 +245,7 @@ pub(super) fn scores(
         tile: &codec.tile,
         segments: order.segments,
         codes: &page.bytes[..codec.tile.bytes()],
+        ahead: page.bytes.len(),
         normal: false,
         order: if codec.params.adaptive { &order.channel[..codec.head_dim] } else { &[] },
         factors: &params.step[..codec.head_dim],

@@ -5,13 +5,36 @@ use std::arch::x86_64::*;
 
 use super::{MixedPage, MixedTile, Segments, SEGMENT, SEGMENT_QUADS};
 use crate::codec::quantizer::NORMAL_LEVELS;
-use crate::codec::tile::avx512::{add_quad, field, load_codes, Coefficients, Sums, MAX_ROWS};
+use crate::codec::tile::avx512::{add_quad, field, Codes, Coefficients, Sums, MAX_ROWS};
 use crate::codec::tile::LANE_BLOCK;
-use crate::simd::avx2::prefetch_next;
-use crate::simd::avx512::{load, store};
+use crate::simd::avx512::{load, load_bytes, pack_bytes, store, store_bytes};
 
 /// Largest depth: channels of a head or tokens of a page.
 const MAX_DEPTH: usize = 256;
+
+/// Calls a kernel with the kind of levels and the number of rows as constants.
+macro_rules! by_levels_and_rows {
+    ($normal:expr, $rows:expr, $call:ident ( $($arg:expr),* )) => {
+        if $normal {
+            by_levels_and_rows!(@rows true, $rows, $call($($arg),*))
+        } else {
+            by_levels_and_rows!(@rows false, $rows, $call($($arg),*))
+        }
+    };
+    (@rows $normal:literal, $rows:expr, $call:ident ( $($arg:expr),* )) => {
+        match $rows {
+            1 => $call::<$normal, 1>($($arg),*),
+            2 => $call::<$normal, 2>($($arg),*),
+            3 => $call::<$normal, 3>($($arg),*),
+            4 => $call::<$normal, 4>($($arg),*),
+            5 => $call::<$normal, 5>($($arg),*),
+            6 => $call::<$normal, 6>($($arg),*),
+            7 => $call::<$normal, 7>($($arg),*),
+            _ => $call::<$normal, 8>($($arg),*),
+        }
+    };
+}
+pub(crate) use by_levels_and_rows;
 
 /// [`MixedPage::add_products`] on the codes as they are, with coefficients rounded to int8.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
@@ -19,24 +42,7 @@ pub(crate) fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride:
     let depth = page.factors.len();
     for (group, x) in x.chunks(MAX_ROWS * depth).enumerate() {
         let out = &mut out[group * MAX_ROWS * stride..];
-        match (page.normal, x.len() / depth) {
-            (false, 1) => add_rows::<false, 1>(page, x, out, stride, group == 0),
-            (false, 2) => add_rows::<false, 2>(page, x, out, stride, group == 0),
-            (false, 3) => add_rows::<false, 3>(page, x, out, stride, group == 0),
-            (false, 4) => add_rows::<false, 4>(page, x, out, stride, group == 0),
-            (false, 5) => add_rows::<false, 5>(page, x, out, stride, group == 0),
-            (false, 6) => add_rows::<false, 6>(page, x, out, stride, group == 0),
-            (false, 7) => add_rows::<false, 7>(page, x, out, stride, group == 0),
-            (false, _) => add_rows::<false, 8>(page, x, out, stride, group == 0),
-            (true, 1) => add_rows::<true, 1>(page, x, out, stride, group == 0),
-            (true, 2) => add_rows::<true, 2>(page, x, out, stride, group == 0),
-            (true, 3) => add_rows::<true, 3>(page, x, out, stride, group == 0),
-            (true, 4) => add_rows::<true, 4>(page, x, out, stride, group == 0),
-            (true, 5) => add_rows::<true, 5>(page, x, out, stride, group == 0),
-            (true, 6) => add_rows::<true, 6>(page, x, out, stride, group == 0),
-            (true, 7) => add_rows::<true, 7>(page, x, out, stride, group == 0),
-            (true, _) => add_rows::<true, 8>(page, x, out, stride, group == 0),
-        }
+        by_levels_and_rows!(page.normal, x.len() / depth, add_rows(page, x, out, stride, group == 0));
     }
 }
 
@@ -49,21 +55,15 @@ fn add_rows<const NORMAL: bool, const R: usize>(
     stride: usize,
     prefetch: bool,
 ) {
-    let depth = page.factors.len();
-    let mut int8 = [0i8; MAX_ROWS * MAX_DEPTH];
-    let mut scale = [_mm512_setzero_ps(); R];
-    let mut offset = [_mm512_setzero_ps(); R];
-    for row in 0..R {
-        let (s, o) = round(page, &x[row * depth..][..depth], &mut int8[row * depth..][..depth]);
-        (scale[row], offset[row]) = (_mm512_set1_ps(s), _mm512_set1_ps(o));
-    }
-    let blocks = page.tile.lanes / LANE_BLOCK;
-    for block in 0..blocks {
-        if prefetch {
-            prefetch_next(page.codes, block, blocks);
-        }
-        let coefficients = Coefficients { int8: &int8[..R * depth], stride: depth };
-        let sums = dot::<NORMAL, R>(page.tile, &page.segments, page.codes, block, coefficients);
+    let stride_int8 = page.factors.len().next_multiple_of(ROUNDED);
+    let mut int8 = [[0i8; MAX_DEPTH]; R];
+    let int8 = &mut int8.as_flattened_mut()[..R * stride_int8];
+    let (scale, offset) = round_rows::<R>(page, x, int8);
+    let codes = Codes { bytes: page.codes, ahead: if prefetch { page.ahead } else { 0 } };
+    let out = &mut out[..(R - 1) * stride + page.tile.lanes];
+    for block in 0..page.tile.lanes / LANE_BLOCK {
+        let coefficients = Coefficients { int8, stride: stride_int8 };
+        let sums = dot::<NORMAL, R>(page.tile, &page.segments, codes, block, coefficients);
         for row in 0..R {
             for half in 0..2 {
                 let at = row * stride + block * LANE_BLOCK + half * 16;
@@ -74,53 +74,86 @@ fn add_rows<const NORMAL: bool, const R: usize>(
     }
 }
 
-/// Puts a row of coefficients times the factors in the order of the depth and rounds it to int8. Gives the unit and what
-/// the codes' centres and the mid-points add to every lane.
+/// Coefficients that are rounded together.
+const ROUNDED: usize = 64;
+
+/// Puts `R` rows of coefficients times the factors in the order of the depth and rounds them to int8, rows a whole number of
+/// [`ROUNDED`] apart. Gives for each row the unit and what the codes' centres and the mid-points add to every lane.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn round(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> (f32, f32) {
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn round_rows<const R: usize>(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> ([__m512; R], [__m512; R]) {
     let depth = page.factors.len();
-    assert!(x.len() == depth && int8.len() == depth && (page.order.is_empty() || page.order.len() == depth));
-    let mut scaled = [0f32; MAX_DEPTH];
+    assert!(page.order.is_empty() || page.order.len() == depth);
+    // Twice the centre of every place, in bytes as the codes are.
+    let twice_centre: [__m512i; MAX_DEPTH / ROUNDED] = std::array::from_fn(|i| {
+        let of_segment = |s: usize| page.twice_centre(page.segments.bits(i * (ROUNDED / SEGMENT) + s)) * 0x0101_0101;
+        let [a, b, c, d] = [0, 1, 2, 3].map(of_segment);
+        _mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d)
+    });
+    let (mut scale, mut offset) = ([_mm512_setzero_ps(); R], [_mm512_setzero_ps(); R]);
+    for row in 0..R {
+        let x = &x[row * depth..][..depth];
+        let int8 = &mut int8[row * depth.next_multiple_of(ROUNDED)..][..depth.next_multiple_of(ROUNDED)];
+        let (unit, sum) = match depth / 32 {
+            1 => round::<1>(page, x, &twice_centre, int8),
+            2 => round::<2>(page, x, &twice_centre, int8),
+            3 => round::<3>(page, x, &twice_centre, int8),
+            4 => round::<4>(page, x, &twice_centre, int8),
+            5 => round::<5>(page, x, &twice_centre, int8),
+            6 => round::<6>(page, x, &twice_centre, int8),
+            7 => round::<7>(page, x, &twice_centre, int8),
+            _ => round::<8>(page, x, &twice_centre, int8),
+        };
+        (scale[row], offset[row]) = (_mm512_set1_ps(unit), _mm512_set1_ps(sum));
+    }
+    (scale, offset)
+}
+
+/// One row of `32 * B` coefficients.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn round<const B: usize>(
+    page: &MixedPage,
+    x: &[f32],
+    twice_centre: &[__m512i; MAX_DEPTH / ROUNDED],
+    int8: &mut [i8],
+) -> (f32, f32) {
+    let (x, factors) = (&x[..32 * B], &page.factors[..32 * B]);
+    let mut scaled = [_mm512_setzero_ps(); MAX_DEPTH / 16];
     let (mut max, mut mid) = (_mm512_setzero_ps(), _mm512_setzero_ps());
-    for d in (0..depth).step_by(16) {
-        let x = if page.order.is_empty() { load(x, d) } else { gather(x, &page.order[d..d + 16]) };
+    for i in 0..2 * B {
+        let d = 16 * i;
+        let x = if page.order.is_empty() { load(x, d) } else { permute::<B>(x, load_bytes(page.order, d)) };
         if !page.mids.is_empty() {
             mid = _mm512_fmadd_ps(x, load(page.mids, d), mid);
         }
-        let product = _mm512_mul_ps(x, load(page.factors, d));
-        max = _mm512_max_ps(max, _mm512_abs_ps(product));
-        store(&mut scaled, d, product);
+        scaled[i] = _mm512_mul_ps(x, load(factors, d));
+        max = _mm512_max_ps(max, _mm512_abs_ps(scaled[i]));
     }
     let max = _mm512_reduce_max_ps(max);
-    if max == 0.0 || !max.is_finite() {
-        int8.fill(0);
-        return (0.0, _mm512_reduce_add_ps(mid));
-    }
-    let inverse = _mm512_set1_ps(127.0 / max);
+    let unit = if max.is_finite() { max / 127.0 } else { 0.0 };
+    let inverse = _mm512_set1_ps(if unit > 0.0 { 127.0 / max } else { 0.0 });
     let mut centres = _mm512_setzero_si512();
-    for d in (0..depth).step_by(SEGMENT) {
-        let n = _mm512_cvtps_epi32(_mm512_mul_ps(load(&scaled, d), inverse));
-        let twice = _mm512_set1_epi32(page.twice_centre(page.segments.bits(d / SEGMENT)));
-        centres = _mm512_add_epi32(centres, _mm512_mullo_epi32(n, twice));
-        let to = &mut int8[d..d + SEGMENT];
-        // SAFETY: the slice holds sixteen bytes.
-        unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(n)) };
+    for i in 0..B.div_ceil(2) {
+        let n = pack_bytes([0, 1, 2, 3].map(|v| _mm512_cvtps_epi32(_mm512_mul_ps(scaled[4 * i + v], inverse))));
+        centres = _mm512_dpbusd_epi32(centres, twice_centre[i], n);
+        store_bytes(int8, i * ROUNDED, n);
     }
-    let scale = max / 127.0;
-    (scale, _mm512_reduce_add_ps(mid) - 0.5 * scale * _mm512_reduce_add_epi32(centres) as f32)
+    (unit, _mm512_reduce_add_ps(mid) - 0.5 * unit * _mm512_reduce_add_epi32(centres) as f32)
 }
 
-/// Sixteen entries of a row.
+/// Sixteen entries of a row of `32 * B`; any value for an index beyond it.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn gather(x: &[f32], order: &[u8]) -> __m512 {
-    let order = &order[..16];
-    // SAFETY: the slice holds sixteen bytes.
-    let index = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(order.as_ptr().cast()) });
-    let index = _mm512_min_epu32(index, _mm512_set1_epi32(x.len() as i32 - 1));
-    // SAFETY: every index is below the length of `x`.
-    unsafe { _mm512_i32gather_ps::<4>(index, x.as_ptr()) }
+pub(crate) fn permute<const B: usize>(x: &[f32], index: __m512i) -> __m512 {
+    let x = &x[..32 * B];
+    let block = _mm512_srli_epi32::<5>(index);
+    let mut found = _mm512_permutex2var_ps(load(x, 0), index, load(x, 16));
+    for i in 1..B {
+        let here = _mm512_cmpeq_epi32_mask(block, _mm512_set1_epi32(i as i32));
+        let entries = _mm512_permutex2var_ps(load(x, 32 * i), index, load(x, 32 * i + 16));
+        found = _mm512_mask_mov_ps(found, here, entries);
+    }
+    found
 }
 
 /// What codes of `bits` bits stand for in pages with normal levels.
@@ -135,17 +168,17 @@ fn normal_levels(codes: [__m512i; 2], bits: usize) -> [__m512i; 2] {
 /// Dot products of the lanes of block `block` with `R` coefficient rows, which are in the order of the depth.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn dot<const NORMAL: bool, const R: usize>(
+pub(crate) fn dot<const NORMAL: bool, const R: usize>(
     tile: &MixedTile,
     segments: &Segments,
-    bytes: &[u8],
+    codes: Codes,
     block: usize,
     coefficients: Coefficients,
 ) -> Sums<R> {
     let [four, three, two, one] = segments.0;
     let n = four + three + two + one;
     assert!(n == tile.n_segments() && (R - 1) * coefficients.stride + n * SEGMENT <= coefficients.int8.len());
-    let base = &bytes[block * tile.block_bytes()..][..tile.block_bytes()];
+    let base = codes.part(block * tile.block_bytes(), tile.block_bytes());
     let mut sums = [[_mm512_setzero_si512(); 2]; R];
     let (mask4, mask2, mask1) = (_mm512_set1_epi8(15), _mm512_set1_epi8(3), _mm512_set1_epi8(1));
     let bit2 = _mm512_set1_epi8(4);
@@ -154,14 +187,14 @@ fn dot<const NORMAL: bool, const R: usize>(
     // SAFETY: every quad below belongs to one of the `n` segments, whose coefficients the assertion above covers.
     unsafe {
         for word in 0..2 * four {
-            let words = load_codes(base, word * 128);
+            let words = base.load(word * 128);
             for f in 0..2 {
                 add_quad(&mut sums, levels(field(words, f, mask4, 4), 4), coefficients, word * 2 + f);
             }
         }
         for i in 0..three {
-            let low = load_codes(base, (2 * four + i) * 128);
-            let high = load_codes(base, (plane + i / 2) * 128);
+            let low = base.load((2 * four + i) * 128);
+            let high = base.load((plane + i / 2) * 128);
             for f in 0..SEGMENT_QUADS {
                 let (low, bit) = (field(low, f, mask2, 2), i % 2 * SEGMENT_QUADS + f);
                 let codes = std::array::from_fn(|half| {
@@ -177,7 +210,7 @@ fn dot<const NORMAL: bool, const R: usize>(
             }
         }
         for segment in four + three..four + three + two {
-            let words = load_codes(base, (four + segment) * 128);
+            let words = base.load((four + segment) * 128);
             for f in 0..SEGMENT_QUADS {
                 let codes = levels(field(words, f, mask2, 2), 2);
                 add_quad(&mut sums, codes, coefficients, segment * SEGMENT_QUADS + f);
@@ -185,7 +218,7 @@ fn dot<const NORMAL: bool, const R: usize>(
         }
         for i in 0..one {
             let (odd, segment) = (three + i, four + three + two + i);
-            let words = load_codes(base, (plane + odd / 2) * 128);
+            let words = base.load((plane + odd / 2) * 128);
             for f in 0..SEGMENT_QUADS {
                 let codes = field(words, odd % 2 * SEGMENT_QUADS + f, mask1, 1);
                 add_quad(&mut sums, levels(codes, 1), coefficients, segment * SEGMENT_QUADS + f);

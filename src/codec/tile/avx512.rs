@@ -35,12 +35,34 @@ impl Coefficients<'_> {
     }
 }
 
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(crate) fn load_codes(bytes: &[u8], at: usize) -> [__m512i; 2] {
-    let bytes = &bytes[at..at + 128];
-    // SAFETY: the slice holds 128 bytes.
-    unsafe { [_mm512_loadu_si512(bytes.as_ptr().cast()), _mm512_loadu_si512(bytes.as_ptr().add(64).cast())] }
+/// Packed codes with the distance to those that are wanted next, which are asked for as these are read: a burst of
+/// requests at the start of a page would wait for free line buffers.
+#[derive(Clone, Copy)]
+pub(crate) struct Codes<'a> {
+    pub(crate) bytes: &'a [u8],
+    /// Bytes from here to the same place of the next page; 0: ask for nothing new.
+    pub(crate) ahead: usize,
+}
+
+impl Codes<'_> {
+    /// The 128 bytes at `at`.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(crate) fn load(&self, at: usize) -> [__m512i; 2] {
+        let bytes = &self.bytes[at..at + 128];
+        let (first, second) = (bytes.as_ptr(), bytes.as_ptr().wrapping_add(64));
+        // SAFETY: the slice holds 128 bytes; prefetching is a hint, which no address makes fault.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(self.ahead).cast());
+            _mm_prefetch::<_MM_HINT_T0>(second.wrapping_add(self.ahead).cast());
+            [_mm512_loadu_si512(first.cast()), _mm512_loadu_si512(second.cast())]
+        }
+    }
+
+    /// A part of them.
+    pub(crate) fn part(&self, at: usize, len: usize) -> Self {
+        Codes { bytes: &self.bytes[at..at + len], ahead: self.ahead }
+    }
 }
 
 /// Adds the products of one unpacked quad of 32 lanes.
@@ -77,13 +99,13 @@ pub(crate) fn field(words: [__m512i; 2], index: usize, mask: __m512i, bits: usiz
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
 pub(crate) fn dot<const W: u8, const R: usize>(
     tile: &Tile,
-    bytes: &[u8],
+    codes: Codes,
     block: usize,
     coefficients: Coefficients,
 ) -> Sums<R> {
     let quads = tile.depth() / QUAD;
     assert!((R - 1) * coefficients.stride + tile.depth() <= coefficients.int8.len());
-    let base = &bytes[block * tile.block_bytes()..][..tile.block_bytes()];
+    let base = codes.part(block * tile.block_bytes(), tile.block_bytes());
     let mut sums = [[_mm512_setzero_si512(); 2]; R];
     // SAFETY: every quad below is less than `quads`, and the assertion above covers the last quad of the last row.
     unsafe {
@@ -93,12 +115,12 @@ pub(crate) fn dot<const W: u8, const R: usize>(
             4 => dot_4(base, quads, coefficients, &mut sums),
             8 => {
                 for quad in 0..quads {
-                    add_quad(&mut sums, load_codes(base, quad * 128), coefficients, quad);
+                    add_quad(&mut sums, base.load(quad * 128), coefficients, quad);
                 }
             }
             _ => {
                 dot_ternary(base, quads, coefficients, &mut sums);
-                dot_tail(tile, bytes, block, coefficients, &mut sums);
+                dot_tail(tile, codes.bytes, block, coefficients, &mut sums);
             }
         }
     }
@@ -110,10 +132,10 @@ pub(crate) fn dot<const W: u8, const R: usize>(
 /// As [`Coefficients::quad`] for all rows below `R` and quads below `quads`; so for the functions that follow.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn dot_2<const R: usize>(base: &[u8], quads: usize, c: Coefficients, sums: &mut Sums<R>) {
+unsafe fn dot_2<const R: usize>(base: Codes, quads: usize, c: Coefficients, sums: &mut Sums<R>) {
     let mask = _mm512_set1_epi8(3);
     for word in 0..quads / 4 {
-        let words = load_codes(base, word * 128);
+        let words = base.load(word * 128);
         for f in 0..4 {
             // SAFETY: by this function's contract.
             unsafe { add_quad(sums, field(words, f, mask, 2), c, word * 4 + f) };
@@ -126,12 +148,12 @@ unsafe fn dot_2<const R: usize>(base: &[u8], quads: usize, c: Coefficients, sums
 /// As [`dot_2`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn dot_3<const R: usize>(base: &[u8], quads: usize, c: Coefficients, sums: &mut Sums<R>) {
+unsafe fn dot_3<const R: usize>(base: Codes, quads: usize, c: Coefficients, sums: &mut Sums<R>) {
     let (mask, high_mask) = (_mm512_set1_epi8(3), _mm512_set1_epi8(4));
     for pair in 0..quads / 8 {
-        let high = load_codes(base, (quads / 4 + pair) * 128);
+        let high = base.load((quads / 4 + pair) * 128);
         for half in 0..2 {
-            let low = load_codes(base, (pair * 2 + half) * 128);
+            let low = base.load((pair * 2 + half) * 128);
             for f in 0..4 {
                 let bit = half * 4 + f;
                 let low = field(low, f, mask, 2);
@@ -156,10 +178,10 @@ unsafe fn dot_3<const R: usize>(base: &[u8], quads: usize, c: Coefficients, sums
 /// As [`dot_2`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn dot_4<const R: usize>(base: &[u8], quads: usize, c: Coefficients, sums: &mut Sums<R>) {
+unsafe fn dot_4<const R: usize>(base: Codes, quads: usize, c: Coefficients, sums: &mut Sums<R>) {
     let mask = _mm512_set1_epi8(15);
     for word in 0..quads / 2 {
-        let words = load_codes(base, word * 128);
+        let words = base.load(word * 128);
         for f in 0..2 {
             // SAFETY: by this function's contract.
             unsafe { add_quad(sums, field(words, f, mask, 4), c, word * 2 + f) };
@@ -183,11 +205,11 @@ const DIGITS: [u8; 128] = {
 /// As [`dot_2`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-unsafe fn dot_ternary<const R: usize>(base: &[u8], quads: usize, c: Coefficients, sums: &mut Sums<R>) {
+unsafe fn dot_ternary<const R: usize>(base: Codes, quads: usize, c: Coefficients, sums: &mut Sums<R>) {
     let (mask, one, top) = (_mm512_set1_epi8(3), _mm512_set1_epi8(1), _mm512_set1_epi8(81));
-    let table = load_codes(&DIGITS, 0);
-    for word in 0..base.len() / 128 {
-        let words = load_codes(base, word * 128);
+    let table = Codes { bytes: &DIGITS, ahead: 0 }.load(0);
+    for word in 0..base.bytes.len() / 128 {
+        let words = base.load(word * 128);
         let (mut digits, mut fifth) = (words, words);
         for i in 0..2 {
             let some = _mm512_cmpge_epu8_mask(words[i], top);
