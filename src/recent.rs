@@ -10,7 +10,7 @@
 use half::f16;
 
 use crate::attention::Rows;
-use crate::codec::quantizer::sum;
+use crate::codec::quantizer::dot;
 use crate::codec::Side;
 use crate::layout::Layout;
 use crate::pool::read_half;
@@ -94,7 +94,7 @@ pub(crate) fn attention(layout: &Layout, region: &[u8], keys: &[f32], out: &mut 
             continue;
         }
         for (weight, key) in out.iter_mut().zip(keys.chunks_exact(dim)) {
-            let score = sum(query.iter().zip(key).map(|(q, k)| q * k));
+            let score = dot(query, key);
             *weight = weight.max((score - lse).min(0.0).exp());
         }
     }

@@ -185,7 +185,10 @@ fn emit_rows(
     for row in 0..state.max.len() {
         let (token, q_head) = (tokens.start + row / gqa, head * gqa + row % gqa);
         let packed = &mut state.packed[row * dim..(row + 1) * dim];
-        value.codec.untransform(packed);
+        // All zero where no page was visible.
+        if packed.iter().any(|x| *x != 0.0) {
+            value.codec.untransform(packed);
+        }
         let exact = &state.exact[row * dim..(row + 1) * dim];
         out.iter_mut().zip(packed.iter().zip(exact)).for_each(|(o, (p, e))| *o = p + e);
         let at = token * n_heads + q_head;

@@ -3,23 +3,54 @@
 
 /// Rotates one head vector in place. It is its own inverse.
 ///
-/// A head whose size is no power of two is rotated in equal blocks of the largest power of two that divides it.
+/// A head whose size is no power of two is rotated in equal blocks of the largest power of two that divides it (32 at
+/// least, as head sizes are multiples of 32).
 #[inline(always)]
 pub fn rotate(row: &mut [f32]) {
     let block = 1 << row.len().trailing_zeros();
     let norm = 1.0 / (block as f32).sqrt();
     for part in row.chunks_exact_mut(block) {
         let mut half = block / 2;
-        while half > 0 {
+        while half >= LANES {
             for pair in part.chunks_exact_mut(2 * half) {
                 let (a, b) = pair.split_at_mut(half);
-                for (x, y) in a.iter_mut().zip(b) {
-                    (*x, *y) = (*x + *y, *x - *y);
+                for (a, b) in a.chunks_exact_mut(LANES).zip(b.chunks_exact_mut(LANES)) {
+                    for i in 0..LANES {
+                        (a[i], b[i]) = (a[i] + b[i], a[i] - b[i]);
+                    }
                 }
             }
             half /= 2;
         }
-        part.iter_mut().for_each(|x| *x *= norm);
+        for chunk in part.chunks_exact_mut(LANES) {
+            let mut x: [f32; LANES] = std::array::from_fn(|i| chunk[i]);
+            x = butterfly::<8>(x);
+            x = butterfly::<4>(x);
+            x = butterfly::<2>(x);
+            x = butterfly::<1>(x);
+            for i in 0..LANES {
+                chunk[i] = x[i] * norm;
+            }
+        }
+    }
+}
+
+/// Values that the last four stages keep among themselves, in a shape that compilers turn into vectors.
+const LANES: usize = 16;
+
+/// The stage that joins values `HALF` apart.
+#[inline(always)]
+fn butterfly<const HALF: usize>(x: [f32; LANES]) -> [f32; LANES] {
+    let other: [f32; LANES] = std::array::from_fn(|i| x[i ^ HALF]);
+    std::array::from_fn(|i| if i & HALF == 0 { x[i] + other[i] } else { other[i] - x[i] })
+}
+
+/// Rotates rows of `dim` values. A loop, since a closure given to an iterator is not always compiled for the instruction set
+/// of its caller.
+#[inline(always)]
+pub fn rotate_rows(rows: &mut [f32], dim: usize) {
+    for row in rows.chunks_exact_mut(dim) {
+        rotate(row);
     }
 }
 

@@ -57,24 +57,52 @@ fn gaussian_step(levels: u32) -> f32 {
     }
 }
 
+/// Folds a row in [`LANES`] lanes, element `i` in lane `i % LANES`, and then the lanes in order: a shape that compilers turn
+/// into vectors.
 #[inline(always)]
-pub(crate) fn sum(x: impl Iterator<Item = f32>) -> f32 {
-    let mut partial = [0f32; LANES];
-    x.enumerate().for_each(|(i, x)| partial[i % LANES] += x);
-    partial.iter().fold(0.0, |a, b| a + b)
+fn fold(x: &[f32], start: f32, f: impl Fn(f32, f32) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [start; LANES];
+    for chunk in x.chunks(LANES) {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = f(*lane, *x));
+    }
+    lanes.into_iter().fold(start, join)
+}
+
+/// Sum of `f` over a row.
+#[inline(always)]
+pub(crate) fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    fold(x, 0.0, |sum, x| sum + f(x), |a, b| a + b)
+}
+
+/// Sum of `f` over the pairs of two rows, in the order of [`sum`].
+#[inline(always)]
+pub(crate) fn sum_pairs<T: Copy>(x: &[f32], y: &[T], f: impl Fn(f32, T) -> f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    for (x, y) in x.chunks(LANES).zip(y.chunks(LANES)) {
+        lanes.iter_mut().zip(x.iter().zip(y)).for_each(|(lane, (x, y))| *lane += f(*x, *y));
+    }
+    lanes.into_iter().fold(0.0, |a, b| a + b)
+}
+
+#[inline(always)]
+pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
+    sum_pairs(x, y, |x, y| x * y)
 }
 
 #[inline(always)]
 pub(crate) fn abs_max(x: &[f32]) -> f32 {
-    x.iter().fold(0.0, |a: f32, b| a.max(b.abs()))
+    fold(x, 0.0, |a, x| a.max(x.abs()), f32::max)
 }
 
 /// Smallest and largest element.
 #[inline(always)]
 pub(crate) fn range(x: &[f32]) -> (f32, f32) {
-    let low = x.iter().fold(f32::INFINITY, |a, b| a.min(*b));
-    let high = x.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
-    (low, high)
+    (fold(x, f32::INFINITY, f32::min, f32::min), fold(x, f32::NEG_INFINITY, f32::max, f32::max))
+}
+
+#[inline(always)]
+pub(crate) fn root_mean_square(x: &[f32]) -> f32 {
+    (sum(x, |x| x * x) / x.len() as f32).sqrt()
 }
 
 impl Quantizer {
@@ -119,13 +147,9 @@ impl Quantizer {
             Clip::Factor(_) | Clip::Cells => widest * self.clip.affine(self.levels),
             Clip::Auto if self.levels == 256 => widest,
             Clip::Auto if self.normal => {
-                let rms = (sum(x.iter().map(|x| x * x)) / x.len() as f32).sqrt();
-                (rms * NORMAL_TOP[self.levels.ilog2() as usize] / NORMAL_CENTRE).min(widest)
+                (root_mean_square(x) * NORMAL_TOP[self.levels.ilog2() as usize] / NORMAL_CENTRE).min(widest)
             }
-            Clip::Auto => {
-                let rms = (sum(x.iter().map(|x| x * x)) / x.len() as f32).sqrt();
-                (rms * gaussian_step(self.levels)).min(widest)
-            }
+            Clip::Auto => (root_mean_square(x) * gaussian_step(self.levels)).min(widest),
         };
         Fit { step, mid: 0.0 }
     }
@@ -144,14 +168,14 @@ impl Quantizer {
         } else {
             for (code, &x) in codes.iter_mut().zip(x) {
                 // Adding a half and cutting rounds to nearest; the value is not negative after the clamp.
-                *code = (((x - mid) * inverse + centre).clamp(0.0, top) + 0.5) as u8;
+                *code = (((x - mid) * inverse + centre).clamp(0.0, top) + 0.5) as i32 as u8;
             }
         }
         if !self.refit {
             return step;
         }
-        let energy = sum(x.iter().map(|x| (x - mid) * (x - mid)));
-        let inner = sum(x.iter().zip(codes.iter()).map(|(x, &c)| (x - mid) * self.value(c)));
+        let energy = sum(x, |x| (x - mid) * (x - mid));
+        let inner = sum_pairs(x, codes, |x, c| (x - mid) * self.value(c));
         if inner > 0.0 {
             energy / inner
         } else {

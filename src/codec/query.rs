@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::hadamard;
+use super::quantizer::{abs_max, sum};
 
 /// Largest magnitude of one int8 coefficient.
 const INT8_MAX: f32 = 127.0;
@@ -59,7 +60,7 @@ impl Query {
         self.rotated.clear();
         self.rotated.extend_from_slice(rows);
         if form.rotate {
-            self.rotated.chunks_exact_mut(head_dim).for_each(hadamard::rotate);
+            hadamard::rotate_rows(&mut self.rotated, head_dim);
         }
         let n = self.n_rows * n_groups;
         for values in [&mut self.scale, &mut self.offset, &mut self.sum] {
@@ -77,7 +78,7 @@ impl Query {
             let (scale, total) = round_group(x, high, &mut low[at]);
             self.scale[i] = scale;
             self.offset[i] = -form.centre * scale * total as f32;
-            self.sum[i] = x.iter().sum();
+            self.sum[i] = sum(x, |x| x);
         }
     }
 }
@@ -92,7 +93,7 @@ fn nearest(x: f32) -> i32 {
 #[inline(always)]
 fn round_group(x: &[f32], high: Option<&mut [i8]>, low: &mut [i8]) -> (f32, i32) {
     let top = if high.is_some() { INT8_MAX * PLANE as f32 } else { INT8_MAX };
-    let max = x.iter().fold(0f32, |a, b| a.max(b.abs()));
+    let max = abs_max(x);
     if max == 0.0 || !max.is_finite() {
         return (0.0, 0);
     }

@@ -4,6 +4,8 @@ use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
 
 use super::{ExactRows, IsaToken, Kernels, Logits, State};
+use crate::shape::MAX_HEAD_DIM;
+use crate::store::finite;
 
 static KERNELS: Kernels = Kernels {
     // SAFETY: the table is only reachable through `kernels`, which takes the proof that the CPU has these features.
@@ -106,6 +108,10 @@ fn sums(v: &[__m512; 16]) -> __m512 {
 fn exact_scores(q: &[f32], rows: ExactRows, scores: &mut [f32], columns: usize) {
     let n_q = q.len() / rows.dim;
     let mut row = 0;
+    if n_q >= 8 {
+        row = n_q / 8 * 8;
+        score_many(&q[..row * rows.dim], rows, scores, columns);
+    }
     while row < n_q {
         let (q, scores) = (&q[row * rows.dim..], &mut scores[row * columns..]);
         row += match n_q - row {
@@ -114,6 +120,64 @@ fn exact_scores(q: &[f32], rows: ExactRows, scores: &mut [f32], columns: usize) 
             _ => score_rows::<4, 4>(q, rows, scores, columns),
         };
     }
+}
+
+/// Scores of a multiple of eight query rows: sixteen keys are transposed, so that no sum goes across lanes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn score_many(q: &[f32], rows: ExactRows, scores: &mut [f32], columns: usize) {
+    let dim = rows.dim;
+    let mut keys = [_mm512_setzero_ps(); MAX_HEAD_DIM as usize];
+    for first in (0..rows.n).step_by(16) {
+        for c in (0..dim).step_by(16) {
+            let block = std::array::from_fn(|i| load(rows.data, (first + i) * dim + c));
+            keys[c..c + 16].copy_from_slice(&transpose(block));
+        }
+        let seen = u16::MAX >> (16 - (rows.n - first).min(16));
+        for (i, q) in q.chunks_exact(8 * dim).enumerate() {
+            let mut acc = [_mm512_setzero_ps(); 8];
+            for (c, key) in keys[..dim].iter().enumerate() {
+                for (row, acc) in acc.iter_mut().enumerate() {
+                    *acc = _mm512_fmadd_ps(_mm512_set1_ps(q[row * dim + c]), *key, *acc);
+                }
+            }
+            for (row, acc) in acc.into_iter().enumerate() {
+                let to = &mut scores[(8 * i + row) * columns + first..][..(rows.n - first).min(16)];
+                // SAFETY: the mask has as many bits as the slice has floats.
+                unsafe { _mm512_mask_storeu_ps(to.as_mut_ptr(), seen, acc) };
+            }
+        }
+    }
+}
+
+/// Vector `i` of the result holds lane `i` of each of the sixteen.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose(v: [__m512; 16]) -> [__m512; 16] {
+    // Within lanes of 128 bits: four rows of four.
+    let mut fours = [_mm512_setzero_ps(); 16];
+    for i in 0..4 {
+        let [a, b, c, d] = [0, 1, 2, 3].map(|k| v[4 * i + k]);
+        let (ab, cd) = (_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d));
+        let (ab, cd) = ([ab, _mm512_unpackhi_ps(a, b)], [cd, _mm512_unpackhi_ps(c, d)]);
+        for k in 0..2 {
+            let (ab, cd) = (_mm512_castps_pd(ab[k]), _mm512_castps_pd(cd[k]));
+            fours[4 * i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+            fours[4 * i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+        }
+    }
+    // Then the lanes: lane l of fours[4 * i + k] goes to lane i of column 4 * l + k.
+    let mut out = [_mm512_setzero_ps(); 16];
+    for k in 0..4 {
+        let [a, b, c, d] = [0, 1, 2, 3].map(|i| fours[4 * i + k]);
+        let (even, odd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+        let (even_2, odd_2) = (_mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xdd>(c, d));
+        out[k] = _mm512_shuffle_f32x4::<0x88>(even, even_2);
+        out[4 + k] = _mm512_shuffle_f32x4::<0x88>(odd, odd_2);
+        out[8 + k] = _mm512_shuffle_f32x4::<0xdd>(even, even_2);
+        out[12 + k] = _mm512_shuffle_f32x4::<0xdd>(odd, odd_2);
+    }
+    out
 }
 
 /// Scores of `Q` query rows, `K` keys at a time (`Q * K` is 16).
@@ -265,14 +329,21 @@ fn adjust(scores: &mut [f32], row: usize, logits: &Logits) {
 /// Bytes from what is converted to what is asked for from memory.
 const AHEAD: usize = 2048;
 
-#[target_feature(enable = "avx512f,avx512vl,f16c")]
+/// Rows of a multiple of 32 values.
+#[target_feature(enable = "avx512f,avx512bw")]
 fn f16_to_f32(from: &[u8], to: &mut [f32]) {
-    for (f, t) in from.chunks_exact(32).zip(to.chunks_exact_mut(16)) {
-        _mm_prefetch::<_MM_HINT_T0>(f.as_ptr().wrapping_add(AHEAD).cast());
-        let x = load_half(f, 0);
-        let x = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_ORD_Q>(x, x), x);
-        let x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(65504.0)), _mm512_set1_ps(-65504.0));
-        store(t, 0, x);
+    for (from, to) in from.chunks_exact(64).zip(to.chunks_exact_mut(32)) {
+        _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(AHEAD).cast());
+        // SAFETY: the chunk holds 64 bytes.
+        let halves = unsafe { _mm512_loadu_si512(from.as_ptr().cast()) };
+        let magnitude = _mm512_and_si512(halves, _mm512_set1_epi16(0x7fff));
+        let x = [_mm512_castsi512_si256(halves), _mm512_extracti64x4_epi64::<1>(halves)].map(|h| _mm512_cvtph_ps(h));
+        store(to, 0, x[0]);
+        store(to, 16, x[1]);
+        // What is not finite is next to never there.
+        if _mm512_cmpge_epu16_mask(magnitude, _mm512_set1_epi16(0x7c00)) != 0 {
+            to.iter_mut().for_each(|x| *x = finite(*x));
+        }
     }
 }
 

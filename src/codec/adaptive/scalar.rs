@@ -43,7 +43,7 @@ type Outliers = [(usize, f32); MAX_OUTLIERS];
 pub(super) fn seal(codec: &AdaptiveCodec, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
     let dim = codec.head_dim;
     if codec.params.rotate {
-        rows.rows.chunks_exact_mut(dim).for_each(hadamard::rotate);
+        hadamard::rotate_rows(rows.rows, dim);
     }
     if rows.fresh {
         page.fill(0);
@@ -93,7 +93,7 @@ pub(super) fn seal(codec: &AdaptiveCodec, header: &mut [u8], page: &mut [u8], ro
 /// Replaces the values that lie farthest from the row's mean by that mean.
 #[inline(always)]
 fn take_outliers(codec: &AdaptiveCodec, row: &mut [f32], outliers: &mut Outliers) {
-    let mean = sum(row.iter().copied()) / row.len() as f32;
+    let mean = sum(row, |x| x) / row.len() as f32;
     for outlier in &mut outliers[..codec.params.outliers] {
         let mut farthest = 0;
         for (c, x) in row.iter().enumerate() {
@@ -114,7 +114,7 @@ fn choose_order(codec: &AdaptiveCodec, rows: &SealRows) -> Order {
     let target = 1.0;
     for (i, x) in rows.rows.chunks_exact(codec.head_dim).enumerate() {
         let spread = if codec.params.symmetric {
-            (sum(x.iter().map(|x| x * x)) / codec.head_dim as f32).sqrt()
+            quantizer::root_mean_square(x)
         } else {
             let (low, high) = quantizer::range(x);
             high - low
@@ -320,8 +320,8 @@ pub(super) fn scores(
         quantizer::read_mean(&page.bytes[codec.mean_offset()..][..dim], page.header[1], &mut mean[..dim]);
     }
     for (q, out) in query.rotated().chunks_exact(dim).zip(out.chunks_exact_mut(n)) {
-        let base = sum(q.iter().zip(&mean).map(|(q, m)| q * m));
-        let total = sum(q.iter().copied());
+        let base = quantizer::dot(q, &mean[..dim]);
+        let total = sum(q, |x| x);
         let mut by_place = [0f32; MAX_PAGE];
         for i in 0..n {
             by_place[i] = out[i] * steps[i] + mids[i] * total + base;

@@ -4,7 +4,7 @@
 use super::{GroupCodec, GroupKernels, PageRef, Probabilities, Query, SealRows};
 use crate::codec::float8::{e4m3_base, e4m3_decode, power, scale_base};
 use crate::codec::hadamard;
-use crate::codec::quantizer::{self, sum, Quantizer};
+use crate::codec::quantizer::{self, dot, Quantizer};
 use crate::codec::Side;
 use crate::shape::MAX_HEAD_DIM;
 
@@ -21,7 +21,7 @@ pub(super) static KERNELS: GroupKernels = GroupKernels {
 pub(super) fn seal(codec: &GroupCodec, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
     let dim = codec.head_dim;
     if codec.params.rotate {
-        rows.rows.chunks_exact_mut(dim).for_each(hadamard::rotate);
+        hadamard::rotate_rows(rows.rows, dim);
     }
     if rows.fresh {
         page.fill(0);
@@ -122,7 +122,7 @@ fn scores(codec: &GroupCodec, page: PageRef, query: &Query, scores: &mut [f32]) 
     for token in 0..codec.page {
         decode_transformed(codec, page, token, key);
         for (q, scores) in query.rotated().chunks_exact(codec.head_dim).zip(scores.chunks_exact_mut(codec.page)) {
-            scores[token] = sum(q.iter().zip(key.iter()).map(|(q, k)| q * k));
+            scores[token] = dot(q, key);
         }
     }
 }
