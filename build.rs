@@ -5,13 +5,14 @@ use std::env;
 use std::path::PathBuf;
 
 /// Sources of the header, in the order in which their functions appear in it.
-const HEADER_SOURCES: [&str; 10] = [
+const HEADER_SOURCES: [&str; 11] = [
     "src/capi/version.rs",
     "src/error.rs",
     "src/capi/status.rs",
     "src/capi/recipe.rs",
     "src/shape.rs",
     "src/capi/layout.rs",
+    "src/capi/memory.rs",
     "src/capi/planner.rs",
     "src/capi/attention.rs",
     "src/capi/store.rs",

@@ -106,6 +106,7 @@ static void layer(kvq_layout *layout, kvq_planner *planner) {
     CHECK_OK(kvq_attend(layout, &good, 0, 1));
 
     CHECK(kvq_attend_splits(NULL, 1, 1) == 0);
+    CHECK_INVALID(kvq_use_large_pages(NULL, 1));
     CHECK_INVALID(kvq_combine(NULL, out, NULL, 1, 1, rows, NULL, 0, 1));
     CHECK_INVALID(kvq_combine(layout, NULL, NULL, 1, 1, rows, NULL, 0, 1));
     CHECK_INVALID(kvq_combine(layout, out, NULL, 1, 1, NULL, NULL, 0, 1));

@@ -28,7 +28,7 @@
 
 
 // Rises with every change to a function or struct of this header. Compare it with kvq_abi_version() at start.
-#define KVQ_ABI_VERSION 3
+#define KVQ_ABI_VERSION 4
 
 // Smallest supported head size.
 #define KVQ_MIN_HEAD_DIM 64
@@ -380,6 +380,14 @@ kvq_status kvq_layout_page_ranges(const kvq_layout *layout,
                                   kvq_range *out,
                                   size_t cap,
                                   size_t *n_out);
+
+// Asks the operating system to hold `n_bytes` of memory, such as the keys and values of all layers, in large pages: a
+// decoded token reads all of it, and with pages of 4 KiB it waits for address translations. Contents are kept; other
+// threads may use the memory meanwhile. Memory already written to is moved before this returns.
+//
+// A hint: KVQ_STATUS_OK also where the system does not follow it. Give one range for many small buffers, since large
+// pages (2 MiB on x86-64) must lie inside it.
+kvq_status kvq_use_large_pages(void *memory, size_t n_bytes);
 
 // Makes a planner for `n_streams` streams of `n_cells` cells each. `n_seq_max` sequences may share a single stream; it
 // bounds the sink tokens. Free the result with kvq_planner_free.

@@ -40,6 +40,7 @@ namespace {
 
 constexpr int N_KV_HEADS = 8;
 constexpr int UBATCH = 512;
+constexpr size_t LARGE_PAGE = 2 << 20;
 constexpr double NEVER = 0.0;
 
 struct Case {
@@ -262,13 +263,15 @@ private:
     uint64_t state_;
 };
 
-// Cache-line aligned memory, zeroed.
+// Aligned memory of a multiple of that many bytes, zeroed.
 struct Buffer {
-    explicit Buffer(size_t n) : size(n), data(static_cast<uint8_t *>(aligned_alloc(64, (n + 63) / 64 * 64))) {
+    explicit Buffer(size_t n, size_t alignment = 64)
+        : size((n + alignment - 1) / alignment * alignment),
+          data(static_cast<uint8_t *>(aligned_alloc(alignment, size))) {
         if (!data) {
             die("out of memory");
         }
-        memset(data, 0, n);
+        memset(data, 0, size);
     }
     ~Buffer() { free(data); }
     Buffer(const Buffer &) = delete;
@@ -380,8 +383,11 @@ public:
         const kvq_shape shape = { uint32_t(c.n_heads()), N_KV_HEADS, dim, dim };
         ok(kvq_layout_new(recipe, &shape, 2, c.n_kv, kvq_planner_n_slots(planner_), &layout_));
         kvq_recipe_free(recipe);
-        k_mem_ = std::make_unique<Buffer>(kvq_layout_k_bytes(layout_));
-        v_mem_ = std::make_unique<Buffer>(kvq_layout_v_bytes(layout_));
+        // As in llama.cpp, where the memory of all layers is one buffer, and the glue asks for large pages.
+        k_mem_ = std::make_unique<Buffer>(kvq_layout_k_bytes(layout_), LARGE_PAGE);
+        v_mem_ = std::make_unique<Buffer>(kvq_layout_v_bytes(layout_), LARGE_PAGE);
+        ok(kvq_use_large_pages(k_mem_->data, k_mem_->size));
+        ok(kvq_use_large_pages(v_mem_->data, v_mem_->size));
         n_splits_ = kvq_attend_splits(layout_, c.n_q, pool.size());
         const size_t n_rows = size_t(c.n_q) * c.n_heads();
         out_.resize(n_rows * dim);
@@ -490,7 +496,7 @@ public:
     }
     // Memory that one attention has to read: pages, exact rows, mask, queries and the ubatch's own rows.
     double bytes() const {
-        return double(k_mem_->size) + v_mem_->size + 2.0 * inputs_.mask.size() + 4.0 * inputs_.q.size() +
+        return double(kvq_layout_k_bytes(layout_)) + kvq_layout_v_bytes(layout_) + 2.0 * inputs_.mask.size() + 4.0 * inputs_.q.size() +
                4.0 * (k_cur_.size() + v_cur_.size());
     }
     double store_us() const { return median(store_us_); }

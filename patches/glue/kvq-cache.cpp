@@ -123,9 +123,14 @@ std::string llama_kvq_cache::spec() const {
     return buf.data();
 }
 
-void llama_kvq_cache::log_info() const {
+void llama_kvq_cache::allocated() {
     if (layouts.empty()) {
         return;
+    }
+
+    for (auto & [_, buf] : kv.ctxs_bufs) {
+        llama_kvq_must(kvq_use_large_pages(ggml_backend_buffer_get_base(buf.get()),
+                    ggml_backend_buffer_get_size(buf.get())), "large pages");
     }
 
     double bits_k   = 0.0;

@@ -174,7 +174,7 @@ impl Cache {
         header + (4 + 8) * self.cells.len() + 8 + self.planner.snapshot_bytes() + CHECKSUM_BYTES
     }
 
-    fn memories(&self) -> impl Iterator<Item = &[u8]> {
+    pub(crate) fn memories(&self) -> impl Iterator<Item = &[u8]> {
         self.layers.iter().flat_map(|layer| [layer.k.bytes(), layer.v.bytes()])
     }
 }

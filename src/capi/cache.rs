@@ -4,6 +4,7 @@ use std::ffi::c_char;
 use std::path::PathBuf;
 
 use super::attention::optional;
+use super::memory::advise;
 use super::recipe::kvq_recipe;
 use super::{exclusive, guard, guard_or, output, product, release, shared, slice, slice_mut};
 use crate::cache::{AttendOptions, Cache, CacheParams, Rope};
@@ -97,6 +98,7 @@ pub unsafe extern "C" fn kvq_cache_new(
             rope,
         };
         let cache = Cache::new(&recipe.recipe, &params)?;
+        cache.memories().for_each(|memory| advise(memory, false));
         out.write(Box::into_raw(Box::new(kvq_cache { cache })));
         Ok(())
     })
