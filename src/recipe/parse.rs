@@ -259,6 +259,11 @@ fn set_key(recipe: &mut Recipe, key: &str, value: &str) -> Result<bool> {
         "attn-window" if matches!(recipe.key, SideRecipe::Adaptive(_)) => {
             recipe.attn_window = number(key, value, 0..=MAX_ATTN_WINDOW)?;
         }
+        "target" if matches!(recipe.key, SideRecipe::Adaptive(_)) => {
+            let text =
+                "target: all steps of a page would be multiplied by it, which leaves the widths as they are: use bits";
+            return Err(fail(text.into()));
+        }
         "attn-keys" => {
             let SideRecipe::Adaptive(side) = &mut recipe.key else { return Ok(false) };
             side.attention = flag(key, value)?;
@@ -480,6 +485,7 @@ mod tests {
             ("qaq:window=4", "attn-window=5 is more than window=4: use window=5"),
             ("qaq:levels=lloyd", "levels=lloyd: use uniform or normal"),
             ("qaq:levels=normal,symmetric=0,mean=0", "levels=normal lie about zero"),
+            ("qaq:target=0.01", "target: all steps of a page would be multiplied by it"),
             ("qaq:outliers=3", "outliers=3: use a whole number from 0 to 2"),
             ("ott:outliers=17", "outliers=17: use a whole number from 0 to 16"),
             ("ott:pool=113", "pool=113: use a whole number from 0 to 112"),
