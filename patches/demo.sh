@@ -14,7 +14,7 @@ set -euo pipefail
 
 model=${1:-$root/models/tiny-12m-q8_0.gguf}
 text=${2:-$root/models/amazon-excerpt.txt}
-read -r -a recipes <<<"${KVQ_RECIPES:-skvq:k=4,v=4 skvq:k=3,v=3 skvq:k=3,v=2 skvq:k=2,v=2 kivi:k=2.25 ott:k=2.25}"
+read -r -a recipes <<<"${KVQ_RECIPES:-skvq:k=4,v=4 skvq:k=3,v=3 skvq:k=3,v=2 skvq:k=2,v=2 kivi:k=2.25 ott:k=2.25 qaq:bits=2.25}"
 [ -f "$model" ] || die "no such model: $model"
 [ -f "$text" ] || die "no such text: $text"
 

@@ -173,6 +173,7 @@ if [ -x "$bin/test_llama" ] && [ -x "$bin/test-llama-archs" ]; then
     check "sequences, copies, shift, saved states" "$bin/test_llama" "$model" skvq:k=8,v=8
     # Keys of 4 bits on every layer: ten times the error that 8 bits may have.
     check "the same with outlier tokens" "$bin/test_llama" "$model" ott:k=4,v=8,skip-layers=0 0.01
+    check "the same with widths by attention" "$bin/test_llama" "$model" qaq:bits=3.5 0.01
     # Small random models, one of each architecture. Status 2: refused, with a reason; that is right for some.
     mkdir -p archs
     check "making the models" "$bin/test-llama-archs" -o archs

@@ -15,9 +15,9 @@ import sys
 from xml.sax.saxutils import escape
 
 PANEL_W, PANEL_H, LEFT, TOP, GAP = 470, 300, 70, 60, 70
-COLOURS = {"stock": "#555555", "skvq": "#1f6fb4", "kivi": "#2c9a4b", "ott": "#d9792b"}
+COLOURS = {"stock": "#555555", "skvq": "#1f6fb4", "kivi": "#2c9a4b", "ott": "#d9792b", "qaq": "#8a4fbf"}
 # Published settings lie close together: where each one's label goes.
-LABEL_DY = {"stock": -6, "skvq": 18, "kivi": 5, "ott": -10}
+LABEL_DY = {"stock": -6, "skvq": 18, "kivi": 5, "ott": -10, "qaq": 5}
 METRICS = [("mean", "mean KLD"), ("p999", "99.9 % KLD")]
 MIN_BITS = 2.0
 
@@ -76,7 +76,7 @@ def draw(rows):
             out += curves(panel, mine, metric) + [mark for row in mine for mark in marks(panel, row, metric)]
     width, height = LEFT + len(texts) * (PANEL_W + GAP), TOP + 2 * (PANEL_H + GAP)
     legend = [text(LEFT + 130 * i, 22, name, colour=colour, size=14) for i, (name, colour) in enumerate(COLOURS.items())]
-    legend.append(text(LEFT + 560, 22, "filled: total bits per value at 32 768 tokens, hollow: at 4 096; log axes"))
+    legend.append(text(LEFT + 690, 22, "filled: total bits per value at 32 768 tokens, hollow: at 4 096; log axes"))
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
                       'font-family="sans-serif">', f'<rect width="{width}" height="{height}" fill="white"/>',
                       *legend, *out, "</svg>", ""])

@@ -129,8 +129,10 @@ void llama_kvq_cache::allocated() {
     }
 
     for (auto & [_, buf] : kv.ctxs_bufs) {
-        llama_kvq_must(kvq_use_large_pages(ggml_backend_buffer_get_base(buf.get()),
-                    ggml_backend_buffer_get_size(buf.get())), "large pages");
+        // empty while llama.cpp only estimates memory
+        if (const size_t size = ggml_backend_buffer_get_size(buf.get())) {
+            llama_kvq_must(kvq_use_large_pages(ggml_backend_buffer_get_base(buf.get()), size), "large pages");
+        }
     }
 
     double bits_k   = 0.0;

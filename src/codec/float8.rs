@@ -2,6 +2,8 @@
 #![deny(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 
 /// Largest finite E4M3 value.

@@ -40,6 +40,26 @@ pub(crate) fn store(x: &mut [f32], at: usize, value: __m256) {
     unsafe { _mm256_storeu_ps(x.as_mut_ptr(), value) }
 }
 
+/// Eight bytes at `x[at..]`, bounds checked, as integers of 32 bits.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn load_bytes(x: &[u8], at: usize) -> __m256i {
+    let x = &x[at..at + 8];
+    // SAFETY: the slice holds eight bytes.
+    _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(x.as_ptr().cast()) })
+}
+
+/// Dot product of two rows of a whole number of vectors.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn dot_floats(a: &[f32], b: &[f32]) -> f32 {
+    let mut sum = _mm256_setzero_ps();
+    for (a, b) in a.chunks_exact(8).zip(b.chunks_exact(8)) {
+        sum = _mm256_fmadd_ps(load(a, 0), load(b, 0), sum);
+    }
+    reduce_add(sum)
+}
+
 /// Asks for part `part` of `parts` of as many bytes as `page` has, behind it. The pages of a head lie one after the
 /// other and are read in that order, but keys and values take turns, and a page is too short for the hardware to
 /// foresee the next.

@@ -248,7 +248,10 @@ fn read_params(codec: &AdaptiveCodec, page: PageRef) -> ([f32; MAX_PAGE], [f32; 
 
 /// What is added to the coded values: place, channel and summand.
 #[inline(always)]
-fn read_outliers<'a>(codec: &AdaptiveCodec, page: PageRef<'a>) -> impl Iterator<Item = (usize, usize, f32)> + 'a {
+pub(super) fn read_outliers<'a>(
+    codec: &AdaptiveCodec,
+    page: PageRef<'a>,
+) -> impl Iterator<Item = (usize, usize, f32)> + 'a {
     let (n, top) = (codec.page, codec.head_dim - 1);
     let (channels, summands) =
         page.bytes[codec.outliers_offset()..][..3 * codec.params.outliers * n].split_at(codec.params.outliers * n);

@@ -5,12 +5,13 @@
 use std::arch::x86_64::*;
 
 use super::{scalar, GroupCodec, GroupKernels, PageRef, Probabilities, Query, QueryForm};
+use crate::codec::float8::avx2::{e4m3_decode, step_decode};
 use crate::codec::hadamard;
 use crate::codec::query::PLANE;
 use crate::codec::tile::avx2::{by_width_and_rows, dot, join_planes, planes, put_pairs, Coefficients, MAX_ROWS, STRIP};
 use crate::codec::tile::Width;
 use crate::shape::MAX_HEAD_DIM;
-use crate::simd::avx2::{load, prefetch_next, reduce_add, reduce_max, store};
+use crate::simd::avx2::{dot_floats, load, load_bytes, prefetch_next, reduce_add, reduce_max, store};
 use crate::simd::IsaToken;
 
 static KERNELS: GroupKernels = GroupKernels {
@@ -46,46 +47,18 @@ fn untransform(row: &mut [f32]) {
     hadamard::rotate(row);
 }
 
-/// Eight bytes as integers.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn load_bytes(bytes: &[u8], at: usize) -> __m256i {
-    let bytes = &bytes[at..at + 8];
-    // SAFETY: the slice holds eight bytes.
-    _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) })
-}
-
 /// Eight steps, from `at` in the array of steps.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn steps(codec: &GroupCodec, page: PageRef, at: usize) -> __m256 {
-    let codes = load_bytes(page.bytes, codec.steps_offset() + at);
-    if codec.params.symmetric {
-        let base = _mm256_set1_epi32(i32::from(page.header[0]) << 23);
-        let none = _mm256_cmpeq_epi32(codes, _mm256_setzero_si256());
-        let step = _mm256_add_epi32(_mm256_slli_epi32::<19>(codes), base);
-        return _mm256_castsi256_ps(_mm256_andnot_si256(none, step));
-    }
-    e4m3(codes, page.header[0])
+    step_decode(load_bytes(page.bytes, codec.steps_offset() + at), page.header[0], codec.params.symmetric)
 }
 
 /// Eight mid-points, from `at` in the array of mid-points.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn mids(codec: &GroupCodec, page: PageRef, at: usize) -> __m256 {
-    e4m3(load_bytes(page.bytes, codec.mids_offset() + at), page.header[1])
-}
-
-/// FP8 E4M3 codes times `2^(base - 127)`.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn e4m3(codes: __m256i, base: u8) -> __m256 {
-    let magnitude = _mm256_slli_epi32::<20>(_mm256_and_si256(codes, _mm256_set1_epi32(0x7f)));
-    let sign = _mm256_slli_epi32::<24>(_mm256_and_si256(codes, _mm256_set1_epi32(0x80)));
-    // First by 2^120 (E4M3's bias against f32's), which is exact, then by the page's power.
-    let x = _mm256_mul_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(f32::from_bits(247 << 23)));
-    let x = _mm256_mul_ps(x, _mm256_set1_ps(crate::codec::float8::power(base)));
-    _mm256_or_ps(x, _mm256_castsi256_ps(sign))
+    e4m3_decode(load_bytes(page.bytes, codec.mids_offset() + at), page.header[1])
 }
 
 #[target_feature(enable = "avx2,fma")]
@@ -94,7 +67,7 @@ fn scores(codec: &GroupCodec, page: PageRef, query: &Query, out: &mut [f32]) {
     let mean = &mut mean[..codec.head_dim];
     if codec.params.mean {
         for c in (0..codec.head_dim).step_by(8) {
-            store(mean, c, e4m3(load_bytes(page.bytes, codec.mean_offset() + c), page.header[2]));
+            store(mean, c, e4m3_decode(load_bytes(page.bytes, codec.mean_offset() + c), page.header[2]));
         }
     }
     for row in (0..query.n_rows()).step_by(MAX_ROWS) {
@@ -119,10 +92,7 @@ fn score_rows<const W: u8, const R: usize>(
     if codec.params.mean {
         for (i, base) in base.iter_mut().enumerate() {
             let q = &query.rotated()[(first + i) * codec.head_dim..][..codec.head_dim];
-            for c in (0..codec.head_dim).step_by(8) {
-                *base = _mm256_fmadd_ps(load(q, c), load(mean, c), *base);
-            }
-            *base = _mm256_set1_ps(reduce_add(*base));
+            *base = _mm256_set1_ps(dot_floats(q, mean));
         }
     }
     let mut bytes = &query.int8[first * stride..][..R * stride];

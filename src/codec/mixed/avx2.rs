@@ -11,22 +11,30 @@ use crate::simd::avx2::{load, prefetch_next, reduce_add, reduce_max, store};
 /// Largest depth: channels of a head or tokens of a page.
 const MAX_DEPTH: usize = 256;
 
+/// Calls a kernel with the kind of levels and the number of rows as constants.
+macro_rules! by_levels_and_rows {
+    ($normal:expr, $rows:expr, $call:ident ( $($arg:expr),* )) => {
+        match ($normal, $rows) {
+            (false, 1) => $call::<false, 1>($($arg),*),
+            (false, 2) => $call::<false, 2>($($arg),*),
+            (false, 3) => $call::<false, 3>($($arg),*),
+            (false, _) => $call::<false, 4>($($arg),*),
+            (true, 1) => $call::<true, 1>($($arg),*),
+            (true, 2) => $call::<true, 2>($($arg),*),
+            (true, 3) => $call::<true, 3>($($arg),*),
+            (true, _) => $call::<true, 4>($($arg),*),
+        }
+    };
+}
+pub(crate) use by_levels_and_rows;
+
 /// [`MixedPage::add_products`] on the codes as they are, with coefficients rounded to int8.
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) {
     let depth = page.factors.len();
     for (group, x) in x.chunks(MAX_ROWS * depth).enumerate() {
         let out = &mut out[group * MAX_ROWS * stride..];
-        match (page.normal, x.len() / depth) {
-            (false, 1) => add_rows::<false, 1>(page, x, out, stride, group == 0),
-            (false, 2) => add_rows::<false, 2>(page, x, out, stride, group == 0),
-            (false, 3) => add_rows::<false, 3>(page, x, out, stride, group == 0),
-            (false, _) => add_rows::<false, 4>(page, x, out, stride, group == 0),
-            (true, 1) => add_rows::<true, 1>(page, x, out, stride, group == 0),
-            (true, 2) => add_rows::<true, 2>(page, x, out, stride, group == 0),
-            (true, 3) => add_rows::<true, 3>(page, x, out, stride, group == 0),
-            (true, _) => add_rows::<true, 4>(page, x, out, stride, group == 0),
-        }
+        by_levels_and_rows!(page.normal, x.len() / depth, add_rows(page, x, out, stride, group == 0));
     }
 }
 
@@ -127,7 +135,7 @@ const fn flush(normal: bool) -> usize {
 /// Dot products of the lanes of strip `strip` with `R` coefficient rows, which are in the order of the depth.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn dot<const NORMAL: bool, const R: usize>(
+pub(crate) fn dot<const NORMAL: bool, const R: usize>(
     tile: &MixedTile,
     segments: &Segments,
     bytes: &[u8],
