@@ -11,10 +11,12 @@
 #![forbid(unsafe_code)]
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use crate::codec::Side;
 use crate::layout::{Layout, SideLayout};
 use crate::plan::{Plan, View, CELLS_PER_WORD};
+use crate::shape::MAX_HEAD_DIM;
 
 /// Sizes of the pool. The default is the published one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,16 +141,18 @@ pub(crate) fn adopt(layout: &Layout, side: Side, region: &mut [u8], saved: &[u8]
 
 /// Writes an FP16 row.
 pub(crate) fn write_half(to: &mut [u8], row: &[f32]) {
-    for (to, &x) in to.chunks_exact_mut(2).zip(row) {
-        to.copy_from_slice(&f16::from_f32(x).to_le_bytes());
-    }
+    let mut halves = [f16::ZERO; MAX_HEAD_DIM as usize];
+    let halves = &mut halves[..row.len()];
+    halves.convert_from_f32_slice(row);
+    to.chunks_exact_mut(2).zip(halves).for_each(|(to, x)| to.copy_from_slice(&x.to_le_bytes()));
 }
 
 /// Reads an FP16 row.
 pub(crate) fn read_half(from: &[u8], row: &mut [f32]) {
-    for (from, x) in from.chunks_exact(2).zip(row) {
-        *x = f16::from_le_bytes([from[0], from[1]]).to_f32();
-    }
+    let mut halves = [f16::ZERO; MAX_HEAD_DIM as usize];
+    let halves = &mut halves[..row.len()];
+    halves.iter_mut().zip(from.chunks_exact(2)).for_each(|(x, from)| *x = f16::from_le_bytes([from[0], from[1]]));
+    halves.convert_to_f32_slice(row);
 }
 
 #[cfg(test)]

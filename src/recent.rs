@@ -7,13 +7,11 @@
 //! that they may belong to other sequences is not looked at. Soft caps and ALiBi are left out of these weights.
 #![forbid(unsafe_code)]
 
-use half::f16;
-
 use crate::attention::Rows;
 use crate::codec::quantizer::dot;
 use crate::codec::Side;
 use crate::layout::Layout;
-use crate::pool::read_half;
+use crate::pool::{read_half, write_half};
 use crate::shape::MAX_HEAD_DIM;
 use crate::store::{finite, read_float};
 
@@ -61,9 +59,10 @@ pub(crate) fn remember(
             let q_head = head * gqa + i;
             let bytes = &mut ring[(entry * gqa + i) * entry_bytes(dim)..][..entry_bytes(dim)];
             let (query, lse) = bytes.split_at_mut(2 * dim);
-            for (to, x) in query.chunks_exact_mut(2).zip(q.row(token, q_head, dim)) {
-                to.copy_from_slice(&f16::from_f32(finite(*x) * attended.scale).to_le_bytes());
-            }
+            let mut scaled = [0f32; MAX_HEAD_DIM as usize];
+            let scaled = &mut scaled[..dim];
+            scaled.iter_mut().zip(q.row(token, q_head, dim)).for_each(|(to, x)| *to = finite(*x) * attended.scale);
+            write_half(query, scaled);
             lse.copy_from_slice(&attended.lse[token * n_heads + q_head].to_le_bytes());
         }
     }

@@ -1,8 +1,6 @@
 //! After attention: seal pages as the plan says, then keep the new rows exact. Also the way back, from bytes to rows.
 #![forbid(unsafe_code)]
 
-use half::f16;
-
 use crate::attention::Rows;
 use crate::codec::{SealRows, Side};
 use crate::error::{Error, Result};
@@ -24,16 +22,16 @@ pub(crate) fn finite(x: f32) -> f32 {
 
 /// Writes a row to an exact slot.
 fn write_slot(side: &SideLayout, region: &mut [u8], slot: usize, row: &[f32]) {
-    for (to, &x) in side.slot_mut(region, slot).chunks_exact_mut(2).zip(row) {
-        to.copy_from_slice(&f16::from_f32(finite(x)).to_le_bytes());
-    }
+    let mut kept = [0f32; MAX_HEAD_DIM as usize];
+    let kept = &mut kept[..row.len()];
+    kept.iter_mut().zip(row).for_each(|(to, x)| *to = finite(*x));
+    pool::write_half(side.slot_mut(region, slot), kept);
 }
 
 /// Reads a row from an exact slot.
 fn read_slot(side: &SideLayout, region: &[u8], slot: usize, out: &mut [f32]) {
-    for (from, x) in side.slot(region, slot).chunks_exact(2).zip(out) {
-        *x = finite(f16::from_le_bytes([from[0], from[1]]).to_f32());
-    }
+    pool::read_half(side.slot(region, slot), out);
+    out.iter_mut().for_each(|x| *x = finite(*x));
 }
 
 /// What a layer's store step takes in, `[n_tokens][heads][head_dim]`.

@@ -10,11 +10,13 @@ pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 
-use super::quantizer::Quantizer;
+use super::quantizer::{self, Quantizer};
 use super::tile::{LANE_BLOCK, QUAD};
 
 /// Codes of consecutive depth that share a width: one word of 2-bit fields.
 pub const SEGMENT: usize = 16;
+/// Largest depth: channels of a head or tokens of a page.
+pub(crate) const MAX_DEPTH: usize = 256;
 /// Widest code.
 pub const MAX_BITS: usize = 4;
 
@@ -251,17 +253,16 @@ impl MixedPage<'_> {
     /// `out[row * stride + lane] += sum_d x[row * depth + order[d]] * value[lane][d]`: what the kernels compute.
     pub(crate) fn add_products(&self, x: &[f32], out: &mut [f32], stride: usize) {
         let depth = self.tile.depth;
+        let mut value = [0f32; MAX_DEPTH];
         for lane in 0..self.tile.lanes {
+            for d in 0..depth {
+                let quantizer = Quantizer::of_codes(self.segments.bits(d / SEGMENT), self.normal);
+                let code = self.tile.get(self.codes, &self.segments, lane, d);
+                let mid = self.mids.get(d).copied().unwrap_or(0.0);
+                value[self.entry(d)] = self.factors[d] * quantizer.value(code) + mid;
+            }
             for (row, x) in x.chunks_exact(depth).enumerate() {
-                let mut sum = 0.0;
-                for d in 0..depth {
-                    let bits = self.segments.bits(d / SEGMENT);
-                    let quantizer = Quantizer::of_codes(bits, self.normal);
-                    let value = quantizer.value(self.tile.get(self.codes, &self.segments, lane, d));
-                    let mid = self.mids.get(d).copied().unwrap_or(0.0);
-                    sum += x[self.entry(d)] * (self.factors[d] * value + mid);
-                }
-                out[row * stride + lane] += sum;
+                out[row * stride + lane] += quantizer::dot(x, &value[..depth]);
             }
         }
     }

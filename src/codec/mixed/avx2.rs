@@ -3,13 +3,10 @@
 
 use std::arch::x86_64::*;
 
-use super::{MixedPage, MixedTile, Segments, SEGMENT, SEGMENT_QUADS};
+use super::{MixedPage, MixedTile, Segments, MAX_DEPTH, SEGMENT, SEGMENT_QUADS};
 use crate::codec::quantizer::NORMAL_LEVELS;
 use crate::codec::tile::avx2::{add_quad, field, load_codes, Coefficients, Sums, MAX_ROWS, STRIP};
 use crate::simd::avx2::{load, prefetch_next, reduce_add, reduce_max, store};
-
-/// Largest depth: channels of a head or tokens of a page.
-const MAX_DEPTH: usize = 256;
 
 /// Calls a kernel with the kind of levels and the number of rows as constants.
 macro_rules! by_levels_and_rows {

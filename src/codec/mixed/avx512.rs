@@ -3,14 +3,11 @@
 
 use std::arch::x86_64::*;
 
-use super::{MixedPage, MixedTile, Segments, SEGMENT, SEGMENT_QUADS};
+use super::{MixedPage, MixedTile, Segments, MAX_DEPTH, SEGMENT, SEGMENT_QUADS};
 use crate::codec::quantizer::NORMAL_LEVELS;
 use crate::codec::tile::avx512::{add_quad, field, Codes, Coefficients, Sums, MAX_ROWS};
 use crate::codec::tile::LANE_BLOCK;
 use crate::simd::avx512::{load, load_bytes, pack_bytes, store, store_bytes};
-
-/// Largest depth: channels of a head or tokens of a page.
-const MAX_DEPTH: usize = 256;
 
 /// Calls a kernel with the kind of levels and the number of rows as constants.
 macro_rules! by_levels_and_rows {
