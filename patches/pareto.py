@@ -17,9 +17,9 @@ from xml.sax.saxutils import escape
 PANEL_W, PANEL_H, LEFT, TOP, GAP = 470, 300, 70, 60, 70
 COLOURS = {"stock": "#555555", "skvq": "#1f6fb4", "kivi": "#2c9a4b", "ott": "#d9792b", "qaq": "#8a4fbf"}
 # Published settings lie close together: where each one's label goes.
-LABEL_DY = {"stock": -6, "skvq": 18, "kivi": 5, "ott": -10, "qaq": 5}
+LABEL_DY = {"stock": -6, "skvq": 18, "kivi": 5, "ott": -10, "qaq": -8}
 METRICS = [("mean", "mean KLD"), ("p999", "99.9 % KLD")]
-MIN_BITS = 2.0
+MIN_BITS = 1.75
 
 
 def family(cache):
@@ -39,7 +39,7 @@ class Panel:
     def frame(self, title):
         out = [f'<rect x="{self.x}" y="{self.y}" width="{PANEL_W}" height="{PANEL_H}" fill="none" stroke="#999"/>',
                text(self.x + PANEL_W / 2, self.y - 8, title, "middle")]
-        for bits in (2, 2.5, 3, 4, 5, 6, 8, 10):
+        for bits in (1.75, 2, 2.5, 3, 4, 5, 6, 8, 10):
             if MIN_BITS <= bits <= self.max_bits:
                 x, _ = self.at(bits, 10 ** self.low)
                 out += [line(x, self.y, x, self.y + PANEL_H), text(x, self.y + PANEL_H + 15, f"{bits:g}", "middle")]
@@ -75,8 +75,8 @@ def draw(rows):
             mine = [row for row in rows if row["text"] == name]
             out += curves(panel, mine, metric) + [mark for row in mine for mark in marks(panel, row, metric)]
     width, height = LEFT + len(texts) * (PANEL_W + GAP), TOP + 2 * (PANEL_H + GAP)
-    legend = [text(LEFT + 130 * i, 22, name, colour=colour, size=14) for i, (name, colour) in enumerate(COLOURS.items())]
-    legend.append(text(LEFT + 690, 22, "filled: total bits per value at 32 768 tokens, hollow: at 4 096; log axes"))
+    legend = [text(LEFT + 120 * i, 22, name, colour=colour, size=14) for i, (name, colour) in enumerate(COLOURS.items())]
+    legend.append(text(LEFT + 640, 22, "filled: total bits at 32 768 tokens, hollow: at 4 096"))
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
                       'font-family="sans-serif">', f'<rect width="{width}" height="{height}" fill="white"/>',
                       *legend, *out, "</svg>", ""])
