@@ -31,6 +31,8 @@ static inline layer layer_new(const char *spec, kvq_shape shape, uint32_t n_cell
     kvq_recipe_free(recipe);
     l.k_mem = aligned(&l.raw[0], kvq_layout_k_bytes(l.layout));
     l.v_mem = aligned(&l.raw[1], kvq_layout_v_bytes(l.layout));
+    CHECK_OK(kvq_use_large_pages(l.k_mem, kvq_layout_k_bytes(l.layout)));
+    CHECK_OK(kvq_use_large_pages(l.v_mem, kvq_layout_v_bytes(l.layout)));
     l.live = make(n_cells, sizeof(bool));
     return l;
 }

@@ -40,3 +40,20 @@ pub(super) fn advise(bytes: &[u8], in_use: bool) {
     #[cfg(not(target_os = "linux"))]
     let _ = (bytes, in_use);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_keeps_what_it_holds() {
+        // More than two large pages, so that at least one lies inside.
+        let bytes: Vec<u8> = (0..5usize << 20).map(|i| ((i * i) >> 7) as u8).collect();
+        let copy = bytes.clone();
+        for in_use in [false, true] {
+            advise(&bytes[1..], in_use);
+            advise(&bytes[..100], in_use);
+            assert!(bytes == copy);
+        }
+    }
+}
