@@ -382,8 +382,8 @@ kvq_status kvq_layout_page_ranges(const kvq_layout *layout,
                                   size_t *n_out);
 
 // Asks the operating system to hold `n_bytes` of memory, such as the keys and values of all layers, in large pages: a
-// decoded token reads all of it, and with pages of 4 KiB it waits for address translations. Contents are kept; other
-// threads may use the memory meanwhile. Memory already written to is moved before this returns.
+// decoded token reads all of it, and with pages of 4 KiB it waits for address translations. Call it before the memory
+// is first written to: what has small pages already may keep them. Contents are kept.
 //
 // A hint: KVQ_STATUS_OK also where the system does not follow it. Give one range for many small buffers, since large
 // pages (2 MiB on x86-64) must lie inside it.

@@ -263,13 +263,17 @@ private:
     uint64_t state_;
 };
 
-// Aligned memory of a multiple of that many bytes, zeroed.
+// Aligned memory of a multiple of that many bytes, zeroed. Large pages are asked for as the glue does it in llama.cpp, where
+// the memory of all layers is one buffer.
 struct Buffer {
     explicit Buffer(size_t n, size_t alignment = 64)
         : size((n + alignment - 1) / alignment * alignment),
           data(static_cast<uint8_t *>(aligned_alloc(alignment, size))) {
         if (!data) {
             die("out of memory");
+        }
+        if (alignment == LARGE_PAGE) {
+            ok(kvq_use_large_pages(data, size));
         }
         memset(data, 0, size);
     }
@@ -383,11 +387,8 @@ public:
         const kvq_shape shape = { uint32_t(c.n_heads()), N_KV_HEADS, dim, dim };
         ok(kvq_layout_new(recipe, &shape, 2, c.n_kv, kvq_planner_n_slots(planner_), &layout_));
         kvq_recipe_free(recipe);
-        // As in llama.cpp, where the memory of all layers is one buffer, and the glue asks for large pages.
         k_mem_ = std::make_unique<Buffer>(kvq_layout_k_bytes(layout_), LARGE_PAGE);
         v_mem_ = std::make_unique<Buffer>(kvq_layout_v_bytes(layout_), LARGE_PAGE);
-        ok(kvq_use_large_pages(k_mem_->data, k_mem_->size));
-        ok(kvq_use_large_pages(v_mem_->data, v_mem_->size));
         n_splits_ = kvq_attend_splits(layout_, c.n_q, pool.size());
         const size_t n_rows = size_t(c.n_q) * c.n_heads();
         out_.resize(n_rows * dim);

@@ -123,16 +123,16 @@ std::string llama_kvq_cache::spec() const {
     return buf.data();
 }
 
-void llama_kvq_cache::allocated() {
+void llama_kvq_cache::allocated(ggml_backend_buffer_t buf) const {
+    // empty while llama.cpp only estimates memory
+    if (const size_t size = ggml_backend_buffer_get_size(buf)) {
+        llama_kvq_must(kvq_use_large_pages(ggml_backend_buffer_get_base(buf), size), "large pages");
+    }
+}
+
+void llama_kvq_cache::log_info() const {
     if (layouts.empty()) {
         return;
-    }
-
-    for (auto & [_, buf] : kv.ctxs_bufs) {
-        // empty while llama.cpp only estimates memory
-        if (const size_t size = ggml_backend_buffer_get_size(buf.get())) {
-            llama_kvq_must(kvq_use_large_pages(ggml_backend_buffer_get_base(buf.get()), size), "large pages");
-        }
     }
 
     double bits_k   = 0.0;

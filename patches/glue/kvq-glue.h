@@ -52,7 +52,8 @@ struct llama_kvq_cache : llama_kvq {
 
     ggml_tensor * new_k(ggml_context * ctx, ggml_backend_buffer_type_t buft, uint32_t il) override;
     ggml_tensor * new_v(ggml_context * ctx, uint32_t il) override;
-    void allocated() override;
+    void allocated(ggml_backend_buffer_t buf) const override;
+    void log_info() const override;
 
     ggml_tensor * build_plan(ggml_context * ctx, const llama_ubatch & ubatch) const override;
     void set_plan(ggml_tensor * dst, const llama_ubatch & ubatch,

@@ -98,7 +98,7 @@ pub unsafe extern "C" fn kvq_cache_new(
             rope,
         };
         let cache = Cache::new(&recipe.recipe, &params)?;
-        cache.memories().for_each(|memory| advise(memory, false));
+        cache.memories().for_each(|memory| advise(memory.as_ptr(), memory.len()));
         out.write(Box::into_raw(Box::new(kvq_cache { cache })));
         Ok(())
     })
