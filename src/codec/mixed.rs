@@ -12,11 +12,13 @@ pub(crate) mod avx512;
 
 use super::quantizer::{self, Quantizer};
 use super::tile::{LANE_BLOCK, QUAD};
+use super::MAX_PAGE;
+use crate::shape::MAX_HEAD_DIM;
 
 /// Codes of consecutive depth that share a width: one word of 2-bit fields.
 pub const SEGMENT: usize = 16;
 /// Largest depth: channels of a head or tokens of a page.
-pub(crate) const MAX_DEPTH: usize = 256;
+pub(crate) const MAX_DEPTH: usize = if MAX_PAGE > MAX_HEAD_DIM as usize { MAX_PAGE } else { MAX_HEAD_DIM as usize };
 /// Widest code.
 pub const MAX_BITS: usize = 4;
 
@@ -186,6 +188,18 @@ impl MixedTile {
         }
     }
 
+    /// Writes the code at `depth` of every lane, `codes[lanes]`. Equal to [`MixedTile::set`] for each, several times faster.
+    #[inline(always)]
+    pub fn set_depth(&self, bytes: &mut [u8], segments: &Segments, depth: usize, codes: &[u8]) {
+        for (byte, shift, bits, weight) in self.fields(segments, 0, depth).into_iter().filter(|field| field.2 > 0) {
+            let mask = ((1u16 << bits) - 1) as u8;
+            for (lane, code) in codes.iter().enumerate() {
+                let at = byte + self.byte(lane, 0, 0);
+                bytes[at] = bytes[at] & !(mask << shift) | (code >> weight & mask) << shift;
+            }
+        }
+    }
+
     /// Writes all codes of one lane, `codes[depth]`. Equal to [`MixedTile::set`] for each, many times faster.
     #[inline(always)]
     pub fn set_lane(&self, bytes: &mut [u8], segments: &Segments, lane: usize, codes: &[u8]) {
@@ -293,6 +307,12 @@ mod tests {
                     let codes: Vec<u8> = (0..depth).map(|d| code(lane * depth + d)).collect();
                     (0..depth).for_each(|d| tile.set(&mut single, &segments, lane, d, codes[d]));
                     tile.set_lane(&mut whole, &segments, lane, &codes);
+                }
+                assert_eq!(single, whole, "{segments:?}");
+                whole.fill(0xff);
+                for d in 0..depth {
+                    let codes: Vec<u8> = (0..lanes).map(|lane| code(lane * depth + d)).collect();
+                    tile.set_depth(&mut whole, &segments, d, &codes);
                 }
                 assert_eq!(single, whole, "{segments:?}");
                 for i in 0..lanes * depth {

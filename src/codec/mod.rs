@@ -64,6 +64,9 @@ pub struct SealRows<'a> {
     pub attention: &'a [f32],
 }
 
+/// Largest page of any recipe, in cells.
+pub const MAX_PAGE: usize = 256;
+
 /// Bytes of a page's header, kept apart from the page so that pages stay 64-byte aligned.
 pub const HEADER_BYTES: usize = 4;
 

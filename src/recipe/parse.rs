@@ -8,6 +8,7 @@ use crate::codec::adaptive::{AdaptiveParams, MAX_OUTLIERS};
 use crate::codec::channel::ChannelParams;
 use crate::codec::group::{Clip, GroupParams, GroupSize};
 use crate::codec::tile::Width;
+use crate::codec::MAX_PAGE;
 use crate::error::{Error, Result, Status};
 use crate::pool::PoolParams;
 
@@ -243,7 +244,7 @@ fn set_key(recipe: &mut Recipe, key: &str, value: &str) -> Result<bool> {
         "window" => recipe.window = number(key, value, 0..=MAX_WINDOW)?,
         "sinks" => recipe.sink_tokens = number(key, value, 0..=MAX_SINKS)?,
         "page" => {
-            recipe.page = number(key, value, 64..=256)?;
+            recipe.page = number(key, value, 64..=MAX_PAGE)?;
             if !recipe.page.is_power_of_two() {
                 return Err(fail(format!("page={value}: use 64, 128 or 256")));
             }

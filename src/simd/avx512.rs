@@ -298,9 +298,10 @@ fn softmax(scores: &mut [f32], columns: usize, logits: &Logits, state: &mut Stat
     for (row, scores) in scores.chunks_exact_mut(columns).enumerate() {
         // Every weight is 0 if nothing has been visible so far.
         let max = if state.max[row] == f32::NEG_INFINITY { 0.0 } else { state.max[row] };
-        let (offset, mut sum) = (_mm512_set1_ps(max * LOG2_E), _mm512_setzero_ps());
+        let (max, mut sum) = (_mm512_set1_ps(max), _mm512_setzero_ps());
         for s in scores.chunks_exact_mut(16) {
-            let e = exp2(_mm512_fmsub_ps(load(s, 0), log2_e, offset));
+            // The difference first: it is exact near the maximum, however large that is.
+            let e = exp2(_mm512_mul_ps(_mm512_sub_ps(load(s, 0), max), log2_e));
             sum = _mm512_add_ps(sum, e);
             store(s, 0, e);
         }

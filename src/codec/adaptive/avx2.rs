@@ -4,12 +4,13 @@
 use std::arch::x86_64::*;
 
 use super::{scalar, AdaptiveCodec, AdaptiveKernels, PageRef, Probabilities, Query, QueryForm, SealRows};
-use crate::codec::float8::avx2::{e4m3_decode, step_decode};
+use crate::codec::float8::avx2::{e4m3_decode, e4m3_decode_row, step_decode};
 use crate::codec::hadamard;
 use crate::codec::mixed::avx2::{add_products, by_levels_and_rows, dot};
 use crate::codec::mixed::{Segments, SEGMENT};
 use crate::codec::tile::avx2::{Coefficients, MAX_ROWS, STRIP};
 use crate::codec::tile::LANE_BLOCK;
+use crate::codec::MAX_PAGE;
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::avx2::{dot_floats, load_bytes, prefetch_next, store};
 use crate::simd::IsaToken;
@@ -52,9 +53,7 @@ fn scores(codec: &AdaptiveCodec, page: PageRef, query: &Query, out: &mut [f32]) 
     let mut mean = [0f32; MAX_HEAD_DIM as usize];
     let mean = &mut mean[..codec.head_dim];
     if codec.params.mean {
-        for c in (0..codec.head_dim).step_by(8) {
-            store(mean, c, e4m3_decode(load_bytes(page.bytes, codec.mean_offset() + c), page.header[1]));
-        }
+        e4m3_decode_row(&page.bytes[codec.mean_offset()..], page.header[1], mean);
     }
     for row in (0..query.n_rows()).step_by(MAX_ROWS) {
         let n = query.n_rows() - row;
@@ -113,7 +112,7 @@ fn score_rows<const NORMAL: bool, const R: usize>(
             out[place] += q[channel] * x;
         }
         if codec.params.adaptive {
-            let mut by_place = [0f32; scalar::MAX_PAGE];
+            let mut by_place = [0f32; MAX_PAGE];
             by_place[..n].copy_from_slice(out);
             let places = &page.bytes[codec.order_offset()..][..n];
             out.iter_mut().zip(places).for_each(|(to, &place)| *to = by_place[usize::from(place)]);

@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::{scalar, AdaptiveCodec, AdaptiveKernels, PageRef, Probabilities, Query, QueryForm, SealRows};
-use crate::codec::float8::avx512::{e4m3_decode, step_decode};
+use crate::codec::float8::avx512::{e4m3_decode, e4m3_decode_row, step_decode};
 use crate::codec::hadamard;
 use crate::codec::mixed::avx512::{add_products, by_levels_and_rows, dot, permute};
 use crate::codec::mixed::{Segments, SEGMENT};
@@ -54,9 +54,7 @@ fn scores(codec: &AdaptiveCodec, page: PageRef, query: &Query, out: &mut [f32]) 
     let mut mean = [0f32; MAX_HEAD_DIM as usize];
     let mean = &mut mean[..codec.head_dim];
     if codec.params.mean {
-        for c in (0..codec.head_dim).step_by(16) {
-            store(mean, c, e4m3_decode(load_bytes(page.bytes, codec.mean_offset() + c), page.header[1]));
-        }
+        e4m3_decode_row(&page.bytes[codec.mean_offset()..], page.header[1], mean);
     }
     let mut row = 0;
     while row < query.n_rows() {

@@ -11,12 +11,10 @@ use crate::codec::hadamard;
 use crate::codec::mixed::{self, MixedPage, Segments, MAX_BITS, SEGMENT};
 use crate::codec::quantizer::{self, sum};
 use crate::codec::tile::LANE_BLOCK;
-use crate::codec::Side;
+use crate::codec::{Side, MAX_PAGE};
 use crate::shape::MAX_HEAD_DIM;
 
 const MAX_DIM: usize = MAX_HEAD_DIM as usize;
-/// Largest page of any recipe.
-pub(super) const MAX_PAGE: usize = 256;
 
 pub(super) static KERNELS: AdaptiveKernels = AdaptiveKernels {
     seal: |codec, header, page, rows| seal(codec, header, page, rows),
@@ -27,8 +25,8 @@ pub(super) static KERNELS: AdaptiveKernels = AdaptiveKernels {
 };
 
 /// Which tokens have how many bits, and in which order they lie.
-pub(super) struct Order {
-    pub(super) segments: Segments,
+struct Order {
+    segments: Segments,
     /// The token at each place.
     token: [u8; MAX_PAGE],
     /// The place of each token.
@@ -226,8 +224,7 @@ fn seal_row(
         }
         Side::Value => {
             let tile = codec.value_tile();
-            let bytes = &mut page[..tile.bytes()];
-            (0..dim).for_each(|c| tile.set(bytes, segments, c, place, codes[c]));
+            tile.set_depth(&mut page[..tile.bytes()], segments, place, &codes[..dim]);
         }
     }
 }

@@ -5,7 +5,7 @@
 use std::arch::x86_64::*;
 
 use super::{scalar, GroupCodec, GroupKernels, PageRef, Probabilities, Query, QueryForm};
-use crate::codec::float8::avx2::{e4m3_decode, step_decode};
+use crate::codec::float8::avx2::{e4m3_decode, e4m3_decode_row, step_decode};
 use crate::codec::hadamard;
 use crate::codec::query::PLANE;
 use crate::codec::tile::avx2::{by_width_and_rows, dot, join_planes, planes, put_pairs, Coefficients, MAX_ROWS, STRIP};
@@ -66,9 +66,7 @@ fn scores(codec: &GroupCodec, page: PageRef, query: &Query, out: &mut [f32]) {
     let mut mean = [0f32; MAX_HEAD_DIM as usize];
     let mean = &mut mean[..codec.head_dim];
     if codec.params.mean {
-        for c in (0..codec.head_dim).step_by(8) {
-            store(mean, c, e4m3_decode(load_bytes(page.bytes, codec.mean_offset() + c), page.header[2]));
-        }
+        e4m3_decode_row(&page.bytes[codec.mean_offset()..], page.header[2], mean);
     }
     for row in (0..query.n_rows()).step_by(MAX_ROWS) {
         let n = query.n_rows() - row;

@@ -5,11 +5,12 @@
 use std::arch::x86_64::*;
 
 use super::{scalar, GroupCodec, GroupKernels, PageRef, Probabilities, Query, QueryForm};
-use crate::codec::float8::avx512::{e4m3_decode, step_decode};
+use crate::codec::float8::avx512::{e4m3_decode, e4m3_decode_row, step_decode};
 use crate::codec::hadamard;
 use crate::codec::query::PLANE;
 use crate::codec::tile::avx512::{by_width_and_rows, dot, float_sum, Codes, Coefficients, MAX_ROWS};
 use crate::codec::tile::{Width, LANE_BLOCK};
+use crate::codec::MAX_PAGE;
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::avx2::prefetch_next_from;
 use crate::simd::avx512::{dot_floats, load, load_bytes, pack_bytes, store, store_bytes};
@@ -68,9 +69,7 @@ fn scores(codec: &GroupCodec, page: PageRef, query: &Query, out: &mut [f32]) {
     let mut mean = [0f32; MAX_HEAD_DIM as usize];
     let mean = &mut mean[..codec.head_dim];
     if codec.params.mean {
-        for c in (0..codec.head_dim).step_by(16) {
-            store(mean, c, e4m3_decode(load_bytes(page.bytes, codec.mean_offset() + c), page.header[2]));
-        }
+        e4m3_decode_row(&page.bytes[codec.mean_offset()..], page.header[2], mean);
     }
     let planes = codec.coefficient_planes();
     let mut row = 0;
@@ -158,9 +157,6 @@ fn accumulate(codec: &GroupCodec, page: PageRef, p: &mut Probabilities, acc: &mu
         }
     }
 }
-
-/// Largest page of any recipe.
-const MAX_PAGE: usize = 256;
 
 /// Multiplies one row of weights with the steps of group `g` and rounds the products to int8.
 #[inline]
