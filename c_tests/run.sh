@@ -26,7 +26,7 @@ step() {
     else
         failed=$((failed + 1))
         echo "FAILED  $name ($((SECONDS - start)) s): $log"
-        grep -E '^(FAILED|error)|panicked|[0-9]+ failed' "$log" | head -n 20 | sed 's/^/        /' || true
+        grep -E -A 12 '^(FAILED|error)|panicked|[0-9]+ failed' "$log" | head -n 60 | sed 's/^/        /' || true
     fi
 }
 

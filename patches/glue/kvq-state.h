@@ -101,7 +101,7 @@ struct kvq_state_reader {
     }
 
     template <typename T> T value() {
-        T v;
+        T v {}; // llama_file leaves what lies behind the end of a file as it is
         bytes(&v, sizeof(v));
         return v;
     }
@@ -116,7 +116,7 @@ struct kvq_state_reader {
     }
 
     void finish() {
-        uint64_t expected;
+        uint64_t expected = 0;
         io.read(&expected, sizeof(expected));
         if (expected != sum.finish()) {
             throw std::runtime_error("kvq: the saved state is damaged (checksum)");
