@@ -240,8 +240,8 @@ pub(crate) struct MixedPage<'a> {
     pub(crate) tile: &'a MixedTile,
     pub(crate) segments: Segments,
     pub(crate) codes: &'a [u8],
-    /// Bytes from these codes to those of the next page.
-    pub(crate) ahead: usize,
+    /// Bytes of the whole page.
+    pub(crate) page_bytes: usize,
     /// Codes stand for [`NORMAL_LEVELS`] with their middle at [`NORMAL_CENTRE`] instead of for themselves.
     pub(crate) normal: bool,
     /// Empty: the depth is in the coefficients' order.

@@ -60,25 +60,26 @@ pub(crate) fn dot_floats(a: &[f32], b: &[f32]) -> f32 {
     reduce_add(sum)
 }
 
-/// Asks for part `part` of `parts` of as many bytes as `page` has, behind it. The pages of a head lie one after the
-/// other and are read in that order, but keys and values take turns, and a page is too short for the hardware to
-/// foresee the next.
+/// Asks for part `part` of `parts` of the bytes of the next page that `bytes` are of this one. The pages of a head lie one
+/// after the other and are read in that order, but keys and values take turns, and a page is too short for the hardware
+/// to foresee the next. `HINT` is the level to bring them to. On their way to the first, lines hold buffers that loads wait
+/// for: the second level is near enough for most kernels, and with four bits a sixth faster.
 #[inline]
-pub(crate) fn prefetch_next(page: &[u8], part: usize, parts: usize) {
-    let (next, lines) = (page.as_ptr().wrapping_add(page.len()), page.len().div_ceil(64));
+pub(crate) fn prefetch_next<const HINT: i32>(bytes: &[u8], page_bytes: usize, part: usize, parts: usize) {
+    let (next, lines) = (bytes.as_ptr().wrapping_add(page_bytes), bytes.len().div_ceil(64));
     let share = lines.div_ceil(parts);
     for line in part * share..((part + 1) * share).min(lines) {
         // SAFETY: a hint, which no address makes fault.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(line * 64).cast()) };
+        unsafe { _mm_prefetch::<HINT>(next.wrapping_add(line * 64).cast()) };
     }
 }
 
-/// Asks for what the next page has from byte `from` on.
+/// Asks for what the next page has from byte `from` on, into the second level.
 #[inline]
 pub(crate) fn prefetch_next_from(page: &[u8], from: usize) {
     for at in (from..page.len()).step_by(64) {
         // SAFETY: a hint, which no address makes fault.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(page.as_ptr().wrapping_add(page.len() + at).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(page.as_ptr().wrapping_add(page.len() + at).cast()) };
     }
 }
 

@@ -88,7 +88,7 @@ fn score_rows<const NORMAL: bool, const R: usize>(
         for strip in 0..count * LANE_BLOCK / STRIP {
             let place = first_segment * LANE_BLOCK + strip * STRIP;
             if first == 0 {
-                prefetch_next(page.bytes, place / STRIP, n / STRIP);
+                prefetch_next::<_MM_HINT_T1>(page.bytes, page.bytes.len(), place / STRIP, n / STRIP);
             }
             let sums = dot::<NORMAL, R>(&tile, &uniform, codes, strip, coefficients);
             for half in 0..2 {

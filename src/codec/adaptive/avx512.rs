@@ -86,7 +86,7 @@ fn score_rows<const NORMAL: bool, const R: usize>(
     for (first_segment, count, bits) in scalar::runs(&segments) {
         let (tile, uniform) = (codec.key_tile(count, bits), Segments::uniform(bits, dim / SEGMENT));
         let bytes = &page.bytes[scalar::run_offset(codec, &segments, first_segment)..][..tile.bytes()];
-        let codes = Codes { bytes, ahead: if first == 0 { page.bytes.len() } else { 0 } };
+        let codes = Codes::new(bytes, page.bytes.len(), first == 0);
         let centre = _mm512_set1_ps(codec.quantizer(bits).centre());
         let offset = offset.map(|offset| _mm512_mul_ps(offset, centre));
         for block in 0..count {

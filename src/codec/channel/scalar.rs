@@ -245,7 +245,7 @@ pub(super) fn scores(
         tile: &codec.tile,
         segments: order.segments,
         codes: &page.bytes[..codec.tile.bytes()],
-        ahead: page.bytes.len(),
+        page_bytes: page.bytes.len(),
         normal: false,
         order: if codec.params.adaptive { &order.channel[..codec.head_dim] } else { &[] },
         factors: &params.step[..codec.head_dim],

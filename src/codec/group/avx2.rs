@@ -103,7 +103,7 @@ fn score_rows<const W: u8, const R: usize>(
     }
     for strip in 0..codec.page / STRIP {
         if first == 0 {
-            prefetch_next(page.bytes, strip, codec.page / STRIP);
+            prefetch_next::<_MM_HINT_T1>(page.bytes, page.bytes.len(), strip, codec.page / STRIP);
         }
         let mut total = [[_mm256_setzero_ps(); 2]; R];
         for (total, base) in total.iter_mut().zip(base) {
@@ -213,7 +213,7 @@ fn add_rows<const W: u8, const R: usize>(
     let strips = codec.group / STRIP;
     for strip in 0..strips {
         if first == 0 {
-            prefetch_next(page.bytes, g * strips + strip, codec.n_groups * strips);
+            prefetch_next::<_MM_HINT_T1>(page.bytes, page.bytes.len(), g * strips + strip, codec.n_groups * strips);
         }
         let sums = dot::<W, R>(&codec.tile, tile, strip, coefficients);
         for (i, sums) in sums.iter().enumerate() {

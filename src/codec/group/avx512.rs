@@ -134,7 +134,7 @@ fn score_rows<const W: u8, const R: usize>(
 #[inline]
 fn page_codes<'a>(codec: &GroupCodec, page: PageRef<'a>, g: usize, first: usize) -> Codes<'a> {
     let bytes = &page.bytes[g * codec.tile.bytes()..][..codec.tile.bytes()];
-    Codes { bytes, ahead: if first == 0 { page.bytes.len() } else { 0 } }
+    Codes::new(bytes, page.bytes.len(), first == 0)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]

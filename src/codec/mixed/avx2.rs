@@ -55,7 +55,7 @@ fn add_rows<const NORMAL: bool, const R: usize>(
     let strips = page.tile.lanes / STRIP;
     for strip in 0..strips {
         if prefetch {
-            prefetch_next(page.codes, strip, strips);
+            prefetch_next::<_MM_HINT_T0>(page.codes, page.page_bytes, strip, strips);
         }
         let coefficients = Coefficients { bytes: &int8[..R * depth], stride: depth };
         let sums = dot::<NORMAL, R>(page.tile, &page.segments, page.codes, strip, coefficients);

@@ -56,7 +56,7 @@ fn add_rows<const NORMAL: bool, const R: usize>(
     let mut int8 = [[0i8; MAX_DEPTH]; R];
     let int8 = &mut int8.as_flattened_mut()[..R * stride_int8];
     let (scale, offset) = round_rows::<R>(page, x, int8);
-    let codes = Codes { bytes: page.codes, ahead: if prefetch { page.ahead } else { 0 } };
+    let codes = Codes::new(page.codes, page.page_bytes, prefetch);
     let out = &mut out[..(R - 1) * stride + page.tile.lanes];
     for block in 0..page.tile.lanes / LANE_BLOCK {
         let coefficients = Coefficients { int8, stride: stride_int8 };
