@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -17,9 +16,7 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include <immintrin.h>
@@ -157,8 +154,6 @@ double now() {
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-void pause_ms(int ms) { usleep(1000 * ms); }
-
 double median(std::vector<double> v) {
     std::sort(v.begin(), v.end());
     return v.empty() ? NEVER : v[v.size() / 2];
@@ -166,73 +161,54 @@ double median(std::vector<double> v) {
 
 double minimum(const std::vector<double> & v) { return v.empty() ? NEVER : *std::min_element(v.begin(), v.end()); }
 
-// Persistent threads, spinning for a moment between jobs, as ggml's own workers do.
-class Pool {
+// ggml's CPU threads. Both sides run on them: two sets of threads that spin after their last job would slow each other
+// down, and in llama.cpp kvq runs on these as well.
+class Workers {
 public:
-    explicit Pool(int n) : n_(n) {
-        for (int part = 1; part < n; part++) {
-            threads_.emplace_back([this, part] { work(part); });
-        }
+    explicit Workers(int n) : n_(n), cpu_(ggml_backend_cpu_init()) {
+        ggml_threadpool_params params = ggml_threadpool_params_default(n);
+        threads_ = ggml_threadpool_new(&params);
+        ggml_backend_cpu_set_n_threads(cpu_, n);
+        ggml_backend_cpu_set_threadpool(cpu_, threads_);
+        ctx_ = ggml_init({ ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true });
+        graph_ = ggml_new_graph(ctx_);
+        ggml_build_forward_expand(graph_, ggml_custom_4d(ctx_, GGML_TYPE_F32, 1, 1, 1, 1, nullptr, 0, work,
+                                                         GGML_N_TASKS_MAX, this));
+        buffer_ = ggml_backend_alloc_ctx_tensors(ctx_, cpu_);
     }
-    ~Pool() {
-        run([](int, int) {}, true);
-        for (auto & t : threads_) {
-            t.join();
-        }
+    ~Workers() {
+        ggml_backend_buffer_free(buffer_);
+        ggml_free(ctx_);
+        ggml_backend_free(cpu_);
+        ggml_threadpool_free(threads_);
     }
+    Workers(const Workers &) = delete;
     int size() const { return n_; }
+    ggml_backend_t cpu() const { return cpu_; }
 
-    // Calls job(part, n_parts) once on every thread, part 0 on this one.
-    void run(const std::function<void(int, int)> & job, bool stop = false) {
-        job_  = &job;
-        stop_ = stop;
-        left_.store(n_ - 1, std::memory_order_relaxed);
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            turn_.fetch_add(1, std::memory_order_release);
+    void run(ggml_cgraph * graph) {
+        if (ggml_backend_graph_compute(cpu_, graph) != GGML_STATUS_SUCCESS) {
+            die("ggml could not compute the graph");
         }
-        if (asleep_.load() > 0) {
-            wake_.notify_all();
-        }
-        job(0, n_);
-        for (int i = 0; left_.load(std::memory_order_acquire) > 0; i++) {
-            i < SPINS ? _mm_pause() : (void) sched_yield();
-        }
+    }
+    // Calls job(part, n_parts) once on every thread.
+    void run(const std::function<void(int, int)> & job) {
+        job_ = &job;
+        run(graph_);
     }
 
 private:
-    static constexpr int SPINS = 20000;
-
-    void work(int part) {
-        for (unsigned seen = 0;;) {
-            int i = 0;
-            while (turn_.load(std::memory_order_acquire) == seen && i++ < SPINS) {
-                _mm_pause();
-            }
-            if (turn_.load(std::memory_order_acquire) == seen) {
-                std::unique_lock<std::mutex> lock(mutex_);
-                asleep_++;
-                wake_.wait(lock, [&] { return turn_.load(std::memory_order_acquire) != seen; });
-                asleep_--;
-            }
-            seen++;
-            const bool stop = stop_;
-            (*job_)(part, n_);
-            left_.fetch_sub(1, std::memory_order_release);
-            if (stop) {
-                return;
-            }
-        }
+    static void work(ggml_tensor *, int part, int n_parts, void * self) {
+        (*static_cast<Workers *>(self)->job_)(part, n_parts);
     }
 
     int n_;
-    std::vector<std::thread> threads_;
-    std::mutex mutex_;
-    std::condition_variable wake_;
-    std::atomic<unsigned> turn_{ 0 };
-    std::atomic<int> left_{ 0 }, asleep_{ 0 };
+    ggml_backend_t cpu_;
+    ggml_threadpool * threads_;
+    ggml_context * ctx_;
+    ggml_cgraph * graph_;
+    ggml_backend_buffer_t buffer_;
     const std::function<void(int, int)> * job_ = nullptr;
-    bool stop_ = false;
 };
 
 // Gaussian values; some channels of each head are several times larger and off centre, as keys of real models are.
@@ -314,8 +290,8 @@ struct Backend {
 
 class Stock : public Backend {
 public:
-    Stock(const Case & c, const Inputs & inputs, ggml_backend_t cpu, ggml_type type, const char * label, double bound)
-        : case_(c), cpu_(cpu), type_(type) {
+    Stock(const Case & c, const Inputs & inputs, Workers & workers, ggml_type type, const char * label, double bound)
+        : case_(c), workers_(workers), type_(type) {
         name = label;
         nmse_bound = bound;
         ctx_ = ggml_init({ 64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true });
@@ -333,7 +309,7 @@ public:
         ggml_prec_set_acc(out_, GGML_PREC_F32);
         graph_ = ggml_new_graph(ctx_);
         ggml_build_forward_expand(graph_, out_);
-        buffer_ = ggml_backend_alloc_ctx_tensors(ctx_, cpu);
+        buffer_ = ggml_backend_alloc_ctx_tensors(ctx_, workers.cpu());
         if (!buffer_) {
             die("out of memory");
         }
@@ -350,11 +326,7 @@ public:
         ggml_quantize_chunk(type_, k, static_cast<char *>(k_->data) + at, 0, n, width, nullptr);
         ggml_quantize_chunk(type_, v, static_cast<char *>(v_->data) + at, 0, n, width, nullptr);
     }
-    void run() override {
-        if (ggml_backend_graph_compute(cpu_, graph_) != GGML_STATUS_SUCCESS) {
-            die("ggml could not compute the graph");
-        }
-    }
+    void run() override { workers_.run(graph_); }
     const float * out() const override { return static_cast<const float *>(out_->data); }
     void rows(bool value, int kv_head, std::vector<float> & out) override {
         const ggml_tensor * t = value ? v_ : k_;
@@ -367,7 +339,7 @@ public:
 
 private:
     const Case & case_;
-    ggml_backend_t cpu_;
+    Workers & workers_;
     ggml_type type_;
     ggml_context * ctx_;
     ggml_backend_buffer_t buffer_;
@@ -377,7 +349,7 @@ private:
 
 class Kvq : public Backend {
 public:
-    Kvq(const Case & c, const Inputs & inputs, Pool & pool) : case_(c), inputs_(inputs), pool_(pool) {
+    Kvq(const Case & c, const Inputs & inputs, Workers & workers) : case_(c), inputs_(inputs), workers_(workers) {
         name = "kvq";
         nmse_bound = 1e-3;
         kvq_recipe * recipe;
@@ -389,7 +361,7 @@ public:
         kvq_recipe_free(recipe);
         k_mem_ = std::make_unique<Buffer>(kvq_layout_k_bytes(layout_), LARGE_PAGE);
         v_mem_ = std::make_unique<Buffer>(kvq_layout_v_bytes(layout_), LARGE_PAGE);
-        n_splits_ = kvq_attend_splits(layout_, c.n_q, pool.size());
+        n_splits_ = kvq_attend_splits(layout_, c.n_q, workers.size());
         const size_t n_rows = size_t(c.n_q) * c.n_heads();
         out_.resize(n_rows * dim);
         lse_.resize(n_rows);
@@ -442,7 +414,7 @@ public:
         args.lse = lse.data();
         args.scale = case_.scale();
         const double start = now();
-        pool_.run([&](int part, int n_parts) { ok(kvq_store(layout_, &args, part, n_parts)); });
+        workers_.run([&](int part, int n_parts) { ok(kvq_store(layout_, &args, part, n_parts)); });
         if (cell > 0) {
             store_us_.push_back((now() - start) * 1e6 / n);
         }
@@ -470,9 +442,9 @@ public:
         args.n_splits = n_splits_;
         args.out = n_splits_ > 1 ? partial_.data() : out_.data();
         args.lse = n_splits_ > 1 ? nullptr : lse_.data();
-        pool_.run([&](int part, int n_parts) { ok(kvq_attend(layout_, &args, part, n_parts)); });
+        workers_.run([&](int part, int n_parts) { ok(kvq_attend(layout_, &args, part, n_parts)); });
         if (n_splits_ > 1) {
-            pool_.run([&](int part, int n_parts) {
+            workers_.run([&](int part, int n_parts) {
                 ok(kvq_combine(layout_, partial_.data(), nullptr, n_splits_, case_.n_q, out_.data(), lse_.data(), part, n_parts));
             });
         }
@@ -505,7 +477,7 @@ public:
 private:
     const Case & case_;
     const Inputs & inputs_;
-    Pool & pool_;
+    Workers & workers_;
     kvq_planner * planner_;
     kvq_layout * layout_;
     std::unique_ptr<Buffer> k_mem_, v_mem_;
@@ -586,16 +558,16 @@ class Machine {
 public:
     Machine() : flush_(std::max<size_t>(64 << 20, 2 * std::max(0L, sysconf(_SC_LEVEL3_CACHE_SIZE)))) {}
 
-    Pool & pool(int threads) {
-        auto & p = pools_[threads];
-        if (!p) {
-            p = std::make_unique<Pool>(threads);
+    Workers & workers(int threads) {
+        auto & w = workers_[threads];
+        if (!w) {
+            w = std::make_unique<Workers>(threads);
         }
-        return *p;
+        return *w;
     }
     // Pushes everything else out of the caches of all cores in use.
     void flush(int threads) {
-        pool(threads).run([&](int part, int n) {
+        workers(threads).run([&](int part, int n) {
             const size_t bytes = flush_.size / n / 64 * 64;
             sink_ += read_all(flush_.data + part * bytes, bytes);
         });
@@ -608,7 +580,7 @@ public:
     double int8_peak(int threads) {
         constexpr int ROUNDS = 1 << 18;
         return best(peak_[threads], [&] {
-            pool(threads).run([](int, int) { multiply_add(ROUNDS); });
+            workers(threads).run([](int, int) { multiply_add(ROUNDS); });
         }, double(threads) * ROUNDS * MULTIPLY_ADDS);
     }
 
@@ -641,7 +613,7 @@ private:
 #endif
 
     Buffer flush_;
-    std::map<int, std::unique_ptr<Pool>> pools_;
+    std::map<int, std::unique_ptr<Workers>> workers_;
     std::map<int, double> bandwidth_, peak_;
     std::atomic<uint64_t> sink_{ 0 };
 };
@@ -687,22 +659,16 @@ int runs_of(double seconds, int wanted) {
 
 std::vector<Result> measure(const Case & c, const Options & options, Machine & machine) {
     const Inputs inputs(c);
-    Pool & pool = machine.pool(c.threads);
-
-    ggml_backend_t cpu = ggml_backend_cpu_init();
-    ggml_backend_cpu_set_n_threads(cpu, c.threads);
-    ggml_threadpool_params params = ggml_threadpool_params_default(c.threads);
-    ggml_threadpool * workers = ggml_threadpool_new(&params);
-    ggml_backend_cpu_set_threadpool(cpu, workers);
+    Workers & workers = machine.workers(c.threads);
 
     std::vector<std::unique_ptr<Backend>> owned;
-    owned.push_back(std::make_unique<Kvq>(c, inputs, pool));
+    owned.push_back(std::make_unique<Kvq>(c, inputs, workers));
     const auto * kvq = static_cast<Kvq *>(owned[0].get());
     if (options.stock) {
         // ggml sums f16 outputs in half precision, so that the error grows with the cells; elsewhere it rounds queries.
-        owned.push_back(std::make_unique<Stock>(c, inputs, cpu, GGML_TYPE_F16, "f16", 5e-3));
-        owned.push_back(std::make_unique<Stock>(c, inputs, cpu, GGML_TYPE_Q8_0, "q8_0", 1e-3));
-        owned.push_back(std::make_unique<Stock>(c, inputs, cpu, GGML_TYPE_Q4_0, "q4_0", 1e-3));
+        owned.push_back(std::make_unique<Stock>(c, inputs, workers, GGML_TYPE_F16, "f16", 5e-3));
+        owned.push_back(std::make_unique<Stock>(c, inputs, workers, GGML_TYPE_Q8_0, "q8_0", 1e-3));
+        owned.push_back(std::make_unique<Stock>(c, inputs, workers, GGML_TYPE_Q4_0, "q4_0", 1e-3));
     }
     std::vector<Backend *> backends;
     for (auto & b : owned) {
@@ -741,8 +707,6 @@ std::vector<Result> measure(const Case & c, const Options & options, Machine & m
                 if (round >= runs_of(first[b->name], options.runs)) {
                     continue;
                 }
-                // Workers of the other side spin for a while after their last job.
-                pause_ms(3);
                 cold ? machine.flush(c.threads) : b->run();
                 const double start = now();
                 b->run();
@@ -761,8 +725,6 @@ std::vector<Result> measure(const Case & c, const Options & options, Machine & m
         }
         results.push_back(r);
     }
-    ggml_backend_free(cpu);
-    ggml_threadpool_free(workers);
     return results;
 }
 
