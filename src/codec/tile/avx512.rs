@@ -37,7 +37,7 @@ impl Coefficients<'_> {
 
 /// Packed codes with the distance to those that are wanted soon, which are asked for as these are read: a burst of
 /// requests at the start of a page would wait for free line buffers. Into the second level, since on its way to the first
-/// a line holds one of the few buffers that loads need: with four bits that was 40 % of the time.
+/// a line holds one of the few buffers that loads need (measured in README's notes).
 #[derive(Clone, Copy)]
 pub(crate) struct Codes<'a> {
     bytes: &'a [u8],
