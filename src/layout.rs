@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::codec::{PageCodec, PageRef, Side, HEADER_BYTES};
 use crate::error::{Error, Result};
+use crate::learned::learned_bytes;
 use crate::pool::PoolParams;
 use crate::recent::ring_bytes;
 use crate::recipe::{Recipe, SideRecipe};
@@ -22,7 +23,7 @@ use crate::simd::{kernels, IsaToken, Kernels};
 /// | exact slots | `n_slots * head_dim * 2` | FP16 rows `[slot][head_dim]`, as appended (not rotated) |
 /// | outlier pool | `pool_rows * head_dim * 2` | FP16 rows of outlier tokens, for recipes that trace them |
 /// | pool's cells | `pool_rows * 4` | u32: 1 + the cell of each row, 0 if it is free |
-/// | query moments | `(head_dim + 1) * 4` | keys of codecs that want them: f32 mean of the squared queries by channel, and how many |
+/// | learned | `5 * head_dim + 16` | keys: what the store step has learned; see [`learned_bytes`] |
 /// | recent queries | `4 + attn_window * gqa_ratio * (2 * head_dim + 4)` | keys of recipes with an attention window: a ring of queries |
 /// | page headers | `n_pages * 4` | see the codec |
 /// | pages | `n_pages * page_bytes` | see the codec; page `i` holds cells `i * page` and up |
@@ -49,8 +50,8 @@ pub(crate) struct SideLayout {
     pool: usize,
     pool_table: usize,
     pool_table_end: usize,
-    moments: usize,
-    moments_end: usize,
+    learned: usize,
+    learned_end: usize,
     recent: usize,
     recent_end: usize,
     headers: usize,
@@ -94,9 +95,9 @@ impl Layout {
             let pool = (n_slots * head_dim * 2).next_multiple_of(64);
             let pool_table = pool + (pool_rows * head_dim * 2).next_multiple_of(64);
             let pool_table_end = pool_table + pool_rows * 4;
-            let moments = pool_table_end.next_multiple_of(64);
-            let moments_end = moments + if codec.wants_queries() { (head_dim + 1) * 4 } else { 0 };
-            let recent = moments_end.next_multiple_of(64);
+            let learned = pool_table_end.next_multiple_of(64);
+            let learned_end = learned + if side == Side::Key { learned_bytes(head_dim) } else { 0 };
+            let recent = learned_end.next_multiple_of(64);
             let window = if side == Side::Key { recipe.attn_window } else { 0 };
             let recent_end = recent + ring_bytes(window, shape.gqa_ratio(), head_dim);
             let headers = recent_end.next_multiple_of(64);
@@ -112,8 +113,8 @@ impl Layout {
                 pool,
                 pool_table,
                 pool_table_end,
-                moments,
-                moments_end,
+                learned,
+                learned_end,
                 recent,
                 recent_end,
                 headers,
@@ -228,7 +229,7 @@ impl Layout {
         at..at + HEADER_BYTES
     }
 
-    /// Byte range of everything before the pages inside a head region: exact slots, outlier pool, query moments and recent
+    /// Byte range of everything before the pages inside a head region: exact slots, outlier pool, what was learned and recent
     /// queries.
     pub fn slots_range(&self, side: Side) -> std::ops::Range<usize> {
         0..self.side(side).recent_end
@@ -323,14 +324,14 @@ impl SideLayout {
         &mut region[self.pool_table..self.pool_table_end]
     }
 
-    /// The second moments of the queries and their number, as the layout has them; empty if the codec wants none.
-    pub(crate) fn moments<'a>(&self, region: &'a [u8]) -> &'a [u8] {
-        &region[self.moments..self.moments_end]
+    /// What the store step has learned, as [`crate::learned`] has it; empty for values.
+    pub(crate) fn learned<'a>(&self, region: &'a [u8]) -> &'a [u8] {
+        &region[self.learned..self.learned_end]
     }
 
-    /// [`SideLayout::moments`], to write to.
-    pub(crate) fn moments_mut<'a>(&self, region: &'a mut [u8]) -> &'a mut [u8] {
-        &mut region[self.moments..self.moments_end]
+    /// [`SideLayout::learned`], to write to.
+    pub(crate) fn learned_mut<'a>(&self, region: &'a mut [u8]) -> &'a mut [u8] {
+        &mut region[self.learned..self.learned_end]
     }
 
     /// The ring of recent queries, as the layout has it; empty if the recipe has no attention window.

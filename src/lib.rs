@@ -17,6 +17,7 @@ mod capi;
 pub mod codec;
 pub mod error;
 pub mod layout;
+pub mod learned;
 pub mod parallel;
 pub mod plan;
 pub mod planner;

@@ -5,6 +5,7 @@ use crate::attention::Rows;
 use crate::codec::{SealRows, Side};
 use crate::error::{Error, Result};
 use crate::layout::{Layout, SideLayout};
+use crate::learned::{exponents, learn_queries, read_moments, KeyError, Sample};
 use crate::plan::{Plan, Record, Source, View};
 use crate::pool;
 use crate::recent::{self, Attended};
@@ -63,7 +64,8 @@ pub fn store_head(
 ) -> Result<()> {
     check_plan(layout, plan)?;
     if let Some(q) = &rows.q {
-        learn_queries(layout, head, regions[0], q, plan.n_tokens());
+        let learned = layout.side(Side::Key).learned_mut(regions[0]);
+        learn_queries(layout, head, learned, q, plan.n_tokens());
         if let Some(attended) = rows.attended.as_ref().filter(|_| layout.attn_window() > 0) {
             recent::remember(layout, head, regions[0], q, attended, plan.n_tokens());
         }
@@ -138,49 +140,33 @@ fn seal_page(layout: &Layout, head: usize, regions: &mut [&mut [u8]; 2], rows: &
             pool::write_half(side_layout.pool_row_mut(region, row), &gathered[i * dim..][..dim]);
             pool::set_cell(side_layout, region, row, Some(records[i].cell));
         }
-        read_moments(side_layout, region, channel_weights);
-        let (header, bytes) = side_layout.page_mut(region, index);
-        let mut rows = SealRows { at, rows: gathered, fresh, exact, channel_weights, attention };
-        side_layout.codec.seal(header, bytes, &mut rows);
-    }
-}
-
-/// Queries that the mean of their squares remembers: older ones fade.
-const MOMENT_MEMORY: f32 = 4096.0;
-
-/// Adds the squares of the ubatch's queries of a KV head to its moments, if the key codec wants them.
-fn learn_queries(layout: &Layout, head: usize, region: &mut [u8], q: &Rows, n_tokens: usize) {
-    let side = layout.side(Side::Key);
-    if side.moments(region).is_empty() {
-        return;
-    }
-    let (dim, gqa) = (side.head_dim, layout.shape().gqa_ratio());
-    let mut squares = [0f32; MAX_HEAD_DIM as usize];
-    for token in 0..n_tokens {
-        for q_head in head * gqa..(head + 1) * gqa {
-            squares.iter_mut().zip(q.row(token, q_head, dim)).for_each(|(s, x)| *s += finite(*x) * finite(*x));
+        read_moments(side_layout.learned(region), channel_weights);
+        let sample = (side == Side::Key).then(|| Sample::take(gathered, dim, exact));
+        let rows = SealRows { at, rows: gathered, fresh, exact, channel_weights, last_exponents: &mut [], attention };
+        seal_rows(side_layout, region, index, rows);
+        if let Some(sample) = sample {
+            let page = side_layout.page(region, index);
+            let error = sample.error(channel_weights, |i, out| side_layout.codec.decode(page, at[i] as usize, out));
+            let mut known = KeyError::read(side_layout.learned(region));
+            known.add(&error);
+            known.write(side_layout.learned_mut(region));
         }
-    }
-    let (means, seen_bytes) = side.moments_mut(region).split_at_mut(4 * dim);
-    let (n, seen) = ((n_tokens * gqa) as f32, read_float(seen_bytes));
-    for (bytes, sum) in means.chunks_exact_mut(4).zip(&squares) {
-        let mean = read_float(bytes);
-        bytes.copy_from_slice(&(mean + (sum - mean * n) / (seen + n)).to_le_bytes());
-    }
-    seen_bytes.copy_from_slice(&(seen + n).min(MOMENT_MEMORY).to_le_bytes());
-}
-
-/// The weights of the channels that the queries seen so far give; empty without any.
-fn read_moments(side: &SideLayout, region: &[u8], out: &mut Vec<f32>) {
-    out.clear();
-    out.extend(side.moments(region).chunks_exact(4).map(read_float));
-    if out.pop().is_none_or(|seen| seen == 0.0) {
-        out.clear();
     }
 }
 
 pub(crate) fn read_float(bytes: &[u8]) -> f32 {
     f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+}
+
+/// Encodes rows into page `index`, which goes on from the factors of the page sealed before it.
+fn seal_rows(side: &SideLayout, region: &mut [u8], index: usize, rows: SealRows) {
+    let mut kept = [0u8; MAX_HEAD_DIM as usize];
+    let last = exponents(side.learned_mut(region));
+    let kept = &mut kept[..last.len()];
+    kept.copy_from_slice(last);
+    let (header, bytes) = side.page_mut(region, index);
+    side.codec.seal(header, bytes, &mut SealRows { last_exponents: kept, ..rows });
+    exponents(side.learned_mut(region)).copy_from_slice(kept);
 }
 
 /// Fails unless the plan was made for this layout.
@@ -255,7 +241,7 @@ pub fn requantize_k_head(
     check_location(layout, location, cell0, changed.len())?;
     let side = layout.side(Side::Key);
     let (mut at, mut packed, mut exact, mut channel_weights) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    read_moments(side, region, &mut channel_weights);
+    read_moments(side.learned(region), &mut channel_weights);
     let mut cell = cell0;
     while cell < cell0 + changed.len() {
         let page = cell / layout.page();
@@ -283,16 +269,16 @@ pub fn requantize_k_head(
         if !at.is_empty() {
             let cells = page * layout.page()..((page + 1) * layout.page()).min(layout.n_cells());
             let fresh = cells.filter(|i| location[*i] == IN_PAGE).count() == at.len();
-            let (header, bytes) = side.page_mut(region, page);
-            let mut rows = SealRows {
+            let rows = SealRows {
                 at: &at,
                 rows: &mut packed,
                 fresh,
                 exact: &exact,
                 channel_weights: &channel_weights,
+                last_exponents: &mut [],
                 attention: &[],
             };
-            side.codec.seal(header, bytes, &mut rows);
+            seal_rows(side, region, page, rows);
         }
         cell = end;
     }

@@ -421,6 +421,7 @@ fn kernels_read_what_the_page_says_and_nothing_else() {
         fresh: true,
         exact: &[],
         channel_weights: &[],
+        last_exponents: &mut [],
         attention: &[],
     };
     layout.side(Side::Key).codec.seal(header, page, &mut seal);
@@ -454,6 +455,7 @@ fn hostile_values_do_not_spread() {
                 fresh: true,
                 exact: &[],
                 channel_weights: &[],
+                last_exponents: &mut [],
                 attention: &[],
             },
         );

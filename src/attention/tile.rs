@@ -76,7 +76,7 @@ pub(super) fn run(
                     continue;
                 }
                 work.probabilities.resize(n_rows, columns);
-                key.codec.scores(key.page(k_region, page), &work.query, &mut work.probabilities.p);
+                key.codec.scores(key.page(k_region, page), &mut work.query, &mut work.probabilities.p);
                 softmax(layout, args, visible, columns, work);
                 value.codec.accumulate(value.page(v_region, page), &mut work.probabilities, &mut work.state.packed);
             }

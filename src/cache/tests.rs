@@ -31,8 +31,9 @@ impl Rng {
     }
 }
 
-/// Bound on the normalised mean squared error of outputs with 8-bit codes.
-const NMSE_8_BITS: f64 = 2e-4;
+/// Bound on the normalised mean squared error of outputs with 8-bit codes: `(1 / 32)^2 / 3`, since a row's step, of 4 mantissa
+/// bits, is off by up to a 32nd.
+const NMSE_8_BITS: f64 = 3.3e-4;
 /// Eight bits, small pages and a small window, so that little data reaches every path.
 const SPEC: &str = "skvq:k=8,v=8,page=64,window=32,sinks=2";
 const SHAPE: Shape = Shape { n_heads: 4, n_kv_heads: 2, head_dim_k: 64, head_dim_v: 96 };

@@ -41,7 +41,15 @@ impl PageBench {
         self.codec.seal(
             header,
             bytes,
-            &mut SealRows { at: &at, rows, fresh: true, exact: &[], channel_weights: &[], attention: &[] },
+            &mut SealRows {
+                at: &at,
+                rows,
+                fresh: true,
+                exact: &[],
+                channel_weights: &[],
+                last_exponents: &mut [],
+                attention: &[],
+            },
         );
     }
 
@@ -56,8 +64,8 @@ impl PageBench {
         self.p.p[..p.len()].copy_from_slice(p);
     }
 
-    pub fn scores(&self, header: &[u8], bytes: &[u8], out: &mut [f32]) {
-        self.codec.scores(PageRef { header, bytes }, &self.query, out);
+    pub fn scores(&mut self, header: &[u8], bytes: &[u8], out: &mut [f32]) {
+        self.codec.scores(PageRef { header, bytes }, &mut self.query, out);
     }
 
     pub fn accumulate(&mut self, header: &[u8], bytes: &[u8], acc: &mut [f32]) {

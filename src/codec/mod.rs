@@ -13,6 +13,7 @@ pub mod hadamard;
 pub mod mixed;
 pub(crate) mod quantizer;
 pub(crate) mod query;
+pub(crate) mod smooth;
 pub mod tile;
 
 use std::fmt::Debug;
@@ -60,6 +61,9 @@ pub struct SealRows<'a> {
     pub exact: &'a [bool],
     /// `[head_dim]`: how much an error of each channel matters; empty: unknown.
     pub channel_weights: &'a [f32],
+    /// `[head_dim]`: exponents of the page sealed last ([`smooth`]), which are replaced where this page has its own; empty:
+    /// there is none.
+    pub last_exponents: &'a mut [u8],
     /// `[at.len()]`: the largest attention weight that recent queries gave each row; empty: unknown.
     pub attention: &'a [f32],
 }
@@ -94,20 +98,15 @@ pub(crate) trait PageCodec: Debug + Send + Sync {
     /// Decodes one row of a page to the values that were appended, `out[head_dim]`.
     fn decode(&self, page: PageRef, row: usize, out: &mut [f32]);
 
-    /// Prepares query rows `[n_rows][head_dim]`, already multiplied by the softmax scale.
+    /// Takes query rows `[n_rows][head_dim]`, already multiplied by the softmax scale.
     fn begin_query(&self, rows: &[f32], query: &mut Query);
 
     /// Keys: `scores[row * page + token]` of all prepared query rows against all tokens of a page.
-    fn scores(&self, page: PageRef, query: &Query, scores: &mut [f32]);
+    fn scores(&self, page: PageRef, query: &mut Query, scores: &mut [f32]);
 
     /// Values: adds `sum_t p[row * page + t] * value[t]`, still transformed, to `acc[row * head_dim + channel]`.
     fn accumulate(&self, page: PageRef, p: &mut Probabilities, acc: &mut [f32]);
 
     /// Undoes the transform on one accumulated output row.
     fn untransform(&self, row: &mut [f32]);
-
-    /// Whether sealing uses [`SealRows::channel_weights`], which the store step then keeps in the layer's memory.
-    fn wants_queries(&self) -> bool {
-        false
-    }
 }

@@ -4,9 +4,8 @@
 //! are kept in [`LANES`] partial sums (element `i` goes to sum `i % LANES`) added in order at the end.
 #![forbid(unsafe_code)]
 
-use super::float8::{e4m3_base, e4m3_decode, e4m3_encode, inverse_power, power, scale_decode, scale_encode};
+use super::float8::{e4m3_decode, e4m3_encode, inverse_power, power, scale_decode, scale_encode};
 use super::group::Clip;
-use crate::shape::MAX_HEAD_DIM;
 
 const LANES: usize = 16;
 
@@ -219,26 +218,6 @@ pub(crate) fn mean_row(rows: &[f32], out: &mut [f32]) {
     }
     let scale = 1.0 / (rows.len() / dim).max(1) as f32;
     out.iter_mut().for_each(|m| *m *= scale);
-}
-
-/// Writes the mean of rows `[n][bytes.len()]` as E4M3 and gives its power of two.
-#[inline(always)]
-pub(crate) fn write_mean(rows: &[f32], bytes: &mut [u8]) -> u8 {
-    let mut mean = [0f32; MAX_HEAD_DIM as usize];
-    let mean = &mut mean[..bytes.len()];
-    mean_row(rows, mean);
-    let base = e4m3_base(abs_max(mean));
-    for (byte, m) in bytes.iter_mut().zip(mean.iter()) {
-        *byte = e4m3_encode(m * inverse_power(base));
-    }
-    base
-}
-
-/// Reads what [`write_mean`] wrote.
-#[inline(always)]
-pub(crate) fn read_mean(bytes: &[u8], base: u8, out: &mut [f32]) {
-    let scale = power(base);
-    out.iter_mut().zip(bytes).for_each(|(m, &b)| *m = e4m3_decode(b) * scale);
 }
 
 /// Takes the mean off every row.

@@ -3,6 +3,8 @@
 
 use super::hadamard;
 use super::quantizer::{abs_max, sum};
+use super::smooth::factor;
+use crate::shape::MAX_HEAD_DIM;
 
 /// Largest magnitude of one int8 coefficient.
 const INT8_MAX: f32 = 127.0;
@@ -24,10 +26,14 @@ pub(crate) struct QueryForm {
     pub(crate) rotate: bool,
 }
 
-/// Query rows of one KV head, multiplied by the softmax scale, rotated if the codec rotates, and rounded to int8 per group.
+/// Query rows of one KV head, multiplied by the softmax scale and by a page's factors, rotated if the codec rotates, and
+/// rounded to int8 per group.
 #[derive(Default, Debug)]
 pub(crate) struct Query {
     n_rows: usize,
+    rows: Vec<f32>,
+    /// Of the page that the rows below are made for; empty: none, or no page has factors.
+    exponents: Vec<u8>,
     rotated: Vec<f32>,
     /// `[row][plane][head_dim]`
     pub(crate) int8: Vec<i8>,
@@ -45,20 +51,49 @@ impl Query {
         self.n_rows
     }
 
+    /// The rows as they came, `[n_rows][head_dim]`.
+    pub(crate) fn rows(&self) -> &[f32] {
+        &self.rows
+    }
+
+    /// Takes rows `[n_rows][head_dim]`, already multiplied by the softmax scale; [`Query::prepare`] comes next, at once or,
+    /// where pages have factors, after [`Query::set_exponents`].
+    pub(crate) fn begin(&mut self, rows: &[f32]) {
+        self.rows.clear();
+        self.rows.extend_from_slice(rows);
+        self.exponents.clear();
+    }
+
+    /// Whether the rows have to be prepared anew to meet a page with these exponents, which are then taken.
+    pub(crate) fn set_exponents(&mut self, exponents: &[u8]) -> bool {
+        let changed = self.exponents != exponents;
+        if changed {
+            self.exponents.clear();
+            self.exponents.extend_from_slice(exponents);
+        }
+        changed
+    }
+
     /// The rows before rounding, `[n_rows][head_dim]`.
     pub(crate) fn rotated(&self) -> &[f32] {
         &self.rotated
     }
 
-    /// Takes rows `[n_rows][head_dim]`, already multiplied by the softmax scale. Inlined, so that each instruction set
-    /// compiles it for itself.
+    /// Makes of the rows what kernels read. Inlined, so that each instruction set compiles it for itself.
     #[inline(always)]
-    pub(crate) fn prepare(&mut self, rows: &[f32], form: &QueryForm) {
+    pub(crate) fn prepare(&mut self, form: &QueryForm) {
         let QueryForm { head_dim, group, planes, .. } = *form;
         let n_groups = head_dim / group;
-        self.n_rows = rows.len() / head_dim;
+        self.n_rows = self.rows.len() / head_dim;
         self.rotated.clear();
-        self.rotated.extend_from_slice(rows);
+        self.rotated.extend_from_slice(&self.rows);
+        if !self.exponents.is_empty() {
+            let mut factors = [1f32; MAX_HEAD_DIM as usize];
+            factors.iter_mut().zip(&self.exponents).for_each(|(f, &e)| *f = factor(i32::from(e as i8)));
+            for row in self.rotated.chunks_exact_mut(head_dim) {
+                row.iter_mut().zip(&factors).for_each(|(x, f)| *x *= f);
+            }
+        }
         if form.rotate {
             hadamard::rotate_rows(&mut self.rotated, head_dim);
         }

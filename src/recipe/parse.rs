@@ -113,14 +113,15 @@ fn fail(text: String) -> Error {
     Error::new(Status::Recipe, text)
 }
 
-fn side_default(width: Width, mean: bool) -> SideRecipe {
+fn side_default(width: Width, smooth: bool) -> SideRecipe {
     SideRecipe::Group(GroupParams {
         width,
         group: GroupSize::Head,
         symmetric: true,
         clip: Clip::Auto,
         refit: true,
-        mean,
+        mean: smooth,
+        smooth,
         rotate: true,
     })
 }
@@ -150,6 +151,7 @@ fn skvq_paper() -> Recipe {
         clip: Clip::Factor(0.92),
         refit: false,
         mean: false,
+        smooth: false,
         rotate: false,
     });
     Recipe { sink_tokens: 5, key: side.clone(), value: side, ..skvq_defaults() }
@@ -181,6 +183,7 @@ fn kivi_paper() -> Recipe {
         clip: Clip::Factor(1.0),
         refit: false,
         mean: false,
+        smooth: false,
         rotate: false,
     };
     let key = ChannelParams { bits: 2.0, adaptive: false, clip: Clip::Factor(1.0), refit: false, half: true };
@@ -210,12 +213,13 @@ fn qaq_side(bits: f32) -> AdaptiveParams {
         clip: Clip::Auto,
         refit: true,
         mean: false,
+        smooth: false,
         rotate: true,
     }
 }
 
 fn qaq_defaults() -> Recipe {
-    let key = SideRecipe::Adaptive(AdaptiveParams { attention: false, mean: true, ..qaq_side(2.25) });
+    let key = SideRecipe::Adaptive(AdaptiveParams { attention: false, mean: true, smooth: true, ..qaq_side(2.25) });
     let value = SideRecipe::Adaptive(qaq_side(2.25));
     Recipe { method: "qaq", attn_window: 5, key, value, ..skvq_defaults() }
 }
@@ -278,8 +282,8 @@ fn set_key(recipe: &mut Recipe, key: &str, value: &str) -> Result<bool> {
         }
         "k" => set_width(&mut recipe.key, key, value)?,
         "v" => set_width(&mut recipe.value, key, value)?,
-        // A mean is taken off keys only.
-        "mean" => return set_side_key(&mut recipe.key, key, value),
+        // Only keys have a mean and factors taken off.
+        "mean" | "smooth" => return set_side_key(&mut recipe.key, key, value),
         _ => return Ok(set_side_key(&mut recipe.key, key, value)? | set_side_key(&mut recipe.value, key, value)?),
     }
     Ok(true)
@@ -309,6 +313,7 @@ fn set_side_key(side: &mut SideRecipe, key: &str, value: &str) -> Result<bool> {
             "refit" => side.refit = flag(key, value)?,
             "rotate" => side.rotate = flag(key, value)?,
             "mean" => side.mean = flag(key, value)?,
+            "smooth" => side.smooth = flag(key, value)?,
             _ => return Ok(false),
         },
         SideRecipe::Channel(side) => match key {
@@ -340,6 +345,7 @@ fn set_side_key(side: &mut SideRecipe, key: &str, value: &str) -> Result<bool> {
             "refit" => side.refit = flag(key, value)?,
             "rotate" => side.rotate = flag(key, value)?,
             "mean" => side.mean = flag(key, value)?,
+            "smooth" => side.smooth = flag(key, value)?,
             _ => return Ok(false),
         },
     }
@@ -418,7 +424,7 @@ fn write_side(f: &mut fmt::Formatter<'_>, recipe: &Recipe, side: &SideRecipe) ->
             let GroupParams { group, clip, .. } = side;
             write!(f, ",group={group},symmetric={},clip={clip},refit={}", bit(side.symmetric), bit(side.refit))?;
             if matches!(recipe.key, SideRecipe::Group(_)) {
-                write!(f, ",mean={}", bit(side.mean))?;
+                write!(f, ",mean={},smooth={}", bit(side.mean), bit(side.smooth))?;
             }
             write!(f, ",rotate={}", bit(side.rotate))
         }
@@ -431,7 +437,7 @@ fn write_side(f: &mut fmt::Formatter<'_>, recipe: &Recipe, side: &SideRecipe) ->
             write!(f, ",attn-window={},attn-keys={}", recipe.attn_window, bit(side.attention))?;
             write!(f, ",levels={}", if side.normal { "normal" } else { "uniform" })?;
             write!(f, ",symmetric={},clip={clip},refit={}", bit(side.symmetric), bit(side.refit))?;
-            write!(f, ",mean={},rotate={}", bit(side.mean), bit(side.rotate))
+            write!(f, ",mean={},smooth={},rotate={}", bit(side.mean), bit(side.smooth), bit(side.rotate))
         }
     }
 }

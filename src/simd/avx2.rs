@@ -258,7 +258,7 @@ fn softmax(scores: &mut [f32], columns: usize, logits: &Logits, state: &mut Stat
 }
 
 #[target_feature(enable = "avx2,f16c")]
-fn f16_to_f32(from: &[u8], to: &mut [f32]) {
+pub(crate) fn f16_to_f32(from: &[u8], to: &mut [f32]) {
     for (f, t) in from.chunks_exact(16).zip(to.chunks_exact_mut(8)) {
         // SAFETY: the chunk holds eight half floats.
         let x = _mm256_cvtph_ps(unsafe { _mm_loadu_si128(f.as_ptr().cast()) });

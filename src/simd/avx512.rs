@@ -332,7 +332,7 @@ const AHEAD: usize = 2048;
 
 /// Rows of a multiple of 32 values.
 #[target_feature(enable = "avx512f,avx512bw")]
-fn f16_to_f32(from: &[u8], to: &mut [f32]) {
+pub(crate) fn f16_to_f32(from: &[u8], to: &mut [f32]) {
     for (from, to) in from.chunks_exact(64).zip(to.chunks_exact_mut(32)) {
         _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(AHEAD).cast());
         // SAFETY: the chunk holds 64 bytes.

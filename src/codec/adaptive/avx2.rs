@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::{scalar, AdaptiveCodec, AdaptiveKernels, PageRef, Probabilities, Query, QueryForm, SealRows};
-use crate::codec::float8::avx2::{e4m3_decode, e4m3_decode_row, step_decode};
+use crate::codec::float8::avx2::{e4m3_decode, step_decode};
 use crate::codec::hadamard;
 use crate::codec::mixed::avx2::{add_products, by_levels_and_rows, dot};
 use crate::codec::mixed::{Segments, SEGMENT};
@@ -12,14 +12,14 @@ use crate::codec::tile::avx2::{Coefficients, MAX_ROWS, STRIP};
 use crate::codec::tile::LANE_BLOCK;
 use crate::codec::MAX_PAGE;
 use crate::shape::MAX_HEAD_DIM;
-use crate::simd::avx2::{dot_floats, load_bytes, prefetch_next, store};
+use crate::simd::avx2::{dot_floats, f16_to_f32, load_bytes, prefetch_next, store};
 use crate::simd::IsaToken;
 
 static KERNELS: AdaptiveKernels = AdaptiveKernels {
     // SAFETY: the table is only reachable through `kernels`, which takes the proof that the CPU has these features.
     seal: |codec, header, page, rows| unsafe { seal(codec, header, page, rows) },
     // SAFETY: as above.
-    prepare: |query, rows, form| unsafe { prepare(query, rows, form) },
+    prepare: |query, form| unsafe { prepare(query, form) },
     // SAFETY: as above.
     untransform: |row| unsafe { untransform(row) },
     // SAFETY: as above.
@@ -39,8 +39,8 @@ fn seal(codec: &AdaptiveCodec, header: &mut [u8], page: &mut [u8], rows: &mut Se
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn prepare(query: &mut Query, rows: &[f32], form: &QueryForm) {
-    query.prepare(rows, form);
+fn prepare(query: &mut Query, form: &QueryForm) {
+    query.prepare(form);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -53,7 +53,7 @@ fn scores(codec: &AdaptiveCodec, page: PageRef, query: &Query, out: &mut [f32]) 
     let mut mean = [0f32; MAX_HEAD_DIM as usize];
     let mean = &mut mean[..codec.head_dim];
     if codec.params.mean {
-        e4m3_decode_row(&page.bytes[codec.mean_offset()..], page.header[1], mean);
+        f16_to_f32(codec.smooth().mean_half(codec.smooth_part(page), codec.head_dim), mean);
     }
     for row in (0..query.n_rows()).step_by(MAX_ROWS) {
         let n = query.n_rows() - row;
@@ -76,7 +76,8 @@ fn score_rows<const NORMAL: bool, const R: usize>(
     let q = &query.rotated()[first * dim..][..R * dim];
     let coefficients = Coefficients { bytes: &query.int8[first * dim..][..R * dim], stride: dim };
     let out = &mut out[first * n..][..R * n];
-    let base: [__m256; R] = std::array::from_fn(|i| _mm256_set1_ps(dot_floats(&q[i * dim..][..dim], mean)));
+    let plain = &query.rows()[first * dim..][..R * dim];
+    let base: [__m256; R] = std::array::from_fn(|i| _mm256_set1_ps(dot_floats(&plain[i * dim..][..dim], mean)));
     let of_row = |values: &[f32]| -> [__m256; R] { std::array::from_fn(|i| _mm256_set1_ps(values[first + i])) };
     let (scale, offset, sum) = (of_row(&query.scale), of_row(&query.offset), of_row(&query.sum));
     let segments = scalar::read_segments(codec, page);

@@ -21,13 +21,14 @@ use super::group::Clip;
 use super::mixed::{MixedTile, MAX_BITS, SEGMENT};
 use super::quantizer::Quantizer;
 use super::query::{Probabilities, Query, QueryForm};
+use super::smooth::Smooth;
 use super::tile::LANE_BLOCK;
 use super::{PageCodec, PageRef, SealRows, Side};
 use crate::error::{Error, Result, Status};
 use crate::simd::{Isa, IsaToken};
 
 /// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 
 /// Most values of a row that can be kept exactly.
 pub const MAX_OUTLIERS: usize = 2;
@@ -54,8 +55,10 @@ pub struct AdaptiveParams {
     pub clip: Clip,
     /// Replace the step after coding by the one that makes the reconstruction unbiased.
     pub refit: bool,
-    /// Take the page's channel mean (FP8) off first. Keys only.
+    /// Take the page's channel mean (FP16) off first. Keys only.
     pub mean: bool,
+    /// Divide each channel by a power of two of its own first. Keys only.
+    pub smooth: bool,
     /// Rotate each head vector by a Hadamard matrix first.
     pub rotate: bool,
 }
@@ -71,7 +74,7 @@ pub struct AdaptiveParams {
 /// | codes | `codes_bytes()` | keys: for each run of places of one width a [`MixedTile`], lanes are places; values: one [`MixedTile`], lanes are channels, depth is places |
 /// | steps | `page` | by place, as in codec `group` |
 /// | mid-points | `page` | by place; affine only: E4M3 times `2^(header 1 - 127)` |
-/// | mean | `head_dim` | keys with `mean` only: E4M3 times `2^(header 1 - 127)`; affine keys have none |
+/// | smoothing | [`Smooth::bytes`] | keys only: mean and factors |
 /// | order | `page` | adaptive only: keys: the place of each token; values: the token at each place |
 /// | outliers | `3 * outliers * page` | by place: the channels, one byte each, then what to add to their coded values, FP16 |
 ///
@@ -92,7 +95,7 @@ pub struct AdaptiveCodec {
 #[derive(Debug)]
 pub(crate) struct AdaptiveKernels {
     seal: fn(&AdaptiveCodec, &mut [u8], &mut [u8], &mut SealRows),
-    prepare: fn(&mut Query, &[f32], &QueryForm),
+    prepare: fn(&mut Query, &QueryForm),
     untransform: fn(&mut [f32]),
     scores: fn(&AdaptiveCodec, PageRef, &Query, &mut [f32]),
     accumulate: fn(&AdaptiveCodec, PageRef, &mut Probabilities, &mut [f32]),
@@ -119,6 +122,7 @@ impl AdaptiveCodec {
     pub fn new(params: &AdaptiveParams, side: Side, head_dim: usize, page: usize, token: IsaToken) -> Result<Self> {
         let mut params = params.clone();
         params.mean &= side == Side::Key;
+        params.smooth &= side == Side::Key;
         let mut codec = Self { params, side, head_dim, page, budget: 0, kernels: AdaptiveKernels::of(token) };
         let n = codec.n_segments();
         // An even number fills all words of a mixed tile.
@@ -156,6 +160,22 @@ impl AdaptiveCodec {
         MixedTile::new(self.head_dim, self.page, self.budget)
     }
 
+    /// Mean and factors of a page.
+    pub(crate) fn smooth_part<'a>(&self, page: PageRef<'a>) -> &'a [u8] {
+        &page.bytes[self.smooth_offset()..][..self.smooth().bytes(self.head_dim)]
+    }
+
+    fn query_form(&self) -> QueryForm {
+        QueryForm {
+            head_dim: self.head_dim,
+            group: self.head_dim,
+            planes: 1,
+            // Times a width's centre: the offset of its tokens.
+            centre: 1.0,
+            rotate: self.params.rotate,
+        }
+    }
+
     pub(crate) fn quantizer(&self, bits: usize) -> Quantizer {
         let AdaptiveParams { normal, symmetric, clip, refit, .. } = self.params;
         Quantizer { levels: 1 << bits, normal, symmetric, clip, refit }
@@ -173,12 +193,16 @@ impl AdaptiveCodec {
         self.steps_offset() + self.page
     }
 
-    pub(crate) fn mean_offset(&self) -> usize {
+    fn smooth(&self) -> Smooth {
+        Smooth { mean: self.params.mean, factors: self.params.smooth }
+    }
+
+    fn smooth_offset(&self) -> usize {
         self.mids_offset() + if self.params.symmetric { 0 } else { self.page }
     }
 
     pub(crate) fn order_offset(&self) -> usize {
-        self.mean_offset() + if self.params.mean { self.head_dim } else { 0 }
+        self.smooth_offset() + self.smooth().bytes(self.head_dim)
     }
 
     pub(crate) fn outliers_offset(&self) -> usize {
@@ -188,8 +212,11 @@ impl AdaptiveCodec {
 
 impl PageCodec for AdaptiveCodec {
     fn format(&self) -> String {
-        let AdaptiveParams { adaptive, outliers, normal, symmetric, mean, rotate, .. } = self.params;
-        format!("adaptive/{FORMAT_VERSION}:{},{adaptive},{outliers},{normal},{symmetric},{mean},{rotate}", self.budget)
+        let AdaptiveParams { adaptive, outliers, normal, symmetric, mean, smooth, rotate, .. } = self.params;
+        format!(
+            "adaptive/{FORMAT_VERSION}:{},{adaptive},{outliers},{normal},{symmetric},{mean},{smooth},{rotate}",
+            self.budget
+        )
     }
 
     fn page_bytes(&self) -> usize {
@@ -203,21 +230,21 @@ impl PageCodec for AdaptiveCodec {
     fn decode(&self, page: PageRef, row: usize, out: &mut [f32]) {
         scalar::decode_transformed(self, page, row, out);
         self.untransform(out);
+        self.smooth().restore(self.smooth_part(page), out);
     }
 
     fn begin_query(&self, rows: &[f32], query: &mut Query) {
-        let form = QueryForm {
-            head_dim: self.head_dim,
-            group: self.head_dim,
-            planes: 1,
-            // Times a width's centre: the offset of its tokens.
-            centre: 1.0,
-            rotate: self.params.rotate,
-        };
-        (self.kernels.prepare)(query, rows, &form);
+        query.begin(rows);
+        if !self.params.smooth {
+            (self.kernels.prepare)(query, &self.query_form());
+        }
     }
 
-    fn scores(&self, page: PageRef, query: &Query, scores: &mut [f32]) {
+    fn scores(&self, page: PageRef, query: &mut Query, scores: &mut [f32]) {
+        let exponents = self.smooth().exponents(self.smooth_part(page), self.head_dim);
+        if query.set_exponents(exponents) {
+            (self.kernels.prepare)(query, &self.query_form());
+        }
         (self.kernels.scores)(self, page, query, scores);
     }
 

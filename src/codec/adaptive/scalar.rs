@@ -18,7 +18,7 @@ const MAX_DIM: usize = MAX_HEAD_DIM as usize;
 
 pub(super) static KERNELS: AdaptiveKernels = AdaptiveKernels {
     seal: |codec, header, page, rows| seal(codec, header, page, rows),
-    prepare: |query, rows, form| query.prepare(rows, form),
+    prepare: |query, form| query.prepare(form),
     untransform: |row| hadamard::rotate(row),
     scores: |codec, page, query, out| scores(codec, page, query, out, |page, x, out, n| page.add_products(x, out, n)),
     accumulate: |codec, page, p, acc| accumulate(codec, page, p, acc, |page, x, out, n| page.add_products(x, out, n)),
@@ -40,21 +40,13 @@ type Outliers = [(usize, f32); MAX_OUTLIERS];
 #[inline(always)]
 pub(super) fn seal(codec: &AdaptiveCodec, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
     let dim = codec.head_dim;
-    if codec.params.rotate {
-        hadamard::rotate_rows(rows.rows, dim);
-    }
     if rows.fresh {
         page.fill(0);
         header.fill(0);
     }
-    if codec.params.mean {
-        let bytes = &mut page[codec.mean_offset()..][..dim];
-        if rows.fresh {
-            header[1] = quantizer::write_mean(rows.rows, bytes);
-        }
-        let mut mean = [0f32; MAX_DIM];
-        quantizer::read_mean(bytes, header[1], &mut mean[..dim]);
-        quantizer::subtract(rows.rows, &mean[..dim]);
+    codec.smooth().apply(&mut page[codec.smooth_offset()..], rows, dim);
+    if codec.params.rotate {
+        hadamard::rotate_rows(rows.rows, dim);
     }
     let mut outliers = [[(0, 0.0); MAX_OUTLIERS]; MAX_PAGE];
     if codec.params.outliers > 0 {
@@ -259,16 +251,11 @@ pub(super) fn read_outliers<'a>(
         .map(move |(i, (&c, x))| (i % n, usize::from(c).min(top), f16::from_le_bytes([x[0], x[1]]).to_f32()))
 }
 
-/// Decodes one row, still rotated.
+/// Decodes one row, still rotated, without mean and factors.
 pub(super) fn decode_transformed(codec: &AdaptiveCodec, page: PageRef, row: usize, out: &mut [f32]) {
     let order = read_order(codec, page);
     let (steps, mids) = read_params(codec, page);
     let place = usize::from(order.place[row]);
-    if codec.params.mean {
-        quantizer::read_mean(&page.bytes[codec.mean_offset()..][..codec.head_dim], page.header[1], out);
-    } else {
-        out.fill(0.0);
-    }
     let bits = order.segments.bits(place / codec.segment());
     for (c, out) in out.iter_mut().enumerate() {
         let code = match codec.side {
@@ -280,7 +267,7 @@ pub(super) fn decode_transformed(codec: &AdaptiveCodec, page: PageRef, row: usiz
             }
             Side::Value => codec.value_tile().get(page.bytes, &order.segments, c, place),
         };
-        *out += steps[place] * codec.quantizer(bits).value(code) + mids[place];
+        *out = steps[place] * codec.quantizer(bits).value(code) + mids[place];
     }
     for (_, channel, x) in read_outliers(codec, page).filter(|(i, _, _)| *i == place) {
         out[channel] += x;
@@ -316,11 +303,10 @@ pub(super) fn scores(
         add_products(&mixed, query.rotated(), &mut out[first * LANE_BLOCK..], n);
     }
     let mut mean = [0f32; MAX_DIM];
-    if codec.params.mean {
-        quantizer::read_mean(&page.bytes[codec.mean_offset()..][..dim], page.header[1], &mut mean[..dim]);
-    }
-    for (q, out) in query.rotated().chunks_exact(dim).zip(out.chunks_exact_mut(n)) {
-        let base = quantizer::dot(q, &mean[..dim]);
+    codec.smooth().read_mean(codec.smooth_part(page), &mut mean[..dim]);
+    let rows = query.rows().chunks_exact(dim).zip(query.rotated().chunks_exact(dim));
+    for ((plain, q), out) in rows.zip(out.chunks_exact_mut(n)) {
+        let base = quantizer::dot(plain, &mean[..dim]);
         let total = sum(q, |x| x);
         let mut by_place = [0f32; MAX_PAGE];
         for i in 0..n {

@@ -21,7 +21,15 @@ fn errors(spec: &str, side: Side, rows: &[f32], attention: &[f32]) -> Vec<f64> {
     let at: Vec<u32> = (0..PAGE as u32).collect();
     let (mut header, mut bytes) = ([0u8; 4], vec![0u8; codec.page_bytes()]);
     let mut scratch = rows.to_vec();
-    let mut sealed = SealRows { at: &at, rows: &mut scratch, fresh: true, exact: &[], channel_weights: &[], attention };
+    let mut sealed = SealRows {
+        at: &at,
+        rows: &mut scratch,
+        fresh: true,
+        exact: &[],
+        channel_weights: &[],
+        last_exponents: &mut [],
+        attention,
+    };
     codec.seal(&mut header, &mut bytes, &mut sealed);
     let mut out = [0f32; DIM];
     rows.chunks_exact(DIM)
@@ -107,9 +115,9 @@ fn outlier_values_are_exact() {
 fn effective_bits_count_all_metadata() {
     let shape = Shape { n_heads: 8, n_kv_heads: 2, head_dim_k: 128, head_dim_v: 128 };
     for (spec, k, v) in [
-        ("qaq:bits=2.25", 2.4375, 2.375),
-        ("qaq:bits=2.25,adaptive=0", 2.375, 2.3125),
-        ("qaq:k=2.5,v=2,outliers=1", 2.875, 2.3125),
+        ("qaq:bits=2.25", 2.5625, 2.375),
+        ("qaq:bits=2.25,adaptive=0,smooth=0", 2.4375, 2.3125),
+        ("qaq:k=2.5,v=2,outliers=1", 3.0, 2.3125),
         ("qaq:paper", 2.5625, 2.5625),
     ] {
         let layout = Layout::new(&Recipe::parse(spec).unwrap(), shape, 0, 4096, 272).unwrap();

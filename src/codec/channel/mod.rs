@@ -145,10 +145,11 @@ impl PageCodec for ChannelCodec {
 
     fn begin_query(&self, rows: &[f32], query: &mut Query) {
         let group = self.head_dim;
-        query.prepare(rows, &QueryForm { head_dim: self.head_dim, group, planes: 1, centre: 0.0, rotate: false });
+        query.begin(rows);
+        query.prepare(&QueryForm { head_dim: self.head_dim, group, planes: 1, centre: 0.0, rotate: false });
     }
 
-    fn scores(&self, page: PageRef, query: &Query, scores: &mut [f32]) {
+    fn scores(&self, page: PageRef, query: &mut Query, scores: &mut [f32]) {
         (self.kernels.scores)(self, page, query, scores);
     }
 
@@ -157,8 +158,4 @@ impl PageCodec for ChannelCodec {
     }
 
     fn untransform(&self, _row: &mut [f32]) {}
-
-    fn wants_queries(&self) -> bool {
-        self.params.adaptive
-    }
 }

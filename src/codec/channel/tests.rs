@@ -23,7 +23,15 @@ fn round_trip(spec: &str, rows: &[f32], exact: &[bool], channel_weights: &[f32])
     codec.seal(
         &mut header,
         &mut bytes,
-        &mut SealRows { at: &at, rows: &mut scratch, fresh: true, exact, channel_weights, attention: &[] },
+        &mut SealRows {
+            at: &at,
+            rows: &mut scratch,
+            fresh: true,
+            exact,
+            channel_weights,
+            last_exponents: &mut [],
+            attention: &[],
+        },
     );
     let mut out = vec![0f32; rows.len()];
     for (row, out) in out.chunks_exact_mut(DIM).enumerate() {

@@ -3,7 +3,6 @@
 use std::arch::x86_64::*;
 
 use super::power;
-use crate::simd::avx512::{load_bytes, store};
 
 /// [`super::e4m3_decode`] times `2^(base - 127)`.
 #[inline]
@@ -34,14 +33,5 @@ pub(crate) fn step_decode(codes: __m512i, base: u8, symmetric: bool) -> __m512 {
         scale_decode(codes, base)
     } else {
         e4m3_decode(codes, base)
-    }
-}
-
-/// A row of [`e4m3_decode`].
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(crate) fn e4m3_decode_row(bytes: &[u8], base: u8, out: &mut [f32]) {
-    for i in (0..out.len()).step_by(16) {
-        store(out, i, e4m3_decode(load_bytes(bytes, i), base));
     }
 }

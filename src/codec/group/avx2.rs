@@ -5,20 +5,20 @@
 use std::arch::x86_64::*;
 
 use super::{scalar, GroupCodec, GroupKernels, PageRef, Probabilities, Query, QueryForm};
-use crate::codec::float8::avx2::{e4m3_decode, e4m3_decode_row, step_decode};
+use crate::codec::float8::avx2::{e4m3_decode, step_decode};
 use crate::codec::hadamard;
 use crate::codec::query::PLANE;
 use crate::codec::tile::avx2::{by_width_and_rows, dot, join_planes, planes, put_pairs, Coefficients, MAX_ROWS, STRIP};
 use crate::codec::tile::Width;
 use crate::shape::MAX_HEAD_DIM;
-use crate::simd::avx2::{dot_floats, load, load_bytes, prefetch_next, reduce_add, reduce_max, store};
+use crate::simd::avx2::{dot_floats, f16_to_f32, load, load_bytes, prefetch_next, reduce_add, reduce_max, store};
 use crate::simd::IsaToken;
 
 static KERNELS: GroupKernels = GroupKernels {
     // SAFETY: the table is only reachable through `kernels`, which takes the proof that the CPU has these features.
     seal: |codec, header, page, rows| unsafe { seal(codec, header, page, rows) },
     // SAFETY: as above.
-    prepare: |query, rows, form| unsafe { prepare(query, rows, form) },
+    prepare: |query, form| unsafe { prepare(query, form) },
     // SAFETY: as above.
     untransform: |row| unsafe { untransform(row) },
     // SAFETY: as above.
@@ -38,8 +38,8 @@ fn seal(codec: &GroupCodec, header: &mut [u8], page: &mut [u8], rows: &mut super
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn prepare(query: &mut Query, rows: &[f32], form: &QueryForm) {
-    query.prepare(rows, form);
+fn prepare(query: &mut Query, form: &QueryForm) {
+    query.prepare(form);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -61,12 +61,12 @@ fn mids(codec: &GroupCodec, page: PageRef, at: usize) -> __m256 {
     e4m3_decode(load_bytes(page.bytes, codec.mids_offset() + at), page.header[1])
 }
 
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 fn scores(codec: &GroupCodec, page: PageRef, query: &Query, out: &mut [f32]) {
     let mut mean = [0f32; MAX_HEAD_DIM as usize];
     let mean = &mut mean[..codec.head_dim];
     if codec.params.mean {
-        e4m3_decode_row(&page.bytes[codec.mean_offset()..], page.header[2], mean);
+        f16_to_f32(codec.smooth().mean_half(codec.smooth_part(page), codec.head_dim), mean);
     }
     for row in (0..query.n_rows()).step_by(MAX_ROWS) {
         let n = query.n_rows() - row;
@@ -89,7 +89,7 @@ fn score_rows<const W: u8, const R: usize>(
     let mut base = [_mm256_setzero_ps(); R];
     if codec.params.mean {
         for (i, base) in base.iter_mut().enumerate() {
-            let q = &query.rotated()[(first + i) * codec.head_dim..][..codec.head_dim];
+            let q = &query.rows()[(first + i) * codec.head_dim..][..codec.head_dim];
             *base = _mm256_set1_ps(dot_floats(q, mean));
         }
     }

@@ -5,7 +5,7 @@
 use std::arch::x86_64::*;
 
 use super::{scalar, GroupCodec, GroupKernels, PageRef, Probabilities, Query, QueryForm};
-use crate::codec::float8::avx512::{e4m3_decode, e4m3_decode_row, step_decode};
+use crate::codec::float8::avx512::{e4m3_decode, step_decode};
 use crate::codec::hadamard;
 use crate::codec::query::PLANE;
 use crate::codec::tile::avx512::{by_width_and_rows, dot, float_sum, Codes, Coefficients, MAX_ROWS};
@@ -13,14 +13,14 @@ use crate::codec::tile::{Width, LANE_BLOCK};
 use crate::codec::MAX_PAGE;
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::avx2::prefetch_next_from;
-use crate::simd::avx512::{dot_floats, load, load_bytes, pack_bytes, store, store_bytes};
+use crate::simd::avx512::{dot_floats, f16_to_f32, load, load_bytes, pack_bytes, store, store_bytes};
 use crate::simd::IsaToken;
 
 static KERNELS: GroupKernels = GroupKernels {
     // SAFETY: the table is only reachable through `kernels`, which takes the proof that the CPU has these features.
     seal: |codec, header, page, rows| unsafe { seal(codec, header, page, rows) },
     // SAFETY: as above.
-    prepare: |query, rows, form| unsafe { prepare(query, rows, form) },
+    prepare: |query, form| unsafe { prepare(query, form) },
     // SAFETY: as above.
     untransform: |row| unsafe { untransform(row) },
     // SAFETY: as above.
@@ -40,8 +40,8 @@ fn seal(codec: &GroupCodec, header: &mut [u8], page: &mut [u8], rows: &mut super
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
-fn prepare(query: &mut Query, rows: &[f32], form: &QueryForm) {
-    query.prepare(rows, form);
+fn prepare(query: &mut Query, form: &QueryForm) {
+    query.prepare(form);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
@@ -69,7 +69,7 @@ fn scores(codec: &GroupCodec, page: PageRef, query: &Query, out: &mut [f32]) {
     let mut mean = [0f32; MAX_HEAD_DIM as usize];
     let mean = &mut mean[..codec.head_dim];
     if codec.params.mean {
-        e4m3_decode_row(&page.bytes[codec.mean_offset()..], page.header[2], mean);
+        f16_to_f32(codec.smooth().mean_half(codec.smooth_part(page), codec.head_dim), mean);
     }
     let planes = codec.coefficient_planes();
     let mut row = 0;
@@ -97,7 +97,7 @@ fn score_rows<const W: u8, const R: usize>(
     let mut base = [_mm512_setzero_ps(); R];
     if codec.params.mean {
         for i in 0..n {
-            let q = &query.rotated()[(first + i) * codec.head_dim..][..codec.head_dim];
+            let q = &query.rows()[(first + i) * codec.head_dim..][..codec.head_dim];
             base[i] = _mm512_set1_ps(dot_floats(q, mean));
         }
     }

@@ -2,7 +2,8 @@
 //!
 //! Source: SKVQ (arXiv 2405.06219) for groups, FP8 parameters and clipping; parameters are rounded before they are used
 //! and the step is refitted after coding so that reconstruction is unbiased (`<x, x^> = <x, x>`). Symmetric groups after a
-//! Hadamard rotation, and the page's channel mean taken off keys, are the forms that measure best without calibration.
+//! Hadamard rotation, and the page's channel mean and smoothing factors taken off keys ([`super::smooth`]), are the forms
+//! that measure best without calibration.
 #![deny(unsafe_code)]
 
 pub(crate) mod scalar;
@@ -19,13 +20,14 @@ use std::fmt;
 
 use super::quantizer::Quantizer;
 use super::query::{Probabilities, Query, QueryForm};
+use super::smooth::Smooth;
 use super::tile::{Tile, Width};
 use super::{PageCodec, PageRef, SealRows, Side};
 use crate::error::{Error, Result, Status};
 use crate::simd::{Isa, IsaToken};
 
 /// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// How many channels share a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,8 +119,10 @@ pub struct GroupParams {
     pub clip: Clip,
     /// Replace the step after coding by the one that makes the reconstruction unbiased.
     pub refit: bool,
-    /// Take the page's channel mean (FP8) off first. Keys only.
+    /// Take the page's channel mean (FP16) off first. Keys only.
     pub mean: bool,
+    /// Divide each channel by a power of two of its own first. Keys only.
+    pub smooth: bool,
     /// Rotate each head vector by a Hadamard matrix first.
     pub rotate: bool,
 }
@@ -134,9 +138,9 @@ pub struct GroupParams {
 /// | codes | `n_groups * tile.bytes()` | one [`Tile`] per group. Keys: lanes are tokens, depth is the group's channels. Values: lanes are the group's channels, depth is tokens |
 /// | steps | `n_groups * page` | `[group][token]`; symmetric: [`super::float8::scale_encode`] with header byte 0 as base; affine: E4M3 times `2^(header 0 - 127)` |
 /// | mid-points | `n_groups * page` | affine only: E4M3 times `2^(header 1 - 127)` |
-/// | mean | `head_dim` | keys with `mean` only: E4M3 times `2^(header 2 - 127)`, of the rotated channels |
+/// | smoothing | [`Smooth::bytes`] | keys only: mean and factors |
 ///
-/// padded to 64 bytes. A value is `step * (code - centre) [+ mid-point] [+ mean]`, then rotated back. Bytes of rows that
+/// padded to 64 bytes. A value is `step * (code - centre) [+ mid-point]`, then rotated back, times the factor, plus the mean. Bytes of rows that
 /// were never sealed are zero.
 #[derive(Clone, Debug)]
 pub struct GroupCodec {
@@ -154,7 +158,7 @@ pub struct GroupCodec {
 #[derive(Debug)]
 pub(crate) struct GroupKernels {
     seal: fn(&GroupCodec, &mut [u8], &mut [u8], &mut SealRows),
-    prepare: fn(&mut Query, &[f32], &QueryForm),
+    prepare: fn(&mut Query, &QueryForm),
     untransform: fn(&mut [f32]),
     scores: fn(&GroupCodec, PageRef, &Query, &mut [f32]),
     accumulate: fn(&GroupCodec, PageRef, &mut Probabilities, &mut [f32]),
@@ -193,6 +197,7 @@ impl GroupCodec {
         };
         let mut params = params.clone();
         params.mean &= side == Side::Key;
+        params.smooth &= side == Side::Key;
         let n_groups = head_dim / group;
         Ok(Self { params, side, head_dim, page, group, n_groups, tile, kernels: GroupKernels::of(token) })
     }
@@ -205,8 +210,27 @@ impl GroupCodec {
         self.steps_offset() + self.n_groups * self.page
     }
 
-    pub(crate) fn mean_offset(&self) -> usize {
+    fn smooth(&self) -> Smooth {
+        Smooth { mean: self.params.mean, factors: self.params.smooth }
+    }
+
+    fn smooth_offset(&self) -> usize {
         self.mids_offset() + if self.params.symmetric { 0 } else { self.n_groups * self.page }
+    }
+
+    /// Mean and factors of a page.
+    pub(crate) fn smooth_part<'a>(&self, page: PageRef<'a>) -> &'a [u8] {
+        &page.bytes[self.smooth_offset()..][..self.smooth().bytes(self.head_dim)]
+    }
+
+    fn query_form(&self) -> QueryForm {
+        QueryForm {
+            head_dim: self.head_dim,
+            group: self.group,
+            planes: self.coefficient_planes(),
+            centre: self.params.width.centre(),
+            rotate: self.params.rotate,
+        }
     }
 
     #[inline(always)]
@@ -227,12 +251,12 @@ impl GroupCodec {
 
 impl PageCodec for GroupCodec {
     fn format(&self) -> String {
-        let GroupParams { width, symmetric, mean, rotate, .. } = self.params;
-        format!("group/{FORMAT_VERSION}:{width},{},{symmetric},{mean},{rotate}", self.group)
+        let GroupParams { width, symmetric, mean, smooth, rotate, .. } = self.params;
+        format!("group/{FORMAT_VERSION}:{width},{},{symmetric},{mean},{smooth},{rotate}", self.group)
     }
 
     fn page_bytes(&self) -> usize {
-        (self.mean_offset() + if self.params.mean { self.head_dim } else { 0 }).next_multiple_of(64)
+        (self.smooth_offset() + self.smooth().bytes(self.head_dim)).next_multiple_of(64)
     }
 
     fn seal(&self, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
@@ -242,20 +266,21 @@ impl PageCodec for GroupCodec {
     fn decode(&self, page: PageRef, row: usize, out: &mut [f32]) {
         scalar::decode_transformed(self, page, row, out);
         self.untransform(out);
+        self.smooth().restore(self.smooth_part(page), out);
     }
 
     fn begin_query(&self, rows: &[f32], query: &mut Query) {
-        let form = QueryForm {
-            head_dim: self.head_dim,
-            group: self.group,
-            planes: self.coefficient_planes(),
-            centre: self.params.width.centre(),
-            rotate: self.params.rotate,
-        };
-        (self.kernels.prepare)(query, rows, &form);
+        query.begin(rows);
+        if !self.params.smooth {
+            (self.kernels.prepare)(query, &self.query_form());
+        }
     }
 
-    fn scores(&self, page: PageRef, query: &Query, scores: &mut [f32]) {
+    fn scores(&self, page: PageRef, query: &mut Query, scores: &mut [f32]) {
+        let exponents = self.smooth().exponents(self.smooth_part(page), self.head_dim);
+        if query.set_exponents(exponents) {
+            (self.kernels.prepare)(query, &self.query_form());
+        }
         (self.kernels.scores)(self, page, query, scores);
     }
 

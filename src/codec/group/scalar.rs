@@ -4,13 +4,13 @@
 use super::{GroupCodec, GroupKernels, PageRef, Probabilities, Query, SealRows};
 use crate::codec::float8::{e4m3_base, e4m3_decode, power, scale_base};
 use crate::codec::hadamard;
-use crate::codec::quantizer::{self, dot, Quantizer};
-use crate::codec::Side;
+use crate::codec::quantizer::{dot, Quantizer};
+use crate::codec::{PageCodec, Side};
 use crate::shape::MAX_HEAD_DIM;
 
 pub(super) static KERNELS: GroupKernels = GroupKernels {
     seal: |codec, header, page, rows| seal(codec, header, page, rows),
-    prepare: |query, rows, form| query.prepare(rows, form),
+    prepare: |query, form| query.prepare(form),
     untransform: |row| hadamard::rotate(row),
     scores,
     accumulate,
@@ -20,22 +20,15 @@ pub(super) static KERNELS: GroupKernels = GroupKernels {
 #[inline(always)]
 pub(super) fn seal(codec: &GroupCodec, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
     let dim = codec.head_dim;
-    if codec.params.rotate {
-        hadamard::rotate_rows(rows.rows, dim);
-    }
     if rows.fresh {
         page.fill(0);
         header.fill(0);
     }
-    let rows_of = &mut *rows.rows;
-    if codec.params.mean {
-        if rows.fresh {
-            header[2] = quantizer::write_mean(rows_of, &mut page[codec.mean_offset()..][..dim]);
-        }
-        let mut mean = [0f32; MAX_HEAD_DIM as usize];
-        read_mean(codec, PageRef { header, bytes: page }, &mut mean[..dim]);
-        quantizer::subtract(rows_of, &mean[..dim]);
+    codec.smooth().apply(&mut page[codec.smooth_offset()..], rows, dim);
+    if codec.params.rotate {
+        hadamard::rotate_rows(rows.rows, dim);
     }
+    let rows_of = &mut *rows.rows;
     let quantizer = codec.quantizer();
     if rows.fresh {
         let (mut step, mut mid) = (0f32, 0f32);
@@ -51,12 +44,6 @@ pub(super) fn seal(codec: &GroupCodec, header: &mut [u8], page: &mut [u8], rows:
             seal_group(codec, &quantizer, header, page, at as usize, g, x);
         }
     }
-}
-
-/// The page's mean of the rotated channels.
-#[inline(always)]
-pub(super) fn read_mean(codec: &GroupCodec, page: PageRef, out: &mut [f32]) {
-    quantizer::read_mean(&page.bytes[codec.mean_offset()..][..codec.head_dim], page.header[2], out);
 }
 
 #[inline(always)]
@@ -90,14 +77,9 @@ pub(super) fn read_step(codec: &GroupCodec, page: PageRef, g: usize, row: usize)
     codec.quantizer().read_step(page.bytes[codec.steps_offset() + g * codec.page + row], page.header[0])
 }
 
-/// Decodes one row, still rotated.
+/// Decodes one row, still rotated, without mean and factors.
 pub(super) fn decode_transformed(codec: &GroupCodec, page: PageRef, row: usize, out: &mut [f32]) {
     let centre = codec.params.width.centre();
-    if codec.params.mean {
-        read_mean(codec, page, out);
-    } else {
-        out.fill(0.0);
-    }
     for (g, out) in out.chunks_exact_mut(codec.group).enumerate() {
         let step = read_step(codec, page, g, row);
         let mid = if codec.params.symmetric {
@@ -111,7 +93,7 @@ pub(super) fn decode_transformed(codec: &GroupCodec, page: PageRef, row: usize, 
                 Side::Key => codec.tile.get(tile, row, c),
                 Side::Value => codec.tile.get(tile, c, row),
             };
-            *out += step * (f32::from(code) - centre) + mid;
+            *out = step * (f32::from(code) - centre) + mid;
         }
     }
 }
@@ -120,8 +102,8 @@ fn scores(codec: &GroupCodec, page: PageRef, query: &Query, scores: &mut [f32]) 
     let mut key = [0f32; MAX_HEAD_DIM as usize];
     let key = &mut key[..codec.head_dim];
     for token in 0..codec.page {
-        decode_transformed(codec, page, token, key);
-        for (q, scores) in query.rotated().chunks_exact(codec.head_dim).zip(scores.chunks_exact_mut(codec.page)) {
+        codec.decode(page, token, key);
+        for (q, scores) in query.rows().chunks_exact(codec.head_dim).zip(scores.chunks_exact_mut(codec.page)) {
             scores[token] = dot(q, key);
         }
     }

@@ -35,7 +35,15 @@ fn round_trip(spec: &str, offset: f32) -> (f64, f64) {
         codec.seal(
             &mut header,
             &mut bytes,
-            &mut SealRows { at: &at, rows: &mut rows, fresh: true, exact: &[], channel_weights: &[], attention: &[] },
+            &mut SealRows {
+                at: &at,
+                rows: &mut rows,
+                fresh: true,
+                exact: &[],
+                channel_weights: &[],
+                last_exponents: &mut [],
+                attention: &[],
+            },
         );
         let mut out = [0f32; DIM];
         for (row, truth) in truth.chunks_exact(DIM).enumerate() {
@@ -102,13 +110,13 @@ fn refit_removes_the_shrinkage() {
 fn effective_bits_count_all_metadata() {
     let shape = Shape { n_heads: 8, n_kv_heads: 2, head_dim_k: 128, head_dim_v: 128 };
     for (spec, k, v) in [
-        ("skvq:k=2,v=2,group=128,mean=0", 2.125, 2.125),
-        ("skvq:k=2,v=2,group=64,mean=0", 2.25, 2.25),
-        ("skvq:k=2,v=2,group=32,mean=0", 2.5, 2.5),
+        ("skvq:k=2,v=2,group=128,mean=0,smooth=0", 2.125, 2.125),
+        ("skvq:k=2,v=2,group=64,mean=0,smooth=0", 2.25, 2.25),
+        ("skvq:k=2,v=2,group=32,mean=0,smooth=0", 2.5, 2.5),
         ("skvq:paper", 2.25, 2.25),
-        ("skvq:k=4,v=3", 4.125, 3.0625),
-        ("skvq:k=2,v=2", 2.125, 2.0625),
-        ("skvq:k=8,v=1.6", 8.125, 1.6875),
+        ("skvq:k=4,v=3", 4.25, 3.0625),
+        ("skvq:k=2,v=2,smooth=0", 2.1875, 2.0625),
+        ("skvq:k=8,v=1.6", 8.25, 1.6875),
     ] {
         let layout = Layout::new(&Recipe::parse(spec).unwrap(), shape, 0, 4096, 272).unwrap();
         near(spec, layout.bits_k(), k, 0.0015);
