@@ -5,7 +5,7 @@ use std::env;
 use std::path::PathBuf;
 
 /// Sources of the header, in the order in which their functions appear in it.
-const HEADER_SOURCES: [&str; 11] = [
+const HEADER_SOURCES: [&str; 13] = [
     "src/capi/version.rs",
     "src/error.rs",
     "src/capi/status.rs",
@@ -16,6 +16,8 @@ const HEADER_SOURCES: [&str; 11] = [
     "src/capi/planner.rs",
     "src/capi/attention.rs",
     "src/capi/store.rs",
+    "src/learned.rs",
+    "src/capi/learned.rs",
     "src/capi/cache.rs",
 ];
 

@@ -143,6 +143,12 @@ static void layer(kvq_layout *layout, kvq_planner *planner) {
     CHECK_INVALID(kvq_pool_adopt(layout, k_mem, v_mem, k_mem, v_mem, NULL, &no_cell, 1));
     CHECK_INVALID(kvq_pool_adopt(layout, k_mem, v_mem, k_mem, v_mem, &no_cell, NULL, 1));
 
+    kvq_key_error key_error;
+    CHECK_INVALID(kvq_layer_key_error(NULL, k_mem, &key_error));
+    CHECK_INVALID(kvq_layer_key_error(layout, NULL, &key_error));
+    CHECK_INVALID(kvq_layer_key_error(layout, k_mem, NULL));
+    CHECK_OK(kvq_layer_key_error(layout, k_mem, &key_error));
+
     CHECK_INVALID(kvq_dequantize(NULL, k_mem, v_mem, location, 0, 1, rows, rows));
     CHECK_INVALID(kvq_dequantize(layout, NULL, v_mem, location, 0, 1, rows, NULL));
     CHECK_INVALID(kvq_dequantize(layout, k_mem, NULL, location, 0, 1, NULL, rows));

@@ -147,6 +147,10 @@ int main(void) {
             rewrite_keys(&l, &e);
         }
     }
+    /* Pages were sealed, of 8 bits: what that adds to a logit is small beside the logit. */
+    kvq_key_error error;
+    CHECK_OK(kvq_layer_key_error(l.layout, l.k_mem, &error));
+    CHECK(error.rows >= 4 && error.signal > 0 && error.noise > 0 && error.noise <= NMSE_8_BITS * error.signal);
     layer_free(&l);
     exact_free(&e);
     return 0;

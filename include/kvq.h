@@ -28,7 +28,7 @@
 
 
 // Rises with every change to a function or struct of this header. Compare it with kvq_abi_version() at start.
-#define KVQ_ABI_VERSION 4
+#define KVQ_ABI_VERSION 5
 
 // Smallest supported head size.
 #define KVQ_MIN_HEAD_DIM 64
@@ -234,6 +234,19 @@ typedef struct {
     // Rows; the plan's n_tokens.
     uint32_t n_tokens;
 } kvq_store_args;
+
+// How far packed keys are off, in the metric of the queries: means over a sample of the rows sealed lately. Times the
+// square of the factor on the scores, `noise` is the variance of what packing adds to an attention logit, `signal` that of
+// the logit itself.
+typedef struct {
+    // Variance that packing adds to a product of query and key: the sum over channels of the queries' mean square times the
+    // key's squared error.
+    float noise;
+    // Variance of the product: the same of the key's distance from its page's mean.
+    float signal;
+    // Rows that the means stand for; 0: none was sealed yet, and the others are 0 too.
+    float rows;
+} kvq_key_error;
 
 // How stored keys were rotated (RoPE): pair i of the first n_rot values of a head was turned by the angle
 // pos * freq_scale * freq_base^(-2 i / n_rot).
@@ -517,6 +530,10 @@ kvq_status kvq_pool_adopt(const kvq_layout *layout,
                           const uint32_t *from,
                           const uint32_t *to,
                           uint32_t n);
+
+// Reads the error of a stream's packed keys from its key memory, kvq_layout_k_bytes. Takes some nanoseconds per head;
+// must not run beside kvq_store on the same memory.
+kvq_status kvq_layer_key_error(const kvq_layout *layout, const uint8_t *k_mem, kvq_key_error *out);
 
 // Makes an empty cache. All its memory is reserved here. Free it with kvq_cache_free.
 kvq_status kvq_cache_new(const kvq_recipe *recipe, const kvq_cache_params *params, kvq_cache **out);

@@ -62,16 +62,18 @@ pub(crate) fn exponents(learned: &mut [u8]) -> &mut [u8] {
     &mut learned[at..]
 }
 
-/// How far packed keys are off, in the metric of the queries: for a sample of the rows sealed lately, the mean of
-/// `sum_c q_c^2 (x_c - x^_c)^2`, which is the variance of what coding adds to a product with a query, beside that of the
-/// product itself, `sum_c q_c^2 (x_c - mean_c)^2` about the page's mean. `q_c^2` are the moments of the queries.
+/// How far packed keys are off, in the metric of the queries: means over a sample of the rows sealed lately. Times
+/// the square of the factor on the scores, `noise` is the variance of what packing adds to an attention logit,
+/// `signal` that of the logit itself.
+#[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct KeyError {
-    /// Mean variance that coding adds to a product of query and key.
+    /// Variance that packing adds to a product of query and key: the sum over channels of the queries' mean square
+    /// times the key's squared error.
     pub noise: f32,
-    /// Mean variance of the product.
+    /// Variance of the product: the same of the key's distance from its page's mean.
     pub signal: f32,
-    /// Rows that the means stand for; 0: none was sealed yet.
+    /// Rows that the means stand for; 0: none was sealed yet, and the others are 0 too.
     pub rows: f32,
 }
 

@@ -49,6 +49,7 @@ bool operator==(const llama_kvq_node & a, const llama_kvq_node & b);
 // the kvq side of one llama_kv_cache
 struct llama_kvq_cache : llama_kvq {
     llama_kvq_cache(llama_kv_cache & kv, const char * spec);
+    ~llama_kvq_cache() override;
 
     ggml_tensor * new_k(ggml_context * ctx, ggml_backend_buffer_type_t buft, uint32_t il) override;
     ggml_tensor * new_v(ggml_context * ctx, uint32_t il) override;
@@ -85,6 +86,10 @@ private:
     // false: there was nothing to do
     bool settle() const;
 
+    // how far packed keys are off in each layer: warns once, when a recipe does not fit the model
+    void guard(size_t n_new);
+    float logit_scale(size_t i) const;
+
     bool shift_cells(llama_context * lctx, uint32_t strm, uint32_t cell0, uint32_t n,
             const std::vector<int32_t> & location);
 
@@ -105,6 +110,16 @@ private:
     std::deque<llama_kvq_node> nodes;
 
     mutable std::vector<kvq_layer_plan> progress; // as layouts
+
+    // what packed keys add to a layer's logits, and those themselves: deviations
+    struct key_noise {
+        uint32_t il;
+        float    noise;
+        float    logits;
+    };
+
+    std::vector<key_noise> noises;         // of layers that have packed some
+    size_t                 n_unguarded = 0; // rows since the last look
 
     // the latest plan, until every layer has carried it out
     mutable std::vector<int32_t> last_plan; // [plan_len, last_streams]

@@ -39,6 +39,7 @@ void llama_kvq_cache::set_plan(ggml_tensor * dst, const llama_ubatch & ubatch,
     GGML_ASSERT(ggml_nelements(dst) >= (int64_t) (len*strm.size()));
 
     settle();
+    guard(n_tokens*strm.size());
 
     std::vector<kvq_row> rows(n_tokens);
 

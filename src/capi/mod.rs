@@ -12,6 +12,7 @@
 mod attention;
 mod cache;
 mod layout;
+mod learned;
 mod memory;
 mod planner;
 mod recipe;

@@ -7,7 +7,7 @@ use super::guard_or;
 use crate::simd::IsaToken;
 
 /// Rises with every change to a function or struct of this header. Compare it with kvq_abi_version() at start.
-pub const KVQ_ABI_VERSION: u32 = 4;
+pub const KVQ_ABI_VERSION: u32 = 5;
 
 /// The ABI version of the library that is loaded, to be compared with KVQ_ABI_VERSION.
 #[no_mangle]
