@@ -235,12 +235,12 @@ typedef struct {
     uint32_t n_tokens;
 } kvq_store_args;
 
-// How far packed keys are off, in the metric of the queries: means over a sample of the rows sealed lately. Times the
-// square of the factor on the scores, `noise` is the variance of what packing adds to an attention logit, `signal` that of
-// the logit itself.
+// How far packed keys are off, in the metric of the queries: means over a sample of the rows sealed lately. Times
+// the square of the factor on the scores, `noise` is the variance of what packing adds to an attention logit,
+// `signal` that of the logit itself.
 typedef struct {
-    // Variance that packing adds to a product of query and key: the sum over channels of the queries' mean square times the
-    // key's squared error.
+    // Variance that packing adds to a product of query and key: the sum over channels of the queries' mean square
+    // times the key's squared error.
     float noise;
     // Variance of the product: the same of the key's distance from its page's mean.
     float signal;

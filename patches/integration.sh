@@ -103,6 +103,13 @@ for widths in k=2,v=2 k=3,v=2 k=3,v=3 k=4,v=4 k=8,v=8; do
     check "skvq:$widths makes a cache" says_kvq completion --kvq "skvq:$widths" -c 512 -n 2 -p x
 done
 
+# Two contexts are one recipe: one warning. Without rotation or factors two bits spoil this model.
+warned() { probabilities "$bin" guard.dat --kvq "$1" >guard.log 2>&1 && grep -c 'does not fit this model' guard.log | grep -x "$2"; }
+check "a recipe that does not fit the model is told once" warned skvq:paper 1
+check "one that fits is not" warned kivi:k=3,v=3 0
+fit_is_listed() { completion --kvq skvq -c 512 -n 2 -p "$prompt" 2>&1 | grep -c 'packed keys add noise of' | grep -x 4; }
+check "-lv 4 lists how far the keys of each layer are off" fit_is_listed
+
 echo "== refusals"
 refused "an unknown recipe" 'kvq.*nosuch' completion -c 512 -n 1 -p x --kvq nosuch
 refused "an unknown key" 'kvq.*colour' completion -c 512 -n 1 -p x --kvq skvq:colour=3

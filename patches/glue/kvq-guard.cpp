@@ -42,11 +42,13 @@ static kvq_key_error key_error(const kvq_layout * layout, const std::vector<ggml
 }
 
 void llama_kvq_cache::guard(size_t n_new) {
-    n_unguarded += n_new;
-    if (n_unguarded < kvq_recipe_page(recipe.get())) {
+    // pages are sealed by the time the next plan is made
+    const bool is_due = n_unguarded >= kvq_recipe_page(recipe.get());
+
+    n_unguarded = n_new + (is_due ? 0 : n_unguarded);
+    if (!is_due) {
         return;
     }
-    n_unguarded = 0;
 
     noises.clear();
     for (size_t i = 0; i < layouts.size(); ++i) {
