@@ -3,7 +3,8 @@
 
     patches/pareto.py build/eval/pareto.csv docs/pareto.svg
 
-A column of panels per text; above the mean, below the 99.9 % divergence. Filled marks count everything that a context of
+A column of panels per text; above the mean, below the 99.9 % divergence. With several models these stand side by side,
+a row of panels per text, and the mean alone is drawn. Filled marks count everything that a context of
 32 768 tokens holds (windows, sink tokens, pools), hollow ones a context of 4 096.
 """
 
@@ -14,16 +15,21 @@ import pathlib
 import sys
 from xml.sax.saxutils import escape
 
+from runs import FLOOR, STOCK_BITS
+
 PANEL_W, PANEL_H, LEFT, TOP, GAP = 470, 300, 70, 60, 70
-COLOURS = {"stock": "#555555", "skvq": "#1f6fb4", "kivi": "#2c9a4b", "ott": "#d9792b", "qaq": "#8a4fbf"}
+# "kvq" stands for recipes that go by a number or by `on`.
+COLOURS = {"stock": "#555555", "kvq": "#b02a3f", "skvq": "#1f6fb4", "kivi": "#2c9a4b", "ott": "#d9792b", "qaq": "#8a4fbf"}
 # Published settings lie close together: where each one's label goes.
-LABEL_DY = {"stock": -6, "skvq": 18, "kivi": 5, "ott": -10, "qaq": -8}
+LABEL_DY = {"stock": -6, "kvq": 14, "skvq": 18, "kivi": 5, "ott": -10, "qaq": -8}
 METRICS = [("mean", "mean KLD"), ("p999", "99.9 % KLD")]
 MIN_BITS = 1.75
 
 
 def family(cache):
-    return cache.split(":")[0] if cache.split(":")[0] in COLOURS else "stock"
+    if cache in STOCK_BITS:
+        return "stock"
+    return cache.split(":")[0] if cache.split(":")[0] in COLOURS else "kvq"
 
 
 class Panel:
@@ -61,22 +67,33 @@ def text(x, y, what, anchor="start", colour="#222", size=12):
             f'{escape(what)}</text>')
 
 
+def grid(rows):
+    """Panels, row by row, as (metric, title, rows): texts across and metrics down; with several models these across,
+    texts down, and the mean alone."""
+    models, texts = (list(dict.fromkeys(row[field] for row in rows)) for field in ("model", "text"))
+    if len(models) == 1:
+        return [[(metric, f"{title}, {name}", [row for row in rows if row["text"] == name]) for name in texts]
+                for metric, title in METRICS]
+    return [[("mean", f"mean KLD, {model}, {name}", [row for row in rows if (row["model"], row["text"]) == (model, name)])
+             for model in models] for name in texts]
+
+
 def draw(rows):
-    texts = list(dict.fromkeys(row["text"] for row in rows))
-    rows = [row for row in rows if row["cache"] != "f16/no-fa"]
+    rows = [row for row in rows if row["cache"] != FLOOR]
+    panels = grid(rows)
     max_bits = 1.06 * max(row["bits_4k"] for row in rows)
     out = []
-    for i, name in enumerate(texts):
-        for j, (metric, title) in enumerate(METRICS):
+    for j, across in enumerate(panels):
+        for i, (metric, title, mine) in enumerate(across):
+            # One scale for all panels of a metric.
             values = [row[metric] for row in rows]
             panel = Panel(LEFT + i * (PANEL_W + GAP), TOP + j * (PANEL_H + GAP), max_bits, min(values) / 1.5,
                           max(values) * 1.5)
-            out += panel.frame(f"{title}, {name}")
-            mine = [row for row in rows if row["text"] == name]
+            out += panel.frame(title)
             out += curves(panel, mine, metric) + [mark for row in mine for mark in marks(panel, row, metric)]
-    width, height = LEFT + len(texts) * (PANEL_W + GAP), TOP + 2 * (PANEL_H + GAP)
+    width, height = LEFT + len(panels[0]) * (PANEL_W + GAP), TOP + len(panels) * (PANEL_H + GAP)
     legend = [text(LEFT + 120 * i, 22, name, colour=colour, size=14) for i, (name, colour) in enumerate(COLOURS.items())]
-    legend.append(text(LEFT + 640, 22, "filled: total bits at 32 768 tokens, hollow: at 4 096"))
+    legend.append(text(LEFT + 740, 22, "filled: total bits at 32 768 tokens, hollow: at 4 096"))
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
                       'font-family="sans-serif">', f'<rect width="{width}" height="{height}" fill="white"/>',
                       *legend, *out, "</svg>", ""])

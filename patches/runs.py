@@ -6,6 +6,8 @@ zero, since llama.cpp rounds activations to 8 bits before it multiplies them wit
 with Q8_0 weights, 0.00001 with F32 ones.
 
 Finished runs are kept by what decides their output (programs, model, text, arguments): a second call is instant.
+llama.cpp's own caches are measured with the unpatched programs of patches/build.sh --stock where they are there, so that
+those runs, the slowest of all, outlive a change of kvq.
 """
 
 import hashlib
@@ -62,30 +64,56 @@ def find(pattern, text, cast=float):
     return cast(match.group(1)) if match else None
 
 
+class Programs:
+    """A folder of llama.cpp's programs and libraries; `digest` changes when any of them does."""
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        if not (self.folder / "llama-perplexity").exists():
+            raise RunError(f"no llama-perplexity in {self.folder}: run patches/build.sh first")
+        parts = sorted(p for p in self.folder.iterdir() if p.is_file() and p.name.startswith(("lib", "llama-")))
+        self.digest = hashlib.sha256("".join(sha256(p) for p in parts).encode()).hexdigest()
+
+    def version(self):
+        """What llama.cpp says of its commit and compiler."""
+        run = subprocess.run([self.folder / "llama-perplexity", "--version"], stdin=subprocess.DEVNULL,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return run.stdout
+
+    def stock(self):
+        """The same llama.cpp without patches, as patches/build.sh --stock leaves it; these programs if it is not there
+        or of another commit."""
+        folder = self.folder.parent.parent / "stock/llama/bin"
+        other = Programs(folder) if (folder / "llama-perplexity").exists() else self
+        return other if other.version() == self.version() else self
+
+
 class Runs:
     """`bin_dir`: llama.cpp's programs; `store`: where finished outputs and base logits are kept."""
 
     def __init__(self, bin_dir, store, threads=None):
-        self.bin = pathlib.Path(bin_dir)
+        self.patched = Programs(bin_dir)
+        self.stock = self.patched.stock()
         self.store = pathlib.Path(store)
         self.store.mkdir(parents=True, exist_ok=True)
         self.threads = ["-t", str(threads or os.cpu_count() or 2)]
-        if not (self.bin / "llama-perplexity").exists():
-            raise RunError(f"no llama-perplexity in {self.bin}: run patches/build.sh first")
-        parts = sorted(p for p in self.bin.iterdir() if p.is_file() and p.name.startswith(("lib", "llama-")))
-        self.programs = hashlib.sha256("".join(sha256(p) for p in parts).encode()).hexdigest()
+        self.large_files = []
 
-    def _kept(self, program, args, inputs):
+    def _kept(self, programs, program, args, inputs):
         """File that holds the output of this run. Inputs are known by size and time: models are large."""
         stats = [(str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in inputs]
-        key = json.dumps([self.programs, program, args, stats])
+        isa = os.environ.get("KVQ_ISA", "") if programs is self.patched else ""
+        key = json.dumps([programs.digest, isa, program, args, stats])
         return self.store / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".log")
 
-    def _execute(self, program, args):
-        """Standard output alone for llama-bench, whose output is JSON, and with the messages for the others."""
+    def _execute(self, programs, program, args):
+        """Standard output alone for llama-bench, whose output is JSON, and with the messages for the others.
+
+        Settings of llama.cpp in the environment are left out: LLAMA_ARG_KVQ would make stock caches kvq's."""
         apart = program == "llama-bench"
-        run = subprocess.run([self.bin / program, *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE if apart else subprocess.STDOUT)
+        env = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
+        run = subprocess.run([programs.folder / program, *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE if apart else subprocess.STDOUT, env=env)
         text = run.stdout.decode("utf-8", "replace")
         if run.returncode != 0:
             said = run.stderr.decode("utf-8", "replace") if apart else text
@@ -93,16 +121,16 @@ class Runs:
             raise RunError(f"{program} {' '.join(map(str, args))}\nfailed with status {run.returncode}:\n{tail}")
         return text
 
-    def output(self, program, args, inputs, what, before=None):
+    def output(self, programs, program, args, inputs, what, before=None):
         """Output of one run, kept or fresh; `before` is called only when the program has to run."""
         args = [str(a) for a in args]
-        kept = self._kept(program, args, inputs)
+        kept = self._kept(programs, program, args, inputs)
         if kept.exists():
             return kept.read_text()
         if before:
             before()
         note(what)
-        text = self._execute(program, args)
+        text = self._execute(programs, program, args)
         part = kept.with_suffix(".part")
         part.write_text(text)
         part.rename(kept)
@@ -111,7 +139,7 @@ class Runs:
     def cache_size(self, model, kv, n_ctx):
         """What a context of n_ctx tokens costs, MiB and effective bits per value, and the model's own context."""
         args = ["-m", model, *kv_args(kv), "-c", n_ctx, "-n", 1, "-p", "x", "-no-cnv", "--no-warmup", "-lv", 4]
-        text = self.output("llama-completion", [*args, *self.threads], [model], f"{kv}: size at {n_ctx}")
+        text = self.output(self.patched, "llama-completion", [*args, *self.threads], [model], f"{kv}: size at {n_ctx}")
         # One line for each cache: models with sliding windows have two.
         mib = [float(m) for m in re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", text)]
         bits = STOCK_BITS.get(kv)
@@ -122,26 +150,30 @@ class Runs:
         return {"mib": sum(mib), "bits": bits, "n_ctx_train": find(r"n_ctx_train += (\d+)", text, int)}
 
     def exact_weights(self, model):
-        """The model with its weights as F32."""
-        path = self._kept("exact", [], [model]).with_suffix(".gguf")
+        """The model with its weights as F32. No digest of programs in its name: it is the same whoever makes it, and
+        its time decides which runs of it are kept."""
+        stat = os.stat(model)
+        path = self.store / f"{pathlib.Path(model).stem}-{stat.st_size}-{stat.st_mtime_ns}-f32.gguf"
         if not path.exists():
             note(f"{pathlib.Path(model).name}: weights to F32")
             part = path.with_suffix(".part")
-            self._execute("llama-quantize", ["--allow-requantize", str(model), str(part), "F32", *self.threads[1:]])
+            self._execute(self.patched, "llama-quantize",
+                          ["--allow-requantize", str(model), str(part), "F32", *self.threads[1:]])
             part.rename(path)
         return path
 
     def base_logits(self, model, text, n_ctx, chunks):
         """File with the token probabilities of the f16 cache, which every divergence is measured against."""
         args = ["-m", str(model), "-f", str(text), *UBATCH, *kv_args("f16"), "-c", str(n_ctx), "--chunks", str(chunks)]
-        path = self._kept("base", args, [model, text]).with_suffix(".logits")
+        path = self._kept(self.stock, "base", args, [model, text]).with_suffix(".logits")
+        part = path.with_suffix(".part")
+        self.large_files += [path, part]
 
         def make():
             if path.exists():
                 return
             note(f"f16: token probabilities of {pathlib.Path(text).name}, {chunks} x {n_ctx} tokens")
-            part = path.with_suffix(".part")
-            self._execute("llama-perplexity", [*args, *self.threads, "--kl-divergence-base", str(part)])
+            self._execute(self.stock, "llama-perplexity", [*args, *self.threads, "--kl-divergence-base", str(part)])
             part.rename(path)
         return path, make
 
@@ -150,9 +182,10 @@ class Runs:
 
         Signs are dropped: the stored probabilities are rounded, which gives a few -0.000001."""
         path, make = self.base_logits(model, text, n_ctx, chunks)
+        programs = self.stock if kv in STOCK_BITS else self.patched
         args = ["-m", model, *UBATCH, *kv_args(kv), "-c", n_ctx, "--kl-divergence-base", path, "--kl-divergence"]
         what = f"{kv}: KL divergence on {pathlib.Path(text).name}, context {n_ctx}"
-        out = self.output("llama-perplexity", [*args, *self.threads], [model, text], what, before=make)
+        out = self.output(programs, "llama-perplexity", [*args, *self.threads], [model, text], what, before=make)
         result = {}
         for name, pattern in {"ppl": r"^Mean PPL\(Q\) *: +([\d.]+)", "mean": r"^Mean +KLD: +-?([\d.]+)",
                               "mean_error": r"^Mean +KLD: +-?[\d.]+ ± +([\d.]+)",
@@ -164,15 +197,17 @@ class Runs:
         return result
 
     def drop_base_logits(self):
-        """Base logits are large (some 65 MB for 1 023 tokens of a 32 000 word vocabulary)."""
-        for path in [*self.store.glob("*.logits"), *self.store.glob("*.part")]:
-            path.unlink()
+        """Base logits are large: 2 bytes for each word of the vocabulary and scored token, 65 MB for 1 023 tokens of a
+        32 000 word vocabulary, half a gigabyte with Gemma's. Only what this object has asked for goes."""
+        for path in self.large_files:
+            path.unlink(missing_ok=True)
+        self.large_files = []
 
     def speed(self, model, kv, depth, repetitions=3):
         """Median tokens per second behind `depth` tokens: (prompt of 512, decode)."""
         args = ["-m", model, "-p", 512, "-n", 32, "-d", depth, "-r", repetitions, "-o", "json", *self.threads]
         args += kv_args(kv) if kv in STOCK_BITS else ["-kvq", kv]
-        out = self.output("llama-bench", args, [model], f"{kv}: speed at depth {depth}")
+        out = self.output(self.patched, "llama-bench", args, [model], f"{kv}: speed at depth {depth}")
         tests = json.loads(out)
         median = [sorted(t["samples_ts"])[len(t["samples_ts"]) // 2] for t in tests]
         return {"prompt": median[0], "decode": median[1]}
