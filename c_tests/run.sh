@@ -79,8 +79,21 @@ step "C tests: build with sanitizers" c_tests asan -DKVQ_SANITIZE=ON
 step "C tests: sanitizers" ctest --test-dir "$cmake_dir/asan" --output-on-failure -LE valgrind
 
 step "patch budget" patch_budget
+step "scripts of patches/" python3 -B patches/tests/test_scripts.py
+step "tables of the docs" patches/tables.py --check
 step "patched and unpatched llama.cpp: build" patches/build.sh --tests --stock
 step "llama.cpp integration" patches/integration.sh
+
+# Real models, a short form: stock's runs take most of the time, so there is one chunk of prose.
+rc=0
+say "fetching smollm2 and qwen05 (590 MB, unless they are there)"
+patches/models.py smollm2 qwen05 >"$logs/models.log" 2>&1 || rc=$?
+if ((rc == 3)); then
+    skip "quality on real models" "$(tail -n 1 "$logs/models.log")"
+else
+    step "quality on real models" patches/eval.py -m smollm2 -m qwen05 -f models/amazon-excerpt.txt -c 1024 --chunks 1 \
+        -o build/eval/check-real --below .02 --at-most .4 kivi:k=3,v=3 kivi:k=2.5
+fi
 
 eval_model=../shared/models/eval-105m-q8_0.gguf
 eval_text=../shared/text/amazon.txt

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from models import find_model
 from runs import RunError, Runs, STOCK_BITS, markdown
 
 
@@ -10,7 +11,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--bin", required=True)
     parser.add_argument("--store", required=True)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="a GGUF file or a name of models.py")
     parser.add_argument("--text", required=True)
     parser.add_argument("--chunks", type=int, required=True)
     parser.add_argument("--depth", type=int, required=True)
@@ -18,13 +19,14 @@ def main():
     args = parser.parse_args()
 
     runs = Runs(args.bin, args.store)
-    n_ctx = min(2048, runs.cache_size(args.model, "f16", 512)["n_ctx_train"])
+    model = find_model(args.model)
+    n_ctx = min(2048, runs.cache_size(model, "f16", 512)["n_ctx_train"])
     rows = []
     for kv in args.caches:
-        here = runs.cache_size(args.model, kv, n_ctx)
-        far = runs.cache_size(args.model, kv, 32768)
-        quality = runs.divergence(args.model, args.text, kv, n_ctx, args.chunks)
-        speed = runs.speed(args.model, kv, args.depth)
+        here = runs.cache_size(model, kv, n_ctx)
+        far = runs.cache_size(model, kv, 32768)
+        quality = runs.divergence(model, args.text, kv, n_ctx, args.chunks)
+        speed = runs.speed(model, kv, args.depth)
         rows.append([kv if kv not in STOCK_BITS else "stock " + kv, f"{here['bits']:.2f}", f"{here['mib']:.2f}",
                      f"{far['mib']:.1f}", f"{quality['ppl']:.2f}", f"{quality['mean']:.5f}", f"{quality['p999']:.4f}",
                      f"{quality['same_top']:.1f} %", f"{speed['prompt']:.0f}", f"{speed['decode']:.0f}"])
