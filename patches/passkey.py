@@ -44,8 +44,13 @@ class Server:
     def post(self, path, body):
         head = {"Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), head)
-        with urllib.request.urlopen(request, timeout=600) as reply:
-            return json.load(reply)
+        try:
+            # Half an hour: thousands of tokens on a busy machine.
+            with urllib.request.urlopen(request, timeout=1800) as reply:
+                return json.load(reply)
+        except OSError as error:
+            said = error.read().decode("utf-8", "replace") if isinstance(error, urllib.error.HTTPError) else ""
+            raise RunError(f"llama-server {path}: {error} {said}") from None
 
     def wait_ready(self, seconds=120):
         deadline = time.monotonic() + seconds
