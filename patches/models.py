@@ -73,7 +73,7 @@ def download(package, folder):
         return next(folder.glob("*.whl"))
     said = run.stdout.decode("utf-8", "replace")
     # pip ends with "no matching distribution" in both cases; only its retries tell that nobody answered.
-    if re.search(r"connection broken by|ConnectionError|ConnectTimeout", said):
+    if re.search(r"connection broken by|ConnectionError|TimeoutError|ProtocolError", said):
         raise Unreachable(f"the Python package index cannot be reached for {package}")
     raise RunError(f"pip download {package} failed:\n" + "\n".join(said.splitlines()[-3:]))
 

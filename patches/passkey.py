@@ -23,6 +23,7 @@ import time
 import urllib.error
 import urllib.request
 
+from models import find_model
 from runs import ROOT, UBATCH, RunError, kv_args, markdown, note
 
 HEAD = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -155,9 +156,10 @@ def main():
     args.output.parent.mkdir(parents=True, exist_ok=True)
     # Lengths are estimated from characters, hence the margin.
     n_ctx = -(-(args.max * 11 // 10 + 64) // 256) * 256
+    model = find_model(args.model)
     prompts, results = None, {}
     for kv in ["f16", "q4_0", *args.recipes]:
-        with server(args.bin, args.model, kv, n_ctx, args.output.with_suffix(".log"), args.threads) as one:
+        with server(args.bin, model, kv, n_ctx, args.output.with_suffix(".log"), args.threads) as one:
             # Prompts depend on the vocabulary only, so the first server's count serves all.
             prompts = prompts or make_prompts(args.count, args.min, args.max, args.file.read_text(), one.n_tokens)
             note(f"{kv}: {len(prompts)} prompts of {prompts[0].n_tokens} to {prompts[-1].n_tokens} tokens")
