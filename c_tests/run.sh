@@ -55,6 +55,7 @@ c_tests() {
 }
 
 need cmake=cmake ninja=ninja-build ccache=ccache g++=g++ valgrind=valgrind python3=python3
+if ! python3 -m pip --version >/dev/null 2>&1; then need pip3=python3-pip; fi
 need_rust
 if command -v rustup >/dev/null; then
     { cargo fmt --version && cargo clippy --version; } >/dev/null 2>&1 || rustup component add rustfmt clippy
