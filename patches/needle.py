@@ -1,16 +1,18 @@
 #!/usr/bin/env -S python3 -B
 """Retrieval from a long context of a real model: facts planted in prose, asked for at its end through the chat template.
 
-    patches/needle.py -m qwen15 [--tokens 6000] [--texts 4] [--facts 5] [-f PROSE] [-o build/eval/needle] RECIPE...
+    patches/needle.py -m smollm2 [--tokens 6000] [--texts 4] [--facts 5] [-f PROSE] [-o build/eval/needle] RECIPE...
 
-Every cache (f16 and the recipes) gets the same seeded texts and questions: in each text of so many tokens as many facts,
-spread evenly, and a question for each. Greedy, ubatches of 64 tokens. The questions of a text share its rows in the
-cache, which are packed by then but for the window: what answers them is what a long conversation reads. A model is a file or
-a name of patches/models.py; it must answer such questions with f16.
+Every cache (f16 and the recipes) gets the same seeded texts and questions: in each text as many facts, spread evenly, and a
+question for each. Greedy, ubatches of 64 tokens. The questions of a text share its rows in the cache, which are packed
+by then but for the window: what answers them is what a long conversation reads. A model is a file or a name of
+patches/models.py; it must answer such questions with f16.
 """
 
 import argparse
+import bisect
 import csv
+import itertools
 import pathlib
 import random
 import re
@@ -21,31 +23,32 @@ from models import find_model
 from passkey import server
 from runs import ROOT, RunError, markdown, note
 
-NAMES = ["Anselm", "Beatrix", "Corwin", "Delphine", "Edgar", "Florian", "Gudrun", "Hadley", "Ingrid", "Jasper", "Kirsten",
-         "Leopold", "Marcella", "Norbert", "Odette", "Percival", "Quentin", "Rosalind", "Sigmund", "Theodora"]
-FACT = "The number of {name}'s locker is {number}. "
-TASK = "Here is a text.\n\n{text}\n\nHow does the text answer this question: what is the number of {name}'s locker?"
-# The answer's beginning, so that a model need not be good at anything but finding the number.
-ANSWER = "The number of {name}'s locker is"
+PLACES = ["Athens", "Boston", "Cairo", "Dublin", "Edinburgh", "Florence", "Geneva", "Havana", "Istanbul", "Jakarta", "Kyoto",
+          "Lisbon", "Madrid", "Nairobi", "Oslo", "Prague", "Quito", "Rome", "Sydney", "Toronto"]
+# Said twice, and the answer begun: with less, models of 135 M parameters fail at 6 000 tokens whatever their cache is.
+FACT = "The pass key of {place} is {key}. Remember it. {key} is the pass key of {place}."
+TASK = "Here is a text.\n\n{text}\n\nWhat is the pass key of {place}?"
+ANSWER = "The pass key of {place} is"
 
 
 def plant(paragraphs, facts, rng):
     """The paragraphs with the facts between their sentences, spread evenly but not regularly."""
-    sentences = re.split(r"(?<=[.!?]) +", "\n\n".join(paragraphs))
-    for i, (name, number) in reversed(list(enumerate(facts))):
-        at = round(len(sentences) * (i + rng.uniform(0.2, 0.8)) / len(facts))
-        sentences.insert(at, FACT.format(name=name, number=number).strip())
-    return " ".join(sentences)
+    sentences = re.split(r"(?<=[.!?”]\s)", "\n\n".join(paragraphs))
+    ends = list(itertools.accumulate(map(len, sentences)))
+    for i, (place, key) in reversed(list(enumerate(facts))):
+        depth = ends[-1] * (i + rng.uniform(0.2, 0.8)) / len(facts)
+        sentences.insert(bisect.bisect(ends, depth), FACT.format(place=place, key=key) + " ")
+    return "".join(sentences)
 
 
 def make_texts(n_texts, n_facts, n_tokens, filler, count):
-    """[(text, [(name, number)])]; count(text) is the number of its tokens, of which each text has about n_tokens."""
+    """[(text, [(place, key)])]; count(text) is the number of its tokens, of which each text has about n_tokens."""
     paragraphs = [p for p in filler.split("\n") if p.strip()]
     per_character = count(filler[:20000]) / len(filler[:20000])
     made = []
     for i in range(n_texts):
         rng = random.Random(f"needle {i}")
-        facts = [(name, str(rng.randrange(1000, 10000))) for name in rng.sample(NAMES, n_facts)]
+        facts = [(place, str(rng.randrange(10000, 100000))) for place in rng.sample(PLACES, n_facts)]
         start, room, chosen = rng.randrange(len(paragraphs)), n_tokens / per_character, []
         while room > 0:
             chosen.append(paragraphs[(start + len(chosen)) % len(paragraphs)])
@@ -54,26 +57,26 @@ def make_texts(n_texts, n_facts, n_tokens, filler, count):
     return made
 
 
-def ask(one, text, name):
+def ask(one, text, place):
     """The first number of the answer."""
-    body = {"messages": [{"role": "user", "content": TASK.format(text=text, name=name)}]}
-    prompt = one.post("/apply-template", body)["prompt"] + ANSWER.format(name=name)
+    body = {"messages": [{"role": "user", "content": TASK.format(text=text, place=place)}]}
+    prompt = one.post("/apply-template", body)["prompt"] + ANSWER.format(place=place)
     answer = one.post("/completion", {"prompt": prompt, "n_predict": 8, "temperature": 0, "cache_prompt": True})["content"]
     found = re.search(r"\d+", answer)
     return found.group() if found else ""
 
 
 def answers(one, kv, planted):
-    """[text, name, number, answer] of every question."""
+    """[text, place, key, answer] of every question."""
     rows = []
     for i, (text, facts) in enumerate(planted):
-        rows += [[i, name, number, ask(one, text, name)] for name, number in facts]
+        rows += [[i, place, key, ask(one, text, place)] for place, key in facts]
         note(f"{kv}: {right(rows)} of {len(rows)} right")
     return rows
 
 
 def right(rows):
-    return sum(number == answer for _, _, number, answer in rows)
+    return sum(key == answer for _, _, key, answer in rows)
 
 
 def main():
@@ -91,8 +94,8 @@ def main():
                         help="fail if a recipe has less than this share of f16's right answers")
     parser.add_argument("recipes", nargs="*", help="kvq recipes, as after --kvq")
     args = parser.parse_args()
-    if not 1 <= args.facts <= len(NAMES):
-        raise RunError(f"--facts {args.facts}: 1 to {len(NAMES)}")
+    if not 1 <= args.facts <= len(PLACES):
+        raise RunError(f"--facts {args.facts}: 1 to {len(PLACES)}")
 
     model = find_model(args.model)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +113,7 @@ def main():
     args.output.with_suffix(".md").write_text(table + "\n")
     with open(args.output.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["cache", "text", "name", "number", "answer"])
+        writer.writerow(["cache", "text", "place", "key", "answer"])
         for kv, rows in results.items():
             writer.writerows([kv, *row] for row in rows)
     print(table)

@@ -276,8 +276,8 @@ class Texts(unittest.TestCase):
         self.assertNotEqual(made[0][1], made[1][1])
         for text, facts in made:
             self.assertTrue(3000 <= len(text) // 4 <= 3300, len(text) // 4)
-            for i, (name, number) in enumerate(facts):
-                fact = needle.FACT.format(name=name, number=number).strip()
+            for i, (place, key) in enumerate(facts):
+                fact = needle.FACT.format(place=place, key=key)
                 self.assertEqual(text.count(fact), 1)
                 self.assertTrue(i / 5 - .02 <= text.index(fact) / len(text) <= (i + 1) / 5 + .02)
 
