@@ -49,10 +49,11 @@ def make_texts(n_texts, n_facts, n_tokens, filler, count):
     for i in range(n_texts):
         rng = random.Random(f"needle {i}")
         facts = [(place, str(rng.randrange(10000, 100000))) for place in rng.sample(PLACES, n_facts)]
-        start, room, chosen = rng.randrange(len(paragraphs)), n_tokens / per_character, []
-        while room > 0:
-            chosen.append(paragraphs[(start + len(chosen)) % len(paragraphs)])
-            room -= len(chosen[-1]) + 2
+        room = n_tokens / per_character - sum(len(FACT.format(place=place, key=key)) for place, key in facts)
+        at, chosen = rng.randrange(len(paragraphs)), []
+        while (room := room - len(paragraphs[at % len(paragraphs)]) - 2) >= 0:
+            chosen.append(paragraphs[at % len(paragraphs)])
+            at += 1
         made.append((plant(chosen, facts, rng), facts))
     return made
 
