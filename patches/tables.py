@@ -11,8 +11,8 @@ A block lies between two comments, of which the first says what it shows; a pict
     <!-- end of table -->
     <!-- picture: docs/pareto.svg docs/results/a.csv -->
 
-Rows are caches. Each model, text and context has the columns of `cells`; `columns` stand before them once, with the range over
-all of those. Without models, texts or caches all are shown. Where two files have the same row, the later one counts.
+Rows are caches. Each model, text and context has the columns of `cells`; `columns` stand before them once, with the
+range over all of those. Without models, texts or caches all are shown. Where two files have the same row, the later one counts.
 """
 
 import argparse
