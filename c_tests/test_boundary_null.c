@@ -15,6 +15,11 @@ static void recipe_and_layout(kvq_recipe *recipe, kvq_layout *layout) {
     char text[512];
     size_t n = 77;
     kvq_range ranges[8];
+    CHECK(kvq_recipe_is_off(NULL)); /* as a variable that is not set */
+    memset(text, 'x', sizeof text);
+    CHECK_INVALID(kvq_recipe_expand(NULL, text, sizeof text));
+    CHECK_INVALID(kvq_recipe_expand("on", NULL, sizeof text));
+    CHECK(text[0] == 'x' && text[sizeof text - 1] == 'x');
     CHECK_INVALID(kvq_recipe_parse(NULL, &new_recipe));
     CHECK_INVALID(kvq_recipe_parse("skvq", NULL));
     CHECK_INVALID(kvq_recipe_spec(NULL, text, sizeof text));

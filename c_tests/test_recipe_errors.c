@@ -12,7 +12,8 @@ static void refused(const char *spec, const char *text) {
 }
 
 int main(void) {
-    refused("", "unknown recipe");
+    refused("", "no compressed cache");
+    refused("off", "no compressed cache");
     refused("turbo", "'turbo'");
     refused("skvq:bits=2", "'bits'");
     refused("skvq:k=5", "k=5");

@@ -318,8 +318,25 @@ const char *kvq_isa(void);
 // in the same thread. Successful calls do not clear it: look at the returned status first.
 const char *kvq_last_error(void);
 
-// Reads a recipe such as "skvq" or "skvq:k=2,v=2,window=128". KVQ_STATUS_RECIPE and a text that names the key and its
-// allowed values if it cannot be understood.
+// Whether a specification asks for no compressed cache: "off", "none", "0", "" or NULL (never set). Ask this before
+// kvq_recipe_parse, to which these are errors. Any thread may call it.
+bool kvq_recipe_is_off(const char *spec);
+
+// What a user may name, for people: presets and methods with their bits per value at two head sizes and a line on
+// each, keys and their defaults. A static text of several lines, each of which ends; "" (and a last error) if the
+// environment variable KVQ_ISA asks for an instruction set that is not there. Any thread may call it.
+const char *kvq_recipe_help(void);
+
+// Writes what a specification stands for: a preset such as "on:window=256" becomes a method and its keys
+// ("kivi:...,window=256"), any other text stays as it is. The text is not checked; kvq_recipe_parse does that, and
+// gives the same recipe for both.
+//
+// `spec` is NUL-terminated UTF-8. The result is NUL-terminated, in `buf` of `buf_size` bytes;
+// KVQ_STATUS_BUFFER_TOO_SMALL if it does not fit, 64 bytes more than `spec` has are always enough.
+kvq_status kvq_recipe_expand(const char *spec, char *buf, size_t buf_size);
+
+// Reads a recipe such as "on", "skvq" or "skvq:k=2,v=2,window=128". KVQ_STATUS_RECIPE and a text that names the key
+// and its allowed values if it cannot be understood.
 //
 // `spec` is NUL-terminated UTF-8. Free the result with kvq_recipe_free.
 kvq_status kvq_recipe_parse(const char *spec, kvq_recipe **out);

@@ -1,10 +1,11 @@
 //! Recipes: how a user names a way to compress.
 
-use std::ffi::{c_char, CStr};
+use std::ffi::{c_char, CStr, CString};
+use std::sync::OnceLock;
 
 use super::{check, guard, guard_or, output, release, shared, slice_mut};
 use crate::error::{Error, Result, Status};
-use crate::recipe::Recipe;
+use crate::recipe::{help, presets, Recipe};
 
 /// A parsed recipe: a method and its numbers.
 ///
@@ -13,8 +14,48 @@ pub struct kvq_recipe {
     pub(super) recipe: Recipe,
 }
 
-/// Reads a recipe such as "skvq" or "skvq:k=2,v=2,window=128". KVQ_STATUS_RECIPE and a text that names the key and its
-/// allowed values if it cannot be understood.
+/// Whether a specification asks for no compressed cache: "off", "none", "0", "" or NULL (never set). Ask this before
+/// kvq_recipe_parse, to which these are errors. Any thread may call it.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_recipe_is_off(spec: *const c_char) -> bool {
+    guard_or(false, || {
+        if spec.is_null() {
+            return Ok(true);
+        }
+        // SAFETY: spec is a C string, as the header requires.
+        Ok(presets::is_off(unsafe { text(spec, "spec") }?))
+    })
+}
+
+/// What a user may name, for people: presets and methods with their bits per value at two head sizes and a line on
+/// each, keys and their defaults. A static text of several lines, each of which ends; "" (and a last error) if the
+/// environment variable KVQ_ISA asks for an instruction set that is not there. Any thread may call it.
+#[no_mangle]
+pub extern "C" fn kvq_recipe_help() -> *const c_char {
+    static TEXT: OnceLock<CString> = OnceLock::new();
+    guard_or(c"".as_ptr(), || {
+        let text = help::help()?;
+        Ok(TEXT.get_or_init(|| CString::new(text).unwrap_or_default()).as_ptr())
+    })
+}
+
+/// Writes what a specification stands for: a preset such as "on:window=256" becomes a method and its keys
+/// ("kivi:...,window=256"), any other text stays as it is. The text is not checked; kvq_recipe_parse does that, and
+/// gives the same recipe for both.
+///
+/// `spec` is NUL-terminated UTF-8. The result is NUL-terminated, in `buf` of `buf_size` bytes;
+/// KVQ_STATUS_BUFFER_TOO_SMALL if it does not fit, 64 bytes more than `spec` has are always enough.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_recipe_expand(spec: *const c_char, buf: *mut c_char, buf_size: usize) -> Status {
+    guard(|| {
+        // SAFETY: spec is a C string and buf has buf_size bytes, as the header requires.
+        let (spec, buf) = unsafe { (text(spec, "spec")?, slice_mut(buf.cast::<u8>(), buf_size, "buf")?) };
+        write_text(&presets::expand(spec), buf)
+    })
+}
+
+/// Reads a recipe such as "on", "skvq" or "skvq:k=2,v=2,window=128". KVQ_STATUS_RECIPE and a text that names the key
+/// and its allowed values if it cannot be understood.
 ///
 /// `spec` is NUL-terminated UTF-8. Free the result with kvq_recipe_free.
 #[no_mangle]

@@ -1,7 +1,9 @@
-//! What a user names: a method and its numbers, parsed from text such as `skvq:k=2,v=2,window=128`.
+//! What a user names: a preset or a method, and its numbers, parsed from text such as `on` or `skvq:k=2,v=2`.
 #![forbid(unsafe_code)]
 
+pub mod help;
 mod parse;
+pub mod presets;
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,9 +1,10 @@
-//! The grammar `name[:preset][:key=value,...]`, its defaults and its error messages.
+//! The grammar `name[:paper][:key=value,...]`, its defaults and its error messages.
 #![forbid(unsafe_code)]
 
 use std::fmt;
 
-use super::{Recipe, SideRecipe, DEFAULT_PAGE};
+use super::presets::{expand, is_off, items};
+use super::{help, Recipe, SideRecipe, DEFAULT_PAGE};
 use crate::codec::adaptive::{AdaptiveParams, MAX_OUTLIERS};
 use crate::codec::channel::ChannelParams;
 use crate::codec::group::{Clip, GroupParams, GroupSize};
@@ -65,14 +66,18 @@ impl Recipe {
     ///
     /// [`Status::Recipe`], naming the offending key and what it may be.
     pub fn parse(spec: &str) -> Result<Recipe> {
+        if is_off(spec) {
+            return Err(fail(format!("'{spec}' asks for no compressed cache: there is no recipe to read")));
+        }
+        let spec = &expand(spec);
         let (name, rest) = spec.split_once(':').unwrap_or((spec, ""));
-        let method = METHODS.iter().find(|m| m.name == name).ok_or_else(|| {
-            let known: Vec<_> = METHODS.iter().map(|m| format!("{}, {}", m.name, m.about)).collect();
-            fail(format!("unknown recipe '{name}'; known: {}", known.join("; ")))
-        })?;
+        let method = METHODS
+            .iter()
+            .find(|m| m.name == name)
+            .ok_or_else(|| fail(format!("unknown recipe '{name}'; known: {}", help::names())))?;
         let mut recipe = (method.defaults)();
         let mut seen: Vec<&str> = Vec::new();
-        let mut items: Vec<&str> = rest.split([',', ':']).filter(|item| !item.is_empty()).collect();
+        let mut items: Vec<&str> = items(rest).collect();
         // `group` chooses the default of `symmetric` and `bits` that of `k` and `v`, whichever the user wrote first.
         let sets_defaults = |item: &str| item.starts_with("group=") || item.starts_with("bits=");
         items.sort_by_key(|item| if *item == "paper" { 0 } else { 2 - u8::from(sets_defaults(item)) });
@@ -471,7 +476,12 @@ mod tests {
     #[test]
     fn errors_name_the_key_and_what_it_may_be() {
         for (spec, want) in [
-            ("turbo", "unknown recipe 'turbo'; known: skvq, groups of"),
+            ("turbo", "unknown recipe 'turbo'; known: on, 2, 3, 4, skvq, kivi, ott, qaq"),
+            ("", "'' asks for no compressed cache"),
+            ("none", "'none' asks for no compressed cache"),
+            ("off:window=64", "unknown recipe 'off'"),
+            ("on:colour=3", "kivi has no key 'colour'"),
+            ("2:window=1,window=2", "key 'window' is given twice"),
             ("skvq:k=5", "k=5: '5' is not a width: use 1.6, 2, 3, 4 or 8"),
             ("skvq:bits=2", "skvq has no key 'bits'"),
             ("skvq:window=-1", "window=-1: use a whole number from 0 to 8192"),

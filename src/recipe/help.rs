@@ -1,0 +1,97 @@
+//! The text that explains recipes, made from the tables that it is about.
+#![forbid(unsafe_code)]
+
+use std::fmt::Write;
+
+use super::parse::METHODS;
+use super::presets::{OFF, PRESETS};
+use super::Recipe;
+use crate::error::Result;
+use crate::layout::Layout;
+use crate::shape::Shape;
+
+/// Head sizes whose bits per value are shown.
+const HEAD_DIMS: [u32; 2] = [64, 128];
+
+/// The names of all presets and methods, for messages.
+pub fn names() -> String {
+    let names: Vec<_> = PRESETS.iter().map(|preset| preset.name).chain(METHODS.iter().map(|m| m.name)).collect();
+    names.join(", ")
+}
+
+/// Presets and methods with what a key and a value cost, and a line on each; many lines, the last one ends as well.
+///
+/// # Errors
+///
+/// Where the instruction set that `KVQ_ISA` asks for is missing.
+pub fn help() -> Result<String> {
+    let [small, large] = HEAD_DIMS.map(|dim| format!("heads of {dim}"));
+    let mut text = format!(
+        "A recipe is a name from this list and, after a colon, what differs from it.\n\n\
+         \x20 {:<6}{:>14}{:>16}\n  {:<6}{small:>14}{large:>16}\n",
+        "", "bits of a key", "/ of a value", "name"
+    );
+    let presets = PRESETS.iter().map(|preset| (preset.name, preset.spec, format!("{}: {}", preset.about, preset.spec)));
+    let methods = METHODS.iter().map(|method| (method.name, method.name, method.about.to_owned()));
+    for (name, spec, about) in presets.chain(methods) {
+        let [small, large] = bits(spec)?;
+        let _ = writeln!(text, "  {name:<6}{small:>14}{large:>16}   {about}");
+    }
+    let off: Vec<&str> = OFF.iter().copied().filter(|name| !name.is_empty()).collect();
+    let _ = writeln!(text, "  {}: not compressed\n", off.join(", "));
+    let (preset, method) = (PRESETS[0].name, METHODS[0].name);
+    let _ = writeln!(text, "Such as {preset}:window=256 or {preset}:sinks=8,page=64.");
+    let _ = writeln!(text, "The word 'paper' takes the published setting of a method: {method}:paper.\n");
+    text.push_str("Every key, with its default:\n");
+    for method in METHODS {
+        let _ = writeln!(text, "  {}", Recipe::parse(method.name)?);
+    }
+    Ok(text)
+}
+
+/// Bits per key / per value of packed pages, metadata counted, for each of [`HEAD_DIMS`].
+fn bits(spec: &str) -> Result<[String; 2]> {
+    let recipe = Recipe::parse(spec)?;
+    let mut cells = [String::new(), String::new()];
+    for (cell, dim) in cells.iter_mut().zip(HEAD_DIMS) {
+        let shape = Shape { n_heads: 1, n_kv_heads: 1, head_dim_k: dim, head_dim_v: dim };
+        let layout = Layout::new(&recipe, shape, 0, recipe.page, recipe.page)?;
+        *cell = format!("{:.2} / {:.2}", layout.bits_k(), layout.bits_v());
+    }
+    Ok(cells)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn help_has_a_line_for_every_name() {
+        let text = help().unwrap();
+        for name in names().split(", ") {
+            assert_eq!(
+                text.lines().filter(|line| line.starts_with(&format!("  {name} "))).count(),
+                1,
+                "{name}\n{text}"
+            );
+        }
+        for preset in PRESETS {
+            assert!(text.contains(&format!("{}: {}\n", preset.about, preset.spec)), "{}", preset.name);
+        }
+        assert!(text.contains("  off, none, 0: not compressed"), "{text}");
+        assert!(text.lines().all(|line| line.len() <= 200), "{text}");
+    }
+
+    /// The cost of `skvq` with its defaults, worked out by hand: 3 bits, a scale of 8 bits for each row, and for keys the
+    /// mean of each channel, 8 bits for a page of 128.
+    #[test]
+    fn bits_are_those_of_the_layout() {
+        for (cell, dim) in bits("skvq").unwrap().iter().zip([64.0, 128.0]) {
+            let (key, value) = cell.split_once(" / ").unwrap();
+            for (text, want) in [(key, 3.0 + 8.0 / dim + 8.0 / 128.0), (value, 3.0 + 8.0 / dim)] {
+                let number: f64 = text.parse().unwrap();
+                assert!((number - want).abs() < 0.0051, "heads of {dim}: {text}, {want}");
+            }
+        }
+    }
+}
