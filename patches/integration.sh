@@ -66,10 +66,16 @@ prompt=$(head -c 2600 "$text")
 echo "== kvq off"
 probabilities "$bin" plain.dat >plain.log 2>&1 </dev/null || fail "llama-perplexity without kvq" plain.log
 same_when_off() {
-    probabilities "$bin" off.dat --kvq off && cmp plain.dat off.dat &&
-        LLAMA_ARG_KVQ=off probabilities "$bin" off.dat && cmp plain.dat off.dat
+    "$@" >off.log 2>&1 && cmp plain.dat off.dat && ! grep 'kvq: ' off.log
 }
-check "--kvq off and LLAMA_ARG_KVQ=off give the output of no option" same_when_off
+for off in off none 0; do
+    check "--kvq $off gives the output of no option, and no line on kvq" same_when_off \
+        probabilities "$bin" off.dat --kvq "$off" -lv 4
+done
+by_variable() { LLAMA_ARG_KVQ=$1 probabilities "$bin" off.dat -lv 4; }
+for off in off none 0 ''; do
+    check "LLAMA_ARG_KVQ='$off' gives the output of no option, and no line on kvq" same_when_off by_variable "$off"
+done
 if [ -x "$stock/llama-perplexity" ]; then
     same_as_stock() {
         probabilities "$stock" stock.dat "$@" && probabilities "$bin" off.dat --kvq off "$@" && cmp stock.dat off.dat
@@ -109,6 +115,73 @@ check "a recipe that does not fit the model is told once" warned skvq:paper 1
 check "one that fits is not" warned kivi:k=3,v=3 0
 fit_is_listed() { completion --kvq skvq -c 512 -n 2 -p "$prompt" 2>&1 | grep -c 'packed keys add noise of' | grep -x 4; }
 check "-lv 4 lists how far the keys of each layer are off" fit_is_listed
+echo "== names and help"
+names="on 2 3 4 skvq kivi ott qaq"
+# Every name has a line of its own, on standard output; there is no model to load.
+lists_names() {
+    local name
+    "$@" >help.txt 2>help.err </dev/null || return
+    cat help.txt
+    [ ! -s help.err ] || { cat help.err; return 1; }
+    for name in $names; do
+        grep -q -E "^  $name +[0-9.]+ / [0-9.]+ " help.txt || { echo "no line for $name"; return 1; }
+    done
+    grep -q 'off, none, 0' help.txt
+}
+for program in llama-completion llama-cli llama-server llama-perplexity; do
+    check "$program --kvq help" lists_names "$bin/$program" --kvq help -m nosuch.gguf
+done
+check "llama-bench -kvq help" lists_names "$bin/llama-bench" -m nosuch.gguf -kvq help
+check "LLAMA_ARG_KVQ=help" lists_names env LLAMA_ARG_KVQ=help "$bin/llama-completion" -m nosuch.gguf
+refused "LLAMA_ARG_KVQ=help where it is no option" "kvq.*unknown recipe 'help'; known: on, .*--kvq help" \
+    env LLAMA_ARG_KVQ=help "$bin/llama-bench" -m "$model" -p 8 -n 0 -r 1
+refused "a wrong name: names and where they are explained" \
+    "kvq: --kvq turbo: unknown recipe 'turbo'; known: on, 2, 3, 4, skvq, kivi, ott, qaq .*--kvq help" \
+    completion -c 512 -n 1 -p x --kvq turbo
+
+# says_once PATTERN COMMAND...: at the program's default verbosity, PATTERN stands in one line of standard error, no
+# other line is kvq's, none is on standard output, and no line says that the cache is f16.
+kvq_lines=1
+says_once() {
+    local pattern=$1 rc=0
+    shift
+    "$@" >said.out 2>said.err </dev/null || rc=$?
+    grep 'kvq' said.out said.err || true
+    ((rc == 0)) || { echo "status $rc"; tail -n 5 said.err; return 1; }
+    [ "$(grep -c -E -- "kvq: $pattern" said.err)" = 1 ] && [ "$(grep -c 'kvq: ' said.err)" = "$kvq_lines" ] &&
+        ! grep -q 'kvq: ' said.out && ! grep -q 'K (f16)' said.err
+}
+size='[0-9.]+ bits per value of K, [0-9.]+ of V; [0-9.]+ MiB with the exact rows'
+smaller="$size, [0-9.]+x smaller than f16\$"
+plain_completion() { timeout 300 "$bin/llama-completion" -m "$model" -t 2 --temp 0 -no-cnv --no-warmup "$@"; }
+for name in on 2 3 4; do
+    check "llama-completion --kvq $name says what it stands for" says_once "$name = [a-z]+:[^ ]*: $smaller" \
+        plain_completion --kvq "$name" -c 2048 -n 1 -p x
+done
+check "changes after a name" says_once "2:window=64 = [a-z]+:[^ ]*window=64: $smaller" \
+    plain_completion --kvq 2:window=64 -c 2048 -n 1 -p x
+check "a method stands for itself" says_once "skvq:k=4: $smaller" plain_completion --kvq skvq:k=4 -c 2048 -n 1 -p x
+check "the fitting step adds no line" says_once "on = .*$smaller" plain_completion --kvq on -fit on -n 1 -p x
+quiet() { says_once "$@" || return; ! grep -q 'llama_kv_cache' said.err; }
+check "llama-cli shows it among errors only" quiet "on = .*$smaller" \
+    timeout 60 "$bin/llama-cli" -m "$model" -t 2 --kvq on -c 2048 -n 1 -p x -st --simple-io
+check "llama-perplexity" says_once "on = .*$smaller" probabilities "$bin" on.dat --kvq on
+bench_json() {
+    says_once "on = .*$smaller" "$bin/llama-bench" -m "$model" -t 2 -p 1024 -n 0 -r 1 -kvq on -o json && python3 -m json.tool said.out
+}
+check "llama-bench, and its JSON stays JSON" bench_json
+check "llama-bench that fits parameters" says_once "on = .*$smaller" \
+    "$bin/llama-bench" -m "$model" -t 2 -p 1024 -n 0 -r 1 -kvq on -fitt 100
+says_nothing() { "$@" >said.log 2>&1 && ! grep 'kvq' said.log; }
+check "-lv 0 shows nothing" says_nothing plain_completion --kvq on -c 2048 -n 1 -p x -lv 0
+stock_line() { completion --kvq on -c 2048 -n 1 -p x 2>&1 | grep -E 'llama_kv_cache: size = .*K \(kvq\).*V \(kvq\)'; }
+check "llama.cpp's own line does not call it f16" stock_line
+kvq_lines=2
+check "a cache that is larger than f16 is said to be, with a warning" says_once \
+    'not smaller than f16.* 256 cells take .*use a smaller window or page' plain_completion -c 256 -n 1 -p x \
+    --kvq skvq:window=256,page=256
+grep -q -E "kvq: skvq.*$size, [0-9.]+x larger than f16\$" said.err || fail "the line of a cache that is larger" said.err
+kvq_lines=1
 
 echo "== refusals"
 refused "an unknown recipe" 'kvq.*nosuch' completion -c 512 -n 1 -p x --kvq nosuch
@@ -184,6 +257,10 @@ if [ -x "$bin/test_llama" ] && [ -x "$bin/test-llama-archs" ]; then
     # Small random models, one of each architecture. Status 2: refused, with a reason; that is right for some.
     mkdir -p archs
     check "making the models" "$bin/test-llama-archs" -o archs
+    # A cache of the layers with a sliding window and one of the others.
+    check "one line for a model with two caches" says_once \
+        "on = .*$size \(full attention [0-9.]+ MiB for 4096 cells, sliding window [0-9.]+ MiB for [0-9]+ cells\), " \
+        "$bin/llama-bench" -m archs/gemma3-dense.gguf -t 2 -p 4096 -n 0 -r 1 -kvq on
     test_arch() { KVQ_TEST_QUICK=1 timeout 300 "$bin/test_llama" "$1" "$2" 0.02; }
     refusals=0
     for arch in archs/*.gguf; do

@@ -14,7 +14,7 @@
 static const char * kvq_env() {
     const char * spec = getenv("LLAMA_ARG_KVQ");
 
-    return spec && *spec && strcmp(spec, "off") != 0 ? spec : nullptr;
+    return kvq_recipe_is_off(spec) ? nullptr : spec;
 }
 
 void llama_kvq_must(kvq_status status, const char * what) {
@@ -43,7 +43,8 @@ std::unique_ptr<llama_kvq> llama_kvq_new(llama_kv_cache & kv, ggml_type type_k, 
 }
 
 void llama_kvq_check(const llama_memory_i * memory) {
-    if (!kvq_env()) {
+    const char * spec = kvq_env();
+    if (!spec) {
         return;
     }
     if (!memory) {
@@ -57,6 +58,11 @@ void llama_kvq_check(const llama_memory_i * memory) {
         throw std::runtime_error("kvq: this model has no plain attention KV cache (recurrent or sparse attention): "
                 "run it with --kvq off");
     }
+    llama_kvq_log(memory, spec);
+}
+
+const char * llama_kvq_help() {
+    return kvq_recipe_help();
 }
 
 llama_kvq_cache::llama_kvq_cache(llama_kv_cache & kv, const char * spec) : kv(kv) {
@@ -69,7 +75,7 @@ llama_kvq_cache::llama_kvq_cache(llama_kv_cache & kv, const char * spec) : kv(kv
 
     kvq_recipe * r = nullptr;
     if (kvq_recipe_parse(spec, &r) != 0) {
-        throw std::runtime_error(format("kvq: --kvq %s: %s", spec, kvq_last_error()));
+        throw std::runtime_error(format("kvq: --kvq %s: %s (--kvq help says more)", spec, kvq_last_error()));
     }
     recipe.reset(r);
 
@@ -128,33 +134,6 @@ void llama_kvq_cache::allocated(ggml_backend_buffer_t buf) const {
     if (const size_t size = ggml_backend_buffer_get_size(buf)) {
         llama_kvq_must(kvq_use_large_pages(ggml_backend_buffer_get_base(buf), size), "large pages");
     }
-}
-
-void llama_kvq_cache::log_info() const {
-    if (layouts.empty()) {
-        return;
-    }
-
-    double bits_k   = 0.0;
-    double bits_v   = 0.0;
-    size_t size_f16 = 0;
-
-    for (size_t i = 0; i < layouts.size(); ++i) {
-        const uint32_t il = kv.layers[i].il;
-
-        bits_k   += kvq_layout_bits_k(layouts[i].get())/layouts.size();
-        bits_v   += kvq_layout_bits_v(layouts[i].get())/layouts.size();
-        size_f16 += sizeof(ggml_fp16_t)*kv.get_size()*kv.n_stream*
-            (kv.hparams.n_embd_k_gqa(il) + kv.hparams.n_embd_v_gqa(il));
-    }
-
-    const double mib    = 1024.0*1024.0;
-    const size_t size_k = kv.size_k_bytes();
-    const size_t size_v = kv.size_v_bytes();
-
-    LLAMA_LOG_INFO("kvq: %s: %.3f bits per value of K, %.3f of V; "
-            "K %.2f MiB, V %.2f MiB with the exact rows, %.2fx smaller than f16\n",
-            spec().c_str(), bits_k, bits_v, size_k/mib, size_v/mib, (double) size_f16/(size_k + size_v));
 }
 
 void llama_kvq_cache::clear() {

@@ -54,7 +54,6 @@ struct llama_kvq_cache : llama_kvq {
     ggml_tensor * new_k(ggml_context * ctx, ggml_backend_buffer_type_t buft, uint32_t il) override;
     ggml_tensor * new_v(ggml_context * ctx, uint32_t il) override;
     void allocated(ggml_backend_buffer_t buf) const override;
-    void log_info() const override;
 
     ggml_tensor * build_plan(ggml_context * ctx, const llama_ubatch & ubatch) const override;
     void set_plan(ggml_tensor * dst, const llama_ubatch & ubatch,
@@ -72,8 +71,20 @@ struct llama_kvq_cache : llama_kvq {
     void state_write(llama_io_write_i & io, llama_seq_id seq_id) const override;
     void state_read (llama_io_read_i  & io, llama_seq_id seq_id) override;
 
-private:
+    // every key of the recipe
     std::string spec() const;
+
+    // what this cache takes; bits are sums over the layers, weighted by their channels
+    struct size_info {
+        size_t bytes = 0, bytes_f16 = 0; // of all streams
+        double bits_k = 0.0, bits_v = 0.0;
+        size_t n_embd_k = 0, n_embd_v = 0;
+    };
+    size_info size() const;
+    uint32_t n_cells() const;
+    bool only_estimated() const; // by the fitting step, whose contexts hold no memory
+
+private:
 
     kvq_shape layer_shape(uint32_t il) const;
 
@@ -126,6 +137,9 @@ private:
     std::vector<llama_seq_id>    last_streams;
     size_t                       last_n_tokens = 0;
 };
+
+// says what the caches of this memory take: one line for all
+void llama_kvq_log(const llama_memory_i * memory, const char * spec);
 
 // a status that must not be: the arguments were checked when the graph was built
 void llama_kvq_must(kvq_status status, const char * what);

@@ -13,6 +13,7 @@ set(KVQ_GLUE_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/kvq-attn.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-cache.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-guard.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kvq-log.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-plan.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-shift.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-state.cpp
@@ -24,7 +25,7 @@ set_source_files_properties(${KVQ_GLUE_SOURCES} PROPERTIES SKIP_UNITY_BUILD_INCL
 find_package(Threads REQUIRED)
 
 target_sources            (llama PRIVATE ${KVQ_GLUE_SOURCES})
-target_compile_definitions(llama PRIVATE GGML_USE_KVQ)
+target_compile_definitions(llama PUBLIC GGML_USE_KVQ) # common and tools call llama_kvq_help
 target_include_directories(llama PRIVATE ${KVQ_DIR}/include)
 target_link_libraries     (llama PRIVATE ${KVQ_LIB} Threads::Threads ${CMAKE_DL_LIBS})
 if (UNIX)
