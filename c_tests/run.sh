@@ -40,6 +40,12 @@ patch_budget() {
     ((n >= 1 && n <= 5 && lines <= 350 && files <= 12))
 }
 
+# warned MODEL RECIPE: a recipe that does not fit the model says so.
+warned() {
+    build/llama/bin/llama-perplexity -m "$1" -f models/amazon-excerpt.txt -c 512 -b 512 -ub 64 --chunks 1 --kvq "$2" 2>&1 |
+        grep 'does not fit this model.*use --kvq on'
+}
+
 isa_here() {
     case $1 in
         scalar) true ;;
@@ -93,7 +99,8 @@ if ((rc == 3)); then
     skip "quality on real models" "$(tail -n 1 "$logs/models.log")"
 else
     step "quality on real models" patches/eval.py -m smollm2 -m qwen05 -f models/amazon-excerpt.txt -c 1024 --chunks 1 \
-        -o build/eval/check-real --below .02 --at-most .4 kivi:k=3,v=3 kivi:k=2.5
+        -o build/eval/check-real --below .02,,.05,.05 --at-most .25,.4,.5,.7 on 2 skvq qaq
+    step "guard on a real model" warned build/models/qwen05.gguf skvq:paper
 fi
 
 eval_model=../shared/models/eval-105m-q8_0.gguf
