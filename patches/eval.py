@@ -7,8 +7,8 @@
 A model is a GGUF file or a name of patches/models.py, which fetches it. Without -f the texts are prose
 (models/amazon-excerpt.txt) and code (sources of this project, written to build/eval/code.txt).
 
-Stock q8_0 and q4_0 are always measured beside the recipes, and f16 without flash attention, which is the floor: nothing
-can be seen below it. `bits` is what a packed value costs; the totals count the exact rows of a full context of 4 096 and of
+Stock q8_0 and q4_0 are measured beside the recipes, and f16 without flash attention, which is the floor: nothing can be
+seen below it (--stock leaves some out). `bits` is what a packed value costs; the totals count the exact rows of a full context of 4 096 and of
 32 768 tokens too. `/ q4_0` is the divergence as a share of stock q4_0's in the same run. --exact-weights turns the
 models' weights into F32 first, which takes the floor away (see runs.py) and costs disk and time. Everything runs with
 ubatches of 64 tokens, so that most of what is attended comes from packed rows.
@@ -70,7 +70,7 @@ def measure_all(runs, args, paths):
         for text in args.file:
             for n_ctx in map(int, args.contexts.split(",")):
                 try:
-                    group = measure(runs, path, text, n_ctx, args.chunks, [FLOOR, "q8_0", "q4_0", *args.recipes])
+                    group = measure(runs, path, text, n_ctx, args.chunks, [*args.stock.split(","), *args.recipes])
                 finally:
                     if not args.keep_base:
                         runs.drop_base_logits()
@@ -131,6 +131,7 @@ def arguments():
     parser.add_argument("--bin", default=ROOT / "build/llama/bin", help="folder of llama-perplexity")
     parser.add_argument("-o", "--output", default=ROOT / "build/eval/quality", type=pathlib.Path,
                         help="path without suffix")
+    parser.add_argument("--stock", default=f"{FLOOR},q8_0,q4_0", help="comma separated, q4_0 among them: what to measure beside")
     parser.add_argument("--exact-weights", action="store_true", help="measure with the weights as F32")
     parser.add_argument("--keep-base", action="store_true", help="keep the f16 probabilities (large) for later recipes")
     parser.add_argument("--at-most", default=[], action="append", help="bars on mean / q4_0")
