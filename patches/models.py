@@ -8,6 +8,7 @@ is the Python package index alone, as pip is configured. Exit status 3: the inde
 """
 
 import fnmatch
+import functools
 import pathlib
 import re
 import shutil
@@ -53,6 +54,7 @@ class Unreachable(RunError):
     """The package index does not answer."""
 
 
+@functools.cache
 def pip():
     """Command line of a pip: this Python's, or that of the environment which patches/build.sh makes as well."""
     if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode == 0:
