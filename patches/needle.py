@@ -44,7 +44,7 @@ def plant(paragraphs, facts, rng):
 def make_texts(n_texts, n_facts, n_tokens, filler, count):
     """[(text, [(place, key)])]; count(text) is the number of its tokens, of which each text has about n_tokens."""
     paragraphs = [p for p in filler.split("\n") if p.strip()]
-    per_character = count(filler[:20000]) / len(filler[:20000])
+    per_character = count(filler[:200000]) / len(filler[:200000])
     made = []
     for i in range(n_texts):
         rng = random.Random(f"needle {i}")
