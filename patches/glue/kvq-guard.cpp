@@ -86,7 +86,7 @@ void llama_kvq_cache::guard(size_t n_new) {
 
 llama_kvq_cache::~llama_kvq_cache() {
     for (const auto & cur : noises) {
-        LLAMA_LOG_INFO("kvq: layer %3u: packed keys add noise of %.3f to attention logits of deviation %.3f\n",
+        LLAMA_LOG_INFO("llama_kvq_guard: layer %3u: packed keys add noise of %.3f to attention logits of deviation %.3f\n",
                 cur.il, cur.noise, cur.logits);
     }
 }
