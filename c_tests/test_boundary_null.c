@@ -159,6 +159,9 @@ static void layer(kvq_layout *layout, kvq_planner *planner) {
     CHECK_INVALID(kvq_dequantize(layout, k_mem, NULL, location, 0, 1, NULL, rows));
     CHECK_INVALID(kvq_dequantize(layout, k_mem, v_mem, NULL, 0, 1, rows, rows));
     CHECK_OK(kvq_dequantize(layout, NULL, NULL, location, 0, 1, NULL, NULL));
+    CHECK_INVALID(kvq_erase(NULL, k_mem, v_mem, location));
+    CHECK_INVALID(kvq_erase(layout, k_mem, v_mem, NULL));
+    CHECK_OK(kvq_erase(layout, NULL, NULL, location));
     CHECK_INVALID(kvq_requantize_k(NULL, k_mem, location, 0, 1, rows, &changed));
     CHECK_INVALID(kvq_requantize_k(layout, NULL, location, 0, 1, rows, &changed));
     CHECK_INVALID(kvq_requantize_k(layout, k_mem, NULL, 0, 1, rows, &changed));

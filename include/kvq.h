@@ -548,6 +548,14 @@ kvq_status kvq_pool_adopt(const kvq_layout *layout,
                           const uint32_t *to,
                           uint32_t n);
 
+// Wipes what the memory of one stream still holds of rows that `location` does not name, so that a copy of it can be
+// given away: slots, the outlier pool and the rows of pages. `location` has an integer per cell, as kvq_planner_locate
+// gives them; write -1 for cells that are not to be read. Rows of cells in slots are kept in their pages as well.
+//
+// The other rows decode to the same values as before. What a page holds for all its rows together (its mean, ranges and
+// order of tokens) stays. `k_mem` or `v_mem` may be NULL, then that side is left out.
+kvq_status kvq_erase(const kvq_layout *layout, uint8_t *k_mem, uint8_t *v_mem, const int32_t *location);
+
 // Reads the error of a stream's packed keys from its key memory, kvq_layout_k_bytes. Takes some nanoseconds per head;
 // must not run beside kvq_store on the same memory.
 kvq_status kvq_layer_key_error(const kvq_layout *layout, const uint8_t *k_mem, kvq_key_error *out);

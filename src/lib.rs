@@ -15,6 +15,7 @@ pub mod attention;
 pub mod cache;
 mod capi;
 pub mod codec;
+pub mod erase;
 pub mod error;
 pub mod layout;
 pub mod learned;

@@ -193,7 +193,7 @@ pub const IN_PAGE: Location = -2;
 /// The cell holds nothing.
 pub const ABSENT: Location = -1;
 
-fn check_location(layout: &Layout, location: &[Location], cell0: usize, n: usize) -> Result<()> {
+pub(crate) fn check_location(layout: &Layout, location: &[Location], cell0: usize, n: usize) -> Result<()> {
     let end = cell0.checked_add(n).filter(|end| *end <= layout.n_cells() && location.len() == layout.n_cells());
     let end = end.ok_or_else(|| Error::invalid(format!("cells {cell0} and {n} more are not all in the cache")))?;
     match location[cell0..end].iter().find(|l| **l >= layout.n_slots() as i32 || **l < IN_PAGE) {

@@ -5,6 +5,7 @@ use super::layout::kvq_layout;
 use super::{check, check_part, guard, product, shared, slice, slice_mut};
 use crate::cache::split_location;
 use crate::codec::Side;
+use crate::erase::erase_head;
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
 use crate::plan::Plan;
@@ -225,6 +226,39 @@ pub unsafe extern "C" fn kvq_pool_adopt(
             for (head, saved) in saved.chunks_exact(n_saved).enumerate() {
                 // SAFETY: the memory holds a region per head, which nobody else uses, as the header requires.
                 pool::adopt(layout, side, unsafe { head_region(layout, side, head, memory) }?, saved, from, to);
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Wipes what the memory of one stream still holds of rows that `location` does not name, so that a copy of it can be
+/// given away: slots, the outlier pool and the rows of pages. `location` has an integer per cell, as kvq_planner_locate
+/// gives them; write -1 for cells that are not to be read. Rows of cells in slots are kept in their pages as well.
+///
+/// The other rows decode to the same values as before. What a page holds for all its rows together (its mean, ranges and
+/// order of tokens) stays. `k_mem` or `v_mem` may be NULL, then that side is left out.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_erase(
+    layout: *const kvq_layout,
+    k_mem: *mut u8,
+    v_mem: *mut u8,
+    location: *const i32,
+) -> Status {
+    guard(|| {
+        // SAFETY: a live layout, as the header requires.
+        let layout = unsafe { &shared(layout, "layout")?.layout };
+        // SAFETY: location has an integer per cell of the layout, as the header requires.
+        let location = unsafe { slice(location, layout.n_cells(), "location") }?;
+        for (side, memory, name) in [(Side::Key, k_mem, "k_mem"), (Side::Value, v_mem, "v_mem")] {
+            if memory.is_null() {
+                continue;
+            }
+            let (heads, _) = head_shape(layout, side);
+            // SAFETY: the memory holds a region per head, which nobody else uses, as the header requires.
+            let memory = unsafe { slice_mut(memory, heads * layout.head_bytes(side), name) }?;
+            for region in memory.chunks_exact_mut(layout.head_bytes(side)) {
+                erase_head(layout, side, region, location, &|_| true)?;
             }
         }
         Ok(())
