@@ -13,15 +13,20 @@
 //! | 8 + n | length and bytes of the planner's stream ([`crate::planner::Planner::snapshot`]) |
 //! | per layer, K then V | a bit per block of 4096 bytes of memory, then the blocks whose bit is set; the others are zero |
 //! | 8 | checksum of all bytes before it ([`super::checksum`]) |
+//!
+//! Rows of removed tokens are wiped from what is written ([`crate::erase`]).
 #![forbid(unsafe_code)]
 
 use std::io::{self, Write};
 
 use super::cells::Cells;
 use super::checksum::Checksum;
-use super::{Cache, STREAM};
+use super::{Cache, Layer, STREAM};
+use crate::codec::Side;
+use crate::erase::erase_head;
 use crate::error::{Error, Result, Status};
-use crate::planner::Planner;
+use crate::planner::{CellState, Planner};
+use crate::store::{ABSENT, IN_PAGE};
 
 const MAGIC: &[u8; 8] = b"kvqcache";
 const VERSION: u32 = 1;
@@ -33,11 +38,13 @@ impl Cache {
     /// Bytes that [`Cache::save_memory`] would write now.
     pub fn state_bytes(&self) -> Result<usize> {
         self.check_idle()?;
-        let blocks = self.memories().map(|memory| {
+        let mut n_bytes = self.fixed_bytes();
+        self.for_each_live_memory(&mut |memory| {
             let held = memory.chunks(BLOCK).filter(|block| !is_zero(block)).map(<[u8]>::len).sum::<usize>();
-            memory.len().div_ceil(BLOCK).div_ceil(8) + held
-        });
-        Ok(self.fixed_bytes() + blocks.sum::<usize>())
+            n_bytes += memory.len().div_ceil(BLOCK).div_ceil(8) + held;
+            Ok(())
+        })?;
+        Ok(n_bytes)
     }
 
     /// Writes the state to the front of `out` and returns its length. [`Status::BufferTooSmall`] if it does not fit.
@@ -79,12 +86,37 @@ impl Cache {
         let planner = self.planner.snapshot(STREAM)?;
         let failed = |error: io::Error| Error::new(Status::Io, format!("writing a state: {error}"));
         let mut writer = Writer { out, checksum: Checksum::new() };
-        self.write_parts(&mut writer, n_bytes as u64, &planner).map_err(failed)?;
+        self.write_front(&mut writer, n_bytes as u64, &planner).map_err(failed)?;
+        self.for_each_live_memory(&mut |memory| write_memory(&mut writer, memory).map_err(failed))?;
         let Writer { out, checksum } = writer;
         out.write_all(&checksum.finish().to_le_bytes()).map_err(failed)
     }
 
-    fn write_parts(&self, out: &mut Writer, n_bytes: u64, planner: &[u8]) -> io::Result<()> {
+    /// Hands over K and V of each layer without the rows of removed tokens.
+    pub(super) fn for_each_live_memory(&self, use_memory: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let live: Vec<u32> = (0..self.cells.len() as u32).filter(|&cell| self.cells.is_live(cell as usize)).collect();
+        let (mut location, mut sealed) = (vec![ABSENT; self.cells.len()], vec![false; self.cells.len()]);
+        for (&cell, state) in live.iter().zip(self.planner.export(STREAM, &live)?) {
+            (location[cell as usize], sealed[cell as usize]) = match state {
+                CellState::Exact { slot, encoded, .. } => (slot as i32, encoded),
+                CellState::Sealed => (IN_PAGE, true),
+            };
+        }
+        let mut copy = Vec::new();
+        for Layer { layout, k, v } in &self.layers {
+            for (side, memory) in [(Side::Key, k.bytes()), (Side::Value, v.bytes())] {
+                copy.clear();
+                copy.extend_from_slice(memory);
+                for region in copy.chunks_exact_mut(layout.head_bytes(side)) {
+                    erase_head(layout, side, region, &location, &|cell| sealed[cell])?;
+                }
+                use_memory(&copy)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_front(&self, out: &mut Writer, n_bytes: u64, planner: &[u8]) -> io::Result<()> {
         out.write(MAGIC)?;
         out.write(&VERSION.to_le_bytes())?;
         out.write(&n_bytes.to_le_bytes())?;
@@ -94,16 +126,7 @@ impl Cache {
         self.cells.pos().iter().try_for_each(|pos| out.write(&pos.to_le_bytes()))?;
         self.cells.seqs().iter().try_for_each(|seqs| out.write(&seqs.to_le_bytes()))?;
         out.write(&(planner.len() as u64).to_le_bytes())?;
-        out.write(planner)?;
-        for memory in self.memories() {
-            let blocks = || memory.chunks(BLOCK);
-            for eight in memory.chunks(8 * BLOCK) {
-                let bits = eight.chunks(BLOCK).enumerate();
-                out.write(&[bits.fold(0, |bits, (bit, block)| bits | u8::from(!is_zero(block)) << bit)])?;
-            }
-            blocks().filter(|block| !is_zero(block)).try_for_each(|block| out.write(block))?;
-        }
-        Ok(())
+        out.write(planner)
     }
 
     /// Checks everything and changes nothing.
@@ -216,6 +239,15 @@ impl<'a> SavedMemory<'a> {
             }
         }
     }
+}
+
+/// A bit for each block that is not zero, and those blocks.
+fn write_memory(out: &mut Writer, memory: &[u8]) -> io::Result<()> {
+    for eight in memory.chunks(8 * BLOCK) {
+        let bits = eight.chunks(BLOCK).enumerate();
+        out.write(&[bits.fold(0, |bits, (bit, block)| bits | u8::from(!is_zero(block)) << bit)])?;
+    }
+    memory.chunks(BLOCK).filter(|block| !is_zero(block)).try_for_each(|block| out.write(block))
 }
 
 /// Writes and sums up.

@@ -5,6 +5,7 @@ use crate::reference;
 
 mod sequences;
 mod states;
+mod vectors;
 
 /// Small deterministic generator (xorshift).
 pub(super) struct Rng(u64);

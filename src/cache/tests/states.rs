@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::*;
 use crate::cache::checksum::Checksum;
 
-fn small() -> CacheParams {
+pub(super) fn small() -> CacheParams {
     let shape = Shape { n_heads: 2, n_kv_heads: 1, head_dim_k: 64, head_dim_v: 64 };
     let rope = Rope { n_rot: 64, freq_base: 1e4, freq_scale: 1.0, interleaved: false };
     CacheParams { shape, n_layers: 1, n_cells: 192, n_seq_max: 2, n_threads: 1, rope: Some(rope) }
@@ -32,7 +32,7 @@ fn step(cache: &mut Cache, seed: u64, seq: u32, n: usize) -> Result<Vec<f32>> {
     Ok(all)
 }
 
-fn filled(spec: &str, params: &CacheParams) -> Cache {
+pub(super) fn filled(spec: &str, params: &CacheParams) -> Cache {
     let mut cache = cache_of(spec, params);
     step(&mut cache, 1, 0, 100).unwrap();
     step(&mut cache, 2, 1, 30).unwrap();
@@ -41,7 +41,7 @@ fn filled(spec: &str, params: &CacheParams) -> Cache {
     cache
 }
 
-fn saved(cache: &Cache) -> Vec<u8> {
+pub(super) fn saved(cache: &Cache) -> Vec<u8> {
     let mut bytes = vec![0; cache.state_bytes().unwrap()];
     assert_eq!(cache.save_memory(&mut bytes).unwrap(), bytes.len());
     bytes
@@ -90,6 +90,37 @@ fn a_loaded_cache_goes_on_bit_identically() {
             assert!(a.iter().all(|x| x.is_finite()));
         }
         assert_eq!(saved(&first), saved(&second));
+    }
+}
+
+/// The memory of the cache as states have it, without what was learned, which is the stream's.
+fn memory_of(cache: &Cache) -> Vec<Vec<u8>> {
+    let (layout, mut memories) = (&cache.layers[0].layout, Vec::new());
+    let mut keep = |memory: &[u8]| {
+        memories.push(memory.to_vec());
+        Ok(())
+    };
+    cache.for_each_live_memory(&mut keep).unwrap();
+    layout.side(Side::Key).learned_mut(&mut memories[0]).fill(0);
+    memories
+}
+
+/// Whatever tokens were, once they are removed nothing of them is in a state. (Pages that others share are left out
+/// here: see [`crate::erase`].)
+#[test]
+fn removed_tokens_leave_no_trace() {
+    for spec in [SMALL_SPEC, "qaq:page=64,window=16,sinks=1,attn-window=0"] {
+        let [a, b] = [1, 2].map(|seed| {
+            let mut cache = cache_of(spec, &small());
+            step(&mut cache, seed, 1, 128).unwrap();
+            step(&mut cache, 3, 0, 30).unwrap();
+            step(&mut cache, seed, 1, 10).unwrap();
+            let held = memory_of(&cache);
+            cache.remove(Some(1), -1, -1).unwrap();
+            (held, memory_of(&cache))
+        });
+        assert!(a.0 != b.0, "{spec}: they must matter while they are there");
+        assert!(a.1 == b.1, "{spec}");
     }
 }
 
