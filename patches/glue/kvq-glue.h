@@ -43,6 +43,7 @@ struct llama_kvq_node {
 
 struct kvq_state_writer;
 struct kvq_state_reader;
+struct kvq_state_seq;
 
 bool operator==(const llama_kvq_node & a, const llama_kvq_node & b);
 
@@ -68,7 +69,7 @@ struct llama_kvq_cache : llama_kvq {
     void copy_stream(uint32_t src, uint32_t dst) override;
     bool shift(llama_context * lctx) override;
 
-    void state_write(llama_io_write_i & io, llama_seq_id seq_id) const override;
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id) override;
     void state_read (llama_io_read_i  & io, llama_seq_id seq_id) override;
 
     // every key of the recipe
@@ -104,13 +105,20 @@ private:
     bool shift_cells(llama_context * lctx, uint32_t strm, uint32_t cell0, uint32_t n,
             const std::vector<int32_t> & location);
 
+    // sequence copies that llama.cpp has put off to the next decode
+    void copy_streams();
+
     void state_write_all(kvq_state_writer & out) const;
     void state_write_seq(kvq_state_writer & out, llama_seq_id seq_id) const;
     void state_read_all(kvq_state_reader & in);
     void state_read_seq(kvq_state_reader & in, llama_seq_id seq_id);
 
-    void decode_pages(size_t il, const std::vector<uint8_t> * bytes, const std::vector<uint32_t> & pages,
-            const std::vector<uint8_t> * pools, std::vector<float> & k, std::vector<float> & v) const;
+    kvq_layout_ptr pages_layout(size_t il, uint32_t n_pages) const;
+    void write_pages(kvq_state_writer & out, size_t il, uint32_t strm, const std::vector<uint32_t> & pages,
+            const std::vector<int32_t> & location) const;
+    void restore(uint32_t strm, const kvq_state_seq & saved);
+    void restore_pages(uint32_t strm, const kvq_state_seq & saved);
+    void restore_rows(uint32_t strm, const kvq_state_seq & saved);
 
     llama_kv_cache & kv;
 

@@ -1,358 +1,409 @@
-// Saved state of one sequence. Packed rows move with their whole page, byte for byte, to a free page of the cache, each
-// to the same place in it. Exact rows are stored anew, as if they were a ubatch. Where sequences share pages there may
-// be no free page left: then the packed rows are decoded and stored anew as well, which encodes them a second time.
-// Payload: cells (index, position, ext, is_packed), per layer K and V pages and outlier pool, per layer K and V exact rows
-// as f16.
+// Saved state of one sequence. Nothing of other sequences and of removed tokens is in it:
+//
+//   pages  that are all the sequence's own move byte for byte. Rows of them that are exact in the cache (window, sink
+//          tokens) are wiped from the page and follow as rows.
+//   rows   everything else, as f16: exact rows, and decoded rows of pages with cells that are not the sequence's (or
+//          that its window has left). They are stored anew, as if they were a ubatch, side by side in pages that become
+//          all its own.
+//   pool   members (outlier tokens) that are in those pages.
+//
+// Payload: number of pages and of further cells; cells (page by page with is_exact, then the further ones); per layer K
+// and V: pages and pool; per layer: rows of K and V, of exact cells of pages and of further cells.
 
 #include "kvq-state.h"
 
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <cinttypes>
 #include <map>
 
-// the pages of the cells for which pred holds, ascending
-template <typename F>
-static std::vector<uint32_t> pages_of(const std::vector<kvq_state_cell> & cells, uint32_t page, F pred) {
-    std::vector<uint32_t> res;
-    for (size_t i = 0; i < cells.size(); ++i) {
-        const uint32_t p = cells[i].cell/page;
-        if (pred(i) && (res.empty() || res.back() != p)) {
-            res.push_back(p);
+// a saved sequence on its way into the cache
+struct kvq_state_seq {
+    uint32_t page;
+    uint32_t n_pages;
+
+    std::vector<kvq_state_cell> cells;    // of pages, then the others; where they go once they are placed
+    std::vector<uint8_t>        is_exact; // as cells
+
+    std::vector<kvq_layout_ptr>       layouts; // of just these pages, by layer
+    std::vector<kvq_state_memory>     memory;  // as layouts
+    std::vector<std::vector<uint8_t>> rows;    // by layer: f16 [n_exact][K, V]
+
+    std::vector<uint32_t> targets; // a page of the cache for each page; none: its rows are stored anew
+};
+
+static const uint32_t NO_PAGE = UINT32_MAX;
+
+kvq_layout_ptr llama_kvq_cache::pages_layout(size_t il, uint32_t n_pages) const {
+    const uint32_t  id    = kv.layers[il].il;
+    const kvq_shape shape = layer_shape(id);
+
+    kvq_layout * layout = nullptr;
+    kvq_state_call(kvq_layout_new(recipe.get(), &shape, id, n_pages*kvq_recipe_page(recipe.get()), 16, &layout),
+            "saved pages");
+    return kvq_layout_ptr(layout);
+}
+
+void llama_kvq_cache::write_pages(kvq_state_writer & out, size_t il, uint32_t strm, const std::vector<uint32_t> & pages,
+        const std::vector<int32_t> & location) const {
+    const uint32_t page   = kvq_recipe_page(recipe.get());
+    const auto   * layout = layouts[il].get();
+    const auto     own    = pages_layout(il, pages.size());
+
+    kvq_state_memory copy(own.get());
+
+    std::vector<uint32_t> from; // packed cells
+    std::vector<uint32_t> to;
+    std::vector<int32_t>  kept(pages.size()*page, -1);
+
+    for (size_t i = 0; i < kept.size(); ++i) {
+        const uint32_t cell = pages[i/page]*page + i%page;
+        if (location[cell] == -2) {
+            kept[i] = -2;
+            from.push_back(cell);
+            to.push_back(i);
         }
     }
-    return res;
+
+    std::vector<uint8_t> pools[2];
+
+    for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
+        const ggml_tensor * t = side == KVQ_SIDE_K ? kv.layers[il].k_stream[strm] : kv.layers[il].v_stream[strm];
+        const auto * mem = (const uint8_t *) t->data;
+
+        for (size_t i = 0; i < pages.size(); ++i) {
+            const auto bytes = kvq_state_get(mem, kvq_state_ranges(layout, side, KVQ_STATE_PAGES, pages[i], 1));
+            kvq_state_set(copy.side[side], kvq_state_ranges(own.get(), side, KVQ_STATE_PAGES, i, 1), bytes.data());
+        }
+        pools[side] = kvq_state_get(mem, kvq_state_ranges(layout, side, KVQ_STATE_POOL, 0, 0));
+    }
+
+    kvq_state_call(kvq_pool_adopt(own.get(), copy.side[0], copy.side[1], pools[0].data(), pools[1].data(),
+                from.data(), to.data(), to.size()), "outlier tokens");
+    kvq_state_call(kvq_erase(own.get(), copy.side[0], copy.side[1], kept.data()), "exact rows of pages");
+
+    for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
+        for (auto part : { KVQ_STATE_PAGES, KVQ_STATE_POOL }) {
+            const auto bytes = kvq_state_get(copy.side[side], kvq_state_ranges(own.get(), side, part, 0, pages.size()));
+            out.buffer(bytes.data(), bytes.size());
+        }
+    }
 }
 
 void llama_kvq_cache::state_write_seq(kvq_state_writer & out, llama_seq_id seq_id) const {
-    const uint32_t strm  = kv.seq_to_stream.at(seq_id);
-    const uint32_t page  = kvq_recipe_page(recipe.get());
-    const auto   & src   = kv.v_cells[strm];
+    const uint32_t strm = kv.seq_to_stream.at(seq_id);
+    const uint32_t page = kvq_recipe_page(recipe.get());
+    const auto   & src  = kv.v_cells[strm];
 
     std::vector<int32_t> location(src.size());
     kvq_state_call(kvq_planner_locate(planner.get(), strm, location.data()), "planner");
 
-    std::vector<kvq_state_cell> cells;
-    std::vector<uint32_t>       exact; // cells
-
+    std::vector<uint8_t> is_own(src.size());
     for (uint32_t i = 0; i < src.size(); ++i) {
-        if (src.is_empty(i) || !src.seq_has(i, seq_id)) {
-            continue;
-        }
-        if (llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, src.pos_get(i), src.seq_pos_max(seq_id))) {
-            continue;
-        }
-        if (location[i] == -1) {
+        is_own[i] = !src.is_empty(i) && src.seq_has(i, seq_id) &&
+            !llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, src.pos_get(i), src.seq_pos_max(seq_id));
+        if (is_own[i] && location[i] == -1) {
             throw std::runtime_error("kvq: a cell without its row");
         }
-        if (location[i] >= 0) {
-            exact.push_back(i);
-        }
-        cells.push_back({ i, src.pos_get(i), src.ext_get(i), {} });
     }
 
-    out.value<uint32_t>(cells.size());
-    for (const auto & cell : cells) {
-        out.value<uint32_t>(cell.cell);
-        out.value<llama_pos>(cell.pos);
-        if (kv.has_cell_ext()) {
-            out.value(cell.ext);
+    std::vector<uint32_t> pages;
+    std::vector<uint32_t> others; // cells
+    std::vector<uint32_t> exact;  // cells, those of pages first
+
+    for (uint32_t i = 0; i < src.size(); i += page) {
+        const uint32_t end = std::min(i + page, src.size());
+        const bool whole  = end - i == page && std::count(is_own.begin() + i, is_own.begin() + end, 1) == page;
+        const bool packed = std::count(location.begin() + i, location.begin() + end, -2) > 0;
+
+        if (whole && packed) {
+            pages.push_back(i/page);
         }
-        out.value<uint8_t>(location[cell.cell] == -2);
-    }
-
-    const auto packed_pages = pages_of(cells, page, [&](size_t i) { return location[cells[i].cell] == -2; });
-
-    for (size_t il = 0; il < layouts.size(); ++il) {
-        const auto * layout = layouts[il].get();
-
-        for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
-            const ggml_tensor * t = side == KVQ_SIDE_K ? kv.layers[il].k_stream[strm] : kv.layers[il].v_stream[strm];
-
-            for (uint32_t p : packed_pages) {
-                const auto ranges = kvq_state_ranges(layout, side, KVQ_STATE_PAGES, p, 1);
-
-                std::vector<uint8_t> buf(kvq_state_size(ranges));
-                kvq_state_get(t, ranges, buf.data());
-                out.bytes(buf.data(), buf.size());
+        for (uint32_t j = i; j < end; ++j) {
+            if (whole && packed && location[j] >= 0) {
+                exact.push_back(j);
+            } else if (!(whole && packed) && is_own[j]) {
+                others.push_back(j);
             }
-
-            const auto ranges = kvq_state_ranges(layout, side, KVQ_STATE_POOL, 0, 0);
-
-            std::vector<uint8_t> buf(kvq_state_size(ranges));
-            kvq_state_get(t, ranges, buf.data());
-            out.bytes(buf.data(), buf.size());
         }
+    }
+    exact.insert(exact.end(), others.begin(), others.end());
+
+    out.value<uint32_t>(pages.size());
+    out.value<uint32_t>(others.size());
+    for (uint32_t p : pages) {
+        for (uint32_t i = p*page; i < (p + 1)*page; ++i) {
+            kvq_state_write_cell(out, src, i, kv.has_cell_ext());
+            out.value<uint8_t>(location[i] >= 0);
+        }
+    }
+    for (uint32_t i : others) {
+        kvq_state_write_cell(out, src, i, kv.has_cell_ext());
+    }
+
+    for (size_t il = 0; il < layouts.size() && !pages.empty(); ++il) {
+        write_pages(out, il, strm, pages, location);
     }
 
     for (size_t il = 0; il < layouts.size(); ++il) {
-        const auto * layout = layouts[il].get();
-
-        const uint32_t id    = kv.layers[il].il;
-        const size_t   n_k   = kv.hparams.n_embd_k_gqa(id);
-        const size_t   n_v   = kv.hparams.n_embd_v_gqa(id);
+        const size_t   n_k   = kv.hparams.n_embd_k_gqa(kv.layers[il].il);
+        const size_t   n_v   = kv.hparams.n_embd_v_gqa(kv.layers[il].il);
         const auto   * k_mem = (const uint8_t *) kv.layers[il].k_stream[strm]->data;
         const auto   * v_mem = (const uint8_t *) kv.layers[il].v_stream[strm]->data;
 
-        std::vector<float>       row(std::max(n_k, n_v));
-        std::vector<ggml_fp16_t> f16(std::max(n_k, n_v));
+        std::vector<float>       row(n_k + n_v);
+        std::vector<ggml_fp16_t> f16(exact.size()*(n_k + n_v));
 
-        for (uint32_t cell : exact) {
-            kvq_state_call(kvq_dequantize(layout, k_mem, v_mem, location.data(), cell, 1, row.data(), nullptr),
-                    "exact rows");
-            ggml_fp32_to_fp16_row(row.data(), f16.data(), n_k);
-            out.bytes(f16.data(), n_k*sizeof(ggml_fp16_t));
-
-            kvq_state_call(kvq_dequantize(layout, k_mem, v_mem, location.data(), cell, 1, nullptr, row.data()),
-                    "exact rows");
-            ggml_fp32_to_fp16_row(row.data(), f16.data(), n_v);
-            out.bytes(f16.data(), n_v*sizeof(ggml_fp16_t));
+        for (size_t i = 0; i < exact.size(); ++i) {
+            kvq_state_call(kvq_dequantize(layouts[il].get(), k_mem, v_mem, location.data(), exact[i], 1, row.data(),
+                        row.data() + n_k), "rows");
+            ggml_fp32_to_fp16_row(row.data(), f16.data() + i*(n_k + n_v), n_k + n_v);
         }
+        out.buffer((const uint8_t *) f16.data(), f16.size()*sizeof(ggml_fp16_t));
     }
 }
 
-// A free page for every page of the sequence. Its own cells count as free: the restore replaces them.
-// Pages without packed rows may do without one of their own; then their cells go anywhere.
-static bool place_cells(const llama_kv_cells & dst, llama_seq_id seq_id, uint32_t page,
-        const std::vector<uint32_t> & packed_pages, const std::vector<uint8_t> & is_packed,
-        std::vector<kvq_state_cell> & cells, std::map<uint32_t, uint32_t> & page_map) {
-    const auto is_free = [&](uint32_t i) {
-        return dst.is_empty(i) || (dst.seq_has(i, seq_id) && dst.seq_count(i) == 1);
-    };
+enum cell_use : uint8_t {
+    CELL_FREE,  // empty, or the sequence's own: the restore replaces it
+    CELL_LEFT,  // of another sequence, whose window has left it: llama.cpp takes such cells as well
+    CELL_TAKEN,
+};
 
-    std::vector<uint8_t> free_page; // whole pages: a shorter last one is never a target
-    for (uint32_t i = 0; i + page <= dst.size(); i += page) {
-        bool ok = true;
-        for (uint32_t j = 0; j < page && ok; ++j) {
-            ok = is_free(i + j);
-        }
-        free_page.push_back(ok);
+// Gives the pages and cells of a sequence places, whole free pages first. False where llama.cpp finds no room either.
+static bool place(const std::vector<cell_use> & use, kvq_state_seq & saved) {
+    const uint32_t page = saved.page;
+
+    std::vector<cell_use> of_page; // whole pages: a shorter last one is never a target
+    for (uint32_t i = 0; i + page <= use.size(); i += page) {
+        of_page.push_back(*std::max_element(use.begin() + i, use.begin() + i + page));
     }
 
-    const auto take = [&](uint32_t from, uint32_t to) {
-        page_map[from] = to;
-        free_page[to]  = 0;
-    };
-
-    const auto all_pages = pages_of(cells, page, [](size_t) { return true; });
-
-    for (const auto & pages : { packed_pages, all_pages }) {
-        // where the sequence was, if that is free
-        for (uint32_t p : pages) {
-            if (!page_map.count(p) && p < free_page.size() && free_page[p]) {
-                take(p, p);
-            }
-        }
-        for (uint32_t p : pages) {
-            if (!page_map.count(p)) {
-                const auto it = std::find(free_page.begin(), free_page.end(), 1);
-                if (it != free_page.end()) {
-                    take(p, it - free_page.begin());
-                }
+    std::vector<uint8_t> is_target(of_page.size());
+    for (const auto level : { CELL_FREE, CELL_LEFT }) {
+        for (uint32_t p = 0; p < of_page.size() && saved.targets.size() < saved.n_pages; ++p) {
+            if (of_page[p] == level) {
+                is_target[p] = 1;
+                saved.targets.push_back(p);
             }
         }
     }
+    saved.targets.resize(saved.n_pages, NO_PAGE);
 
-    std::vector<uint8_t> used(dst.size());
-
-    for (auto & cell : cells) {
-        const auto it = page_map.find(cell.cell/page);
-        if (it != page_map.end()) {
-            cell.cell = it->second*page + cell.cell%page;
-            used[cell.cell] = 1;
-        } else {
-            cell.cell = UINT32_MAX;
-        }
-    }
-
-    uint32_t next = 0;
-    for (size_t i = 0; i < cells.size(); ++i) {
-        if (cells[i].cell != UINT32_MAX) {
+    // cells for the rest, best first
+    std::vector<uint32_t> free[3];
+    for (uint32_t i = 0; i < use.size(); ++i) {
+        const uint32_t p = i/page;
+        if (p < of_page.size() && is_target[p]) {
             continue;
         }
-        if (is_packed[i]) {
-            return false;
+        if (use[i] == CELL_LEFT) {
+            free[2].push_back(i);
+        } else if (use[i] == CELL_FREE) {
+            free[p < of_page.size() && of_page[p] == CELL_FREE ? 0 : 1].push_back(i);
         }
-        while (next < dst.size() && (used[next] || !is_free(next))) {
-            ++next;
-        }
-        if (next == dst.size()) {
-            return false;
-        }
-        cells[i].cell = next++;
     }
+    free[0].insert(free[0].end(), free[1].begin(), free[1].end());
+    free[0].insert(free[0].end(), free[2].begin(), free[2].end());
 
+    std::vector<size_t> rest; // by position, so that neighbours share a page
+    for (size_t i = 0; i < saved.cells.size(); ++i) {
+        const uint32_t target = i/page < saved.n_pages ? saved.targets[i/page] : NO_PAGE;
+        if (target != NO_PAGE) {
+            saved.cells[i].cell = target*page + i%page;
+        } else {
+            rest.push_back(i);
+        }
+    }
+    if (rest.size() > free[0].size()) {
+        return false;
+    }
+    std::stable_sort(rest.begin(), rest.end(), [&](size_t a, size_t b) { return saved.cells[a].pos < saved.cells[b].pos; });
+    for (size_t i = 0; i < rest.size(); ++i) {
+        saved.cells[rest[i]].cell = free[0][i];
+    }
     return true;
 }
 
 void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id) {
-    const uint32_t strm = kv.seq_to_stream.at(seq_id);
-    const uint32_t page = kvq_recipe_page(recipe.get());
+    const uint32_t strm  = kv.seq_to_stream.at(seq_id);
+    auto         & cells = kv.v_cells[strm];
 
-    const auto damaged = [](const char * what) {
-        throw std::runtime_error(format("kvq: the saved state is damaged (%s)", what));
-    };
+    kvq_state_seq saved;
 
-    const auto n_cells = in.value<uint32_t>();
-    if (n_cells > kv.get_size()) {
-        throw std::runtime_error(format("kvq: the saved sequence has %u cells, this context has %u",
-                    n_cells, kv.get_size()));
+    saved.page    = kvq_recipe_page(recipe.get());
+    saved.n_pages = in.value<uint32_t>();
+
+    const uint64_t n_cells = (uint64_t) saved.n_pages*saved.page + in.value<uint32_t>();
+    if (n_cells > cells.size()) {
+        throw std::runtime_error(format("kvq: the saved sequence has %" PRIu64 " cells, this context has %u",
+                    n_cells, cells.size()));
     }
 
-    std::vector<kvq_state_cell> cells;
-    std::vector<uint8_t>        is_packed;
-    size_t                      n_exact = 0;
-
-    for (uint32_t i = 0; i < n_cells; ++i) {
+    size_t n_exact = 0;
+    for (uint64_t i = 0; i < n_cells; ++i) {
         kvq_state_cell cell;
-        cell.cell = in.value<uint32_t>();
-        cell.pos  = in.value<llama_pos>();
-        if (kv.has_cell_ext()) {
-            cell.ext = in.value<llama_kv_cell_ext>();
-        }
-        is_packed.push_back(in.value<uint8_t>());
-
-        if (cell.cell == UINT32_MAX || (i > 0 && cell.cell <= cells.back().cell) ||
-            cell.pos < 0 || is_packed.back() > 1) {
-            damaged("cells");
-        }
-        n_exact += !is_packed.back();
-        cells.push_back(cell);
+        kvq_state_read_cell(in, cell, kv.has_cell_ext(), kv.get_can_shift());
+        cell.seq_ids = { seq_id };
+        saved.cells.push_back(cell);
+        saved.is_exact.push_back(i < (uint64_t) saved.n_pages*saved.page ? in.value<uint8_t>() != 0 : 1);
+        n_exact += saved.is_exact.back();
     }
 
-    const auto packed_pages = pages_of(cells, page, [&](size_t i) { return is_packed[i]; });
+    for (size_t il = 0; il < layouts.size() && saved.n_pages > 0; ++il) {
+        saved.layouts.push_back(pages_layout(il, saved.n_pages));
+        saved.memory.emplace_back(saved.layouts[il].get());
 
-    std::vector<std::vector<uint8_t>> pages; // as written: layers, sides, pages
-    std::vector<std::vector<uint8_t>> pools; // layers, sides
-    for (const auto & layout : layouts) {
         for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
-            const size_t size = kvq_state_size(kvq_state_ranges(layout.get(), side, KVQ_STATE_PAGES, 0, 1));
-            for (size_t i = 0; i < packed_pages.size(); ++i) {
-                pages.push_back(in.buffer(size));
+            for (auto part : { KVQ_STATE_PAGES, KVQ_STATE_POOL }) {
+                const auto ranges = kvq_state_ranges(saved.layouts[il].get(), side, part, 0, saved.n_pages);
+                kvq_state_set(saved.memory[il].side[side], ranges, in.buffer(kvq_state_size(ranges)).data());
             }
-            pools.push_back(in.buffer(kvq_state_size(kvq_state_ranges(layout.get(), side, KVQ_STATE_POOL, 0, 0))));
         }
     }
-
-    std::vector<std::vector<uint8_t>> rows; // as written: layers
     for (const auto & layer : kv.layers) {
         const size_t n_embd = kv.hparams.n_embd_k_gqa(layer.il) + kv.hparams.n_embd_v_gqa(layer.il);
-        rows.push_back(in.buffer(n_exact*n_embd*sizeof(ggml_fp16_t)));
+        saved.rows.push_back(in.buffer(n_exact*n_embd*sizeof(ggml_fp16_t)));
     }
 
     in.finish();
 
-    std::map<uint32_t, uint32_t> page_map;
-    std::vector<kvq_state_cell>  placed = cells;
-
-    const bool whole_pages = place_cells(kv.v_cells[strm], seq_id, page, packed_pages, is_packed, placed, page_map);
-    if (!whole_pages) {
-        placed = cells;
-        page_map.clear();
-        if (!place_cells(kv.v_cells[strm], seq_id, page, {}, std::vector<uint8_t>(n_cells, 0), placed, page_map)) {
-            throw std::runtime_error(format("kvq: no room for the %u cells of the saved sequence", n_cells));
+    std::vector<cell_use> use(cells.size(), CELL_TAKEN);
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        if (cells.is_empty(i) || (cells.seq_has(i, seq_id) && cells.seq_count(i) == 1)) {
+            use[i] = CELL_FREE;
+        } else if (cells.seq_count(i) == 1 && llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, cells.pos_get(i),
+                    cells.seq_pos_max(cells.seq_get(i)) + 1)) {
+            use[i] = CELL_LEFT;
         }
+    }
+    if (!place(use, saved)) {
+        throw std::runtime_error(format("kvq: no room for the %" PRIu64 " cells of the saved sequence", n_cells));
     }
 
     kv.seq_rm(seq_id, -1, -1);
+    restore(strm, saved);
+}
 
-    for (const auto & cell : placed) {
-        kv.v_cells[strm].pos_set(cell.cell, cell.pos);
-        if (kv.has_cell_ext()) {
-            kv.v_cells[strm].ext_set(cell.cell, cell.ext);
-        }
-        kv.v_cells[strm].seq_add(cell.cell, seq_id);
-    }
+void llama_kvq_cache::restore(uint32_t strm, const kvq_state_seq & saved) {
+    auto & cells = kv.v_cells[strm];
 
-    std::vector<uint32_t> packed; // cells that are read from their page
-    std::vector<uint32_t> from;   // what they were called when they were saved
-    std::vector<size_t>   anew;   // rows to store, by position, as they arrived
-
-    for (size_t i = 0; i < placed.size(); ++i) {
-        if (is_packed[i] && whole_pages) {
-            packed.push_back(placed[i].cell);
-            from.push_back(cells[i].cell);
-        } else {
-            anew.push_back(i);
+    // as llama_kv_cache::apply_ubatch: a sequence that loses a cell loses what came before it, too
+    std::map<llama_seq_id, llama_pos> lost;
+    for (const auto & cell : saved.cells) {
+        if (!cells.is_empty(cell.cell)) {
+            auto & pos = lost.emplace(cells.seq_get(cell.cell), -1).first->second;
+            pos = std::max(pos, cells.pos_get(cell.cell));
+            cells.rm(cell.cell);
         }
     }
-    std::stable_sort(anew.begin(), anew.end(), [&](size_t a, size_t b) { return placed[a].pos < placed[b].pos; });
-
-    if (!packed.empty()) {
-        auto bytes = pages.begin();
-        for (size_t il = 0; il < layouts.size(); ++il) {
-            for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
-                ggml_tensor * t = side == KVQ_SIDE_K ? kv.layers[il].k_stream[strm] : kv.layers[il].v_stream[strm];
-
-                for (uint32_t p : packed_pages) {
-                    const auto ranges = kvq_state_ranges(layouts[il].get(), side, KVQ_STATE_PAGES, page_map.at(p), 1);
-                    kvq_state_set(t, ranges, (bytes++)->data());
-                }
-            }
-
-            llama_kvq_must(kvq_pool_adopt(layouts[il].get(), (uint8_t *) kv.layers[il].k_stream[strm]->data,
-                        (uint8_t *) kv.layers[il].v_stream[strm]->data, pools[2*il].data(), pools[2*il + 1].data(),
-                        from.data(), packed.data(), packed.size()), "restored outlier tokens");
-        }
-
-        llama_kvq_must(kvq_planner_adopt(planner.get(), strm, packed.data(), packed.size()), "restored pages");
+    for (const auto & [id, pos] : lost) {
+        kv.seq_rm(id, -1, pos + 1);
     }
 
-    if (anew.empty()) {
+    const kvq_state_cell * last = nullptr;
+    for (const auto & cell : saved.cells) {
+        kvq_state_put_cell(cells, cell);
+        last = !last || cell.pos >= last->pos ? &cell : last;
+    }
+    if (last) {
+        kv.v_heads[strm] = last->cell + 1;
+    }
+
+    restore_pages(strm, saved);
+    restore_rows(strm, saved);
+}
+
+void llama_kvq_cache::restore_pages(uint32_t strm, const kvq_state_seq & saved) {
+    std::vector<uint32_t> from; // packed cells of pages that have a target
+    std::vector<uint32_t> to;
+    for (size_t i = 0; i < saved.n_pages*(size_t) saved.page; ++i) {
+        if (saved.targets[i/saved.page] != NO_PAGE && !saved.is_exact[i]) {
+            from.push_back(i);
+            to.push_back(saved.cells[i].cell);
+        }
+    }
+    if (to.empty()) {
         return;
     }
 
-    // where each saved row is: in exact, or (page_index*page + offset) in the pages
-    std::vector<size_t> source(cells.size());
-    for (size_t i = 0, n = 0; i < cells.size(); ++i) {
-        if (is_packed[i]) {
-            const auto it = std::lower_bound(packed_pages.begin(), packed_pages.end(), cells[i].cell/page);
-            source[i] = (it - packed_pages.begin())*page + cells[i].cell%page;
-        } else {
+    for (size_t il = 0; il < layouts.size(); ++il) {
+        const auto * layout = layouts[il].get();
+        const auto * own    = saved.layouts[il].get();
+
+        uint8_t * mem[2] = { (uint8_t *) kv.layers[il].k_stream[strm]->data, (uint8_t *) kv.layers[il].v_stream[strm]->data };
+        std::vector<uint8_t> pools[2];
+
+        for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
+            for (uint32_t p = 0; p < saved.n_pages; ++p) {
+                if (saved.targets[p] != NO_PAGE) {
+                    const auto bytes = kvq_state_get(saved.memory[il].side[side],
+                            kvq_state_ranges(own, side, KVQ_STATE_PAGES, p, 1));
+                    kvq_state_set(mem[side], kvq_state_ranges(layout, side, KVQ_STATE_PAGES, saved.targets[p], 1),
+                            bytes.data());
+                }
+            }
+            pools[side] = kvq_state_get(saved.memory[il].side[side], kvq_state_ranges(own, side, KVQ_STATE_POOL, 0, 0));
+        }
+        llama_kvq_must(kvq_pool_adopt(layout, mem[0], mem[1], pools[0].data(), pools[1].data(),
+                    from.data(), to.data(), to.size()), "restored outlier tokens");
+    }
+    llama_kvq_must(kvq_planner_adopt(planner.get(), strm, to.data(), to.size()), "restored pages");
+}
+
+// everything that has not gone with its page
+void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
+    std::vector<size_t> anew;                       // index into cells, by position
+    std::vector<size_t> source(saved.cells.size()); // of exact ones: which of the saved rows
+
+    for (size_t i = 0, n = 0; i < saved.cells.size(); ++i) {
+        if (saved.is_exact[i]) {
             source[i] = n++;
         }
+        if (saved.is_exact[i] || saved.targets[i/saved.page] == NO_PAGE) {
+            anew.push_back(i);
+        }
     }
+    if (anew.empty()) {
+        return;
+    }
+    std::stable_sort(anew.begin(), anew.end(), [&](size_t a, size_t b) { return saved.cells[a].pos < saved.cells[b].pos; });
 
     std::vector<kvq_row> ubatch;
     for (size_t i : anew) {
-        ubatch.push_back({ placed[i].cell, placed[i].pos });
+        ubatch.push_back({ saved.cells[i].cell, saved.cells[i].pos });
     }
     std::vector<int32_t> plan(kvq_planner_plan_len(planner.get(), ubatch.size()));
     plan_stream(strm, ubatch, plan.data(), plan.size());
+
+    const std::vector<int32_t> location(saved.n_pages*(size_t) saved.page, -2);
 
     for (size_t il = 0; il < layouts.size(); ++il) {
         const uint32_t id  = kv.layers[il].il;
         const size_t   n_k = kv.hparams.n_embd_k_gqa(id);
         const size_t   n_v = kv.hparams.n_embd_v_gqa(id);
 
-        std::vector<float> k_page;
-        std::vector<float> v_page;
-        if (!whole_pages) {
-            decode_pages(il, pages.data() + il*2*packed_pages.size(), packed_pages, pools.data() + 2*il, k_page, v_page);
-        }
-
-        std::vector<float> k_cur(ubatch.size()*n_k);
-        std::vector<float> v_cur(ubatch.size()*n_v);
+        std::vector<float> k(anew.size()*n_k);
+        std::vector<float> v(anew.size()*n_v);
 
         for (size_t i = 0; i < anew.size(); ++i) {
-            const size_t src = source[anew[i]];
-            if (is_packed[anew[i]]) {
-                memcpy(k_cur.data() + i*n_k, k_page.data() + src*n_k, n_k*sizeof(float));
-                memcpy(v_cur.data() + i*n_v, v_page.data() + src*n_v, n_v*sizeof(float));
+            if (saved.is_exact[anew[i]]) {
+                const auto * row = (const ggml_fp16_t *) saved.rows[il].data() + source[anew[i]]*(n_k + n_v);
+                ggml_fp16_to_fp32_row(row,       k.data() + i*n_k, n_k);
+                ggml_fp16_to_fp32_row(row + n_k, v.data() + i*n_v, n_v);
             } else {
-                const auto * row = (const ggml_fp16_t *) rows[il].data() + src*(n_k + n_v);
-                ggml_fp16_to_fp32_row(row,       k_cur.data() + i*n_k, n_k);
-                ggml_fp16_to_fp32_row(row + n_k, v_cur.data() + i*n_v, n_v);
+                llama_kvq_must(kvq_dequantize(saved.layouts[il].get(), saved.memory[il].side[0], saved.memory[il].side[1],
+                            location.data(), anew[i], 1, k.data() + i*n_k, v.data() + i*n_v), "restored rows");
             }
         }
 
         kvq_store_args args;
         memset(&args, 0, sizeof(args));
 
-        args.k_cur          = k_cur.data();
+        args.k_cur          = k.data();
         args.k_stride_token = n_k;
         args.k_stride_head  = kv.hparams.n_embd_head_k(id);
-        args.v_cur          = v_cur.data();
+        args.v_cur          = v.data();
         args.v_stride_token = n_v;
         args.v_stride_head  = kv.hparams.n_embd_head_v(id);
         args.k_mem          = (uint8_t *) kv.layers[il].k_stream[strm]->data;
@@ -363,52 +414,4 @@ void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id)
 
         llama_kvq_must(kvq_store(layouts[il].get(), &args, 0, 1), "restored rows");
     }
-}
-
-// bytes: the saved pages of K, then of V; pools: their outlier pools; k and v: rows of all their cells
-void llama_kvq_cache::decode_pages(size_t il, const std::vector<uint8_t> * bytes, const std::vector<uint32_t> & pages,
-        const std::vector<uint8_t> * pools, std::vector<float> & k, std::vector<float> & v) const {
-    const uint32_t  page    = kvq_recipe_page(recipe.get());
-    const size_t    n_pages = pages.size();
-    const kvq_shape shape = layer_shape(kv.layers[il].il);
-
-    // a cache of just these pages
-    kvq_layout * layout = nullptr;
-    llama_kvq_must(kvq_layout_new(recipe.get(), &shape, kv.layers[il].il, n_pages*page, kvq_planner_n_slots(planner.get()), &layout),
-            "saved pages");
-    kvq_layout_ptr owner(layout);
-
-    const std::vector<int32_t> location(n_pages*page, -2);
-
-    std::vector<uint8_t> buf[2] = {
-        std::vector<uint8_t>(64 + kvq_layout_k_bytes(layout)),
-        std::vector<uint8_t>(64 + kvq_layout_v_bytes(layout)),
-    };
-    uint8_t * mem[2];
-
-    for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
-        mem[side] = buf[side].data() + 64 - (uintptr_t) buf[side].data()%64;
-
-        for (size_t p = 0; p < n_pages; ++p, ++bytes) {
-            const uint8_t * src = bytes->data();
-            for (const auto & r : kvq_state_ranges(layout, side, KVQ_STATE_PAGES, p, 1)) {
-                memcpy(mem[side] + r.offset, src, r.size);
-                src += r.size;
-            }
-        }
-    }
-
-    std::vector<uint32_t> from(n_pages*page);
-    std::vector<uint32_t> to  (n_pages*page);
-    for (size_t i = 0; i < from.size(); ++i) {
-        from[i] = pages[i/page]*page + i%page;
-        to  [i] = i;
-    }
-    llama_kvq_must(kvq_pool_adopt(layout, mem[0], mem[1], pools[0].data(), pools[1].data(), from.data(), to.data(),
-                to.size()), "saved outlier tokens");
-
-    k.resize(n_pages*page*shape.n_kv_heads*shape.head_dim_k);
-    v.resize(n_pages*page*shape.n_kv_heads*shape.head_dim_v);
-    llama_kvq_must(kvq_dequantize(layout, mem[0], mem[1], location.data(), 0, n_pages*page, k.data(), v.data()),
-            "saved pages");
 }

@@ -7,7 +7,7 @@
 #include <algorithm>
 
 static const uint32_t KVQ_STATE_MAGIC   = 0x5351564b; // "KVQS"
-static const uint32_t KVQ_STATE_VERSION = 1;
+static const uint32_t KVQ_STATE_VERSION = 2;
 
 void kvq_state_call(kvq_status status, const char * what) {
     if (status != 0) {
@@ -46,17 +46,68 @@ size_t kvq_state_size(const std::vector<kvq_range> & ranges) {
     return size;
 }
 
-void kvq_state_get(const ggml_tensor * t, const std::vector<kvq_range> & ranges, uint8_t * dst) {
+std::vector<uint8_t> kvq_state_get(const uint8_t * mem, const std::vector<kvq_range> & ranges) {
+    std::vector<uint8_t> res;
+    res.reserve(kvq_state_size(ranges));
     for (const auto & r : ranges) {
-        ggml_backend_tensor_get(t, dst, r.offset, r.size);
-        dst += r.size;
+        res.insert(res.end(), mem + r.offset, mem + r.offset + r.size);
+    }
+    return res;
+}
+
+void kvq_state_set(uint8_t * mem, const std::vector<kvq_range> & ranges, const uint8_t * src) {
+    for (const auto & r : ranges) {
+        memcpy(mem + r.offset, src, r.size);
+        src += r.size;
     }
 }
 
-void kvq_state_set(ggml_tensor * t, const std::vector<kvq_range> & ranges, const uint8_t * src) {
-    for (const auto & r : ranges) {
-        ggml_backend_tensor_set(t, src, r.offset, r.size);
-        src += r.size;
+kvq_state_memory::kvq_state_memory(const kvq_layout * layout) {
+    const size_t align = 64;
+
+    for (kvq_side s : { KVQ_SIDE_K, KVQ_SIDE_V }) {
+        buf[s].resize(align + (s == KVQ_SIDE_K ? kvq_layout_k_bytes(layout) : kvq_layout_v_bytes(layout)));
+        side[s] = buf[s].data() + align - (uintptr_t) buf[s].data()%align;
+    }
+}
+
+void kvq_state_write_cell(kvq_state_writer & out, const llama_kv_cells & cells, uint32_t i, bool has_ext) {
+    const llama_pos pos   = cells.pos_get(i);
+    const llama_pos shift = cells.get_shift(i);
+    if (pos < shift) {
+        throw std::runtime_error("kvq: a division of positions is still to be applied: decode before saving the state");
+    }
+    out.value(pos);
+    out.value(shift);
+    if (has_ext) {
+        out.value(cells.ext_get(i));
+    }
+}
+
+void kvq_state_read_cell(kvq_state_reader & in, kvq_state_cell & cell, bool has_ext, bool can_shift) {
+    cell.pos   = in.value<llama_pos>();
+    cell.shift = in.value<llama_pos>();
+    if (has_ext) {
+        cell.ext = in.value<llama_kv_cell_ext>();
+    }
+
+    const int64_t old = (int64_t) cell.pos - cell.shift;
+    if (cell.pos < 0 || old < 0 || old > INT32_MAX) {
+        throw std::runtime_error("kvq: the saved state is damaged (positions)");
+    }
+    if (cell.shift != 0 && !can_shift) {
+        throw std::runtime_error("kvq: the state was saved before a position shift that this context cannot apply");
+    }
+}
+
+void kvq_state_put_cell(llama_kv_cells & cells, const kvq_state_cell & cell) {
+    cells.pos_set(cell.cell, cell.pos - cell.shift);
+    cells.ext_set(cell.cell, cell.ext);
+    for (const auto id : cell.seq_ids) {
+        cells.seq_add(cell.cell, id);
+    }
+    if (cell.shift != 0) {
+        cells.pos_add(cell.cell, cell.shift);
     }
 }
 
@@ -66,13 +117,20 @@ static std::string layout_format(const kvq_layout * layout) {
     return buf.data();
 }
 
-void llama_kvq_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
-    if (kv.get_has_shift() || !kv.sc_info.empty()) {
-        throw std::runtime_error("kvq: a position shift or sequence copy is still to be applied: "
-                "decode before saving the state");
+void llama_kvq_cache::copy_streams() {
+    for (size_t i = 0; i < kv.sc_info.ssrc.size(); ++i) {
+        for (const auto & layer : kv.layers) {
+            ggml_backend_tensor_copy(layer.k_stream[kv.sc_info.ssrc[i]], layer.k_stream[kv.sc_info.sdst[i]]);
+            ggml_backend_tensor_copy(layer.v_stream[kv.sc_info.ssrc[i]], layer.v_stream[kv.sc_info.sdst[i]]);
+        }
+        copy_stream(kv.sc_info.ssrc[i], kv.sc_info.sdst[i]);
     }
+    kv.sc_info = {};
+}
 
+void llama_kvq_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) {
     settle();
+    copy_streams();
 
     kvq_state_writer out { io, {} };
 
@@ -101,6 +159,7 @@ void llama_kvq_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) co
 
 void llama_kvq_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
     settle();
+    copy_streams();
 
     kvq_state_reader in { io, {} };
 
@@ -169,15 +228,16 @@ void llama_kvq_cache::state_write_all(kvq_state_writer & out) const {
         out.value<uint32_t>(cells.get_used());
         out.value<uint32_t>(kv.v_heads[s]);
 
+        std::vector<int32_t> location(cells.size());
+        kvq_state_call(kvq_planner_locate(planner.get(), s, location.data()), "planner");
+
         for (uint32_t i = 0; i < cells.size(); ++i) {
             if (cells.is_empty(i)) {
+                location[i] = -1;
                 continue;
             }
             out.value<uint32_t>(i);
-            out.value<llama_pos>(cells.pos_get(i));
-            if (kv.has_cell_ext()) {
-                out.value(cells.ext_get(i));
-            }
+            kvq_state_write_cell(out, cells, i, kv.has_cell_ext());
             out.value<uint32_t>(cells.seq_count(i));
             for (llama_seq_id id = 0; id < (llama_seq_id) LLAMA_MAX_SEQ; ++id) {
                 if (cells.seq_has(i, id)) {
@@ -190,22 +250,23 @@ void llama_kvq_cache::state_write_all(kvq_state_writer & out) const {
         kvq_state_call(kvq_planner_export_size(planner.get(), s, &size), "planner state");
         std::vector<uint8_t> buf(size);
         kvq_state_call(kvq_planner_export(planner.get(), s, buf.data(), size), "planner state");
-        out.value<uint64_t>(size);
-        out.bytes(buf.data(), size);
+        out.buffer(buf.data(), size);
 
         const uint32_t page    = kvq_recipe_page(recipe.get());
         const uint32_t n_pages = (cells.used_max_p1() + page - 1)/page;
 
         for (size_t i = 0; i < layouts.size(); ++i) {
+            const auto * layout = layouts[i].get();
+
+            kvq_state_memory live(layout);
+            memcpy(live.side[KVQ_SIDE_K], kv.layers[i].k_stream[s]->data, kvq_layout_k_bytes(layout));
+            memcpy(live.side[KVQ_SIDE_V], kv.layers[i].v_stream[s]->data, kvq_layout_v_bytes(layout));
+            kvq_state_call(kvq_erase(layout, live.side[0], live.side[1], location.data()), "removed tokens");
+
             for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
-                const ggml_tensor * t = side == KVQ_SIDE_K ? kv.layers[i].k_stream[s] : kv.layers[i].v_stream[s];
-
                 for (auto part : { KVQ_STATE_SLOTS, KVQ_STATE_PAGES }) {
-                    const auto ranges = kvq_state_ranges(layouts[i].get(), side, part, 0, n_pages);
-
-                    buf.resize(kvq_state_size(ranges));
-                    kvq_state_get(t, ranges, buf.data());
-                    out.bytes(buf.data(), buf.size());
+                    buf = kvq_state_get(live.side[side], kvq_state_ranges(layout, side, part, 0, n_pages));
+                    out.buffer(buf.data(), buf.size());
                 }
             }
         }
@@ -243,13 +304,9 @@ void llama_kvq_cache::state_read_all(kvq_state_reader & in) {
         for (uint32_t i = 0; i < n_used; ++i) {
             kvq_state_cell cell;
             cell.cell = in.value<uint32_t>();
-            cell.pos  = in.value<llama_pos>();
-            if (kv.has_cell_ext()) {
-                cell.ext = in.value<llama_kv_cell_ext>();
-            }
+            kvq_state_read_cell(in, cell, kv.has_cell_ext(), kv.get_can_shift());
             const auto n_seq = in.value<uint32_t>();
-            if (cell.cell <= last || cell.cell >= kv.get_size() || cell.pos < 0 ||
-                n_seq == 0 || n_seq > LLAMA_MAX_SEQ) {
+            if (cell.cell <= last || cell.cell >= kv.get_size() || n_seq == 0 || n_seq > LLAMA_MAX_SEQ) {
                 damaged("cells");
             }
             last = cell.cell;
@@ -264,10 +321,8 @@ void llama_kvq_cache::state_read_all(kvq_state_reader & in) {
             stream.cells.push_back(std::move(cell));
         }
 
-        const auto size = in.value<uint64_t>();
-        if (size > uint64_t(64)*kv.get_size() + 64*1024) {
-            damaged("planner");
-        }
+        size_t size = 0;
+        kvq_state_call(kvq_planner_export_size(planner_new.get(), s, &size), "planner");
         const auto snapshot = in.buffer(size);
         kvq_state_call(kvq_planner_import(planner_new.get(), s, snapshot.data(), snapshot.size()),
                 "the saved state is damaged");
@@ -302,13 +357,7 @@ void llama_kvq_cache::state_read_all(kvq_state_reader & in) {
         auto & cells = kv.v_cells[s];
 
         for (const auto & cell : streams[s].cells) {
-            cells.pos_set(cell.cell, cell.pos);
-            if (kv.has_cell_ext()) {
-                cells.ext_set(cell.cell, cell.ext);
-            }
-            for (const auto id : cell.seq_ids) {
-                cells.seq_add(cell.cell, id);
-            }
+            kvq_state_put_cell(cells, cell);
         }
         kv.v_heads[s] = streams[s].head;
 
@@ -319,7 +368,7 @@ void llama_kvq_cache::state_read_all(kvq_state_reader & in) {
 
                 for (auto part : { KVQ_STATE_SLOTS, KVQ_STATE_PAGES }) {
                     const auto ranges = kvq_state_ranges(layouts[i].get(), side, part, 0, streams[s].n_pages);
-                    kvq_state_set(t, ranges, (bytes++)->data());
+                    kvq_state_set((uint8_t *) t->data, ranges, (bytes++)->data());
                 }
             }
         }

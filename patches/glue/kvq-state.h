@@ -4,11 +4,14 @@
 //
 //   header   magic, version, is_sequence, n_stream, n_cells, n_slots, page, has_ext, recipe, layout formats
 //   payload  whole cache: per stream cells, planner snapshot, bytes of slots and pages   (kvq-state.cpp)
-//            one sequence: cells, pages that hold packed rows of it, its exact rows       (kvq-state-seq.cpp)
+//            one sequence: its cells, pages that are all its own, its other rows          (kvq-state-seq.cpp)
 //   checksum of all of the above
 //
-// A reader takes everything into memory and checks it; only then the cache changes.
+// Rows of removed tokens, and in a sequence's state those of other sequences, are wiped from what is written.
+// A reader checks every number against this context before it takes memory for what follows, takes everything into
+// memory and checks it; only then the cache changes.
 
+#include "kvq-checksum.h"
 #include "kvq-glue.h"
 
 #include "llama-io.h"
@@ -20,39 +23,8 @@
 #include <string>
 #include <vector>
 
-// order-dependent sum against accidents, 8 bytes a step however the bytes come
-struct kvq_checksum {
-    void add(const void * data, size_t size) {
-        const char * p = (const char *) data;
-        while (size > 0) {
-            const size_t n = std::min(size, sizeof(word) - n_word);
-            memcpy((char *) &word + n_word, p, n);
-            p      += n;
-            size   -= n;
-            n_word += n;
-            if (n_word == sizeof(word)) {
-                step();
-            }
-        }
-    }
-
-    uint64_t finish() {
-        step();
-        return value;
-    }
-
-private:
-    void step() {
-        value  = (value ^ word)*0x100000001b3ull;
-        value ^= value >> 29;
-        word   = 0;
-        n_word = 0;
-    }
-
-    uint64_t value  = 0xcbf29ce484222325ull;
-    uint64_t word   = 0;
-    size_t   n_word = 0;
-};
+// long parts are cut into blocks of this size, each behind its own: a file that ends early is noticed at the next block
+constexpr size_t KVQ_STATE_BLOCK = 1024*1024;
 
 struct kvq_state_writer {
     llama_io_write_i & io;
@@ -67,9 +39,17 @@ struct kvq_state_writer {
         bytes(&v, sizeof(v));
     }
 
+    void buffer(const uint8_t * data, size_t size) {
+        for (size_t i = 0; i < size; i += KVQ_STATE_BLOCK) {
+            const size_t n = std::min(KVQ_STATE_BLOCK, size - i);
+            value<uint32_t>(n);
+            bytes(data + i, n);
+        }
+    }
+
     void string(const std::string & s) {
         value<uint32_t>(s.size());
-        bytes(s.data(), s.size());
+        buffer((const uint8_t *) s.data(), s.size());
     }
 
     void finish() {
@@ -87,13 +67,14 @@ struct kvq_state_reader {
         sum.add(data, size);
     }
 
-    // in steps: a length from a damaged file must not become one huge allocation
-    std::vector<uint8_t> buffer(uint64_t size) {
-        const uint64_t step = 64*1024*1024;
-
+    // the caller knows that so much is possible here
+    std::vector<uint8_t> buffer(size_t size) {
         std::vector<uint8_t> res;
         while (size > res.size()) {
-            const size_t n = std::min<uint64_t>(step, size - res.size());
+            const size_t n = std::min(KVQ_STATE_BLOCK, size - res.size());
+            if (value<uint32_t>() != n) {
+                throw std::runtime_error("kvq: the saved state is damaged (cut short)");
+            }
             res.resize(res.size() + n);
             bytes(res.data() + res.size() - n, n);
         }
@@ -126,12 +107,18 @@ struct kvq_state_reader {
 
 // one saved cell
 struct kvq_state_cell {
-    uint32_t          cell;
+    uint32_t          cell; // whole cache only: a sequence takes the cells that it finds
     llama_pos         pos;
+    llama_pos         shift; // part of pos that its key still has to be rotated by
     llama_kv_cell_ext ext;
 
     std::vector<llama_seq_id> seq_ids; // whole cache only
 };
+
+// everything but the cell's index and sequences
+void kvq_state_write_cell(kvq_state_writer & out, const llama_kv_cells & cells, uint32_t i, bool has_ext);
+void kvq_state_read_cell (kvq_state_reader & in,  kvq_state_cell & cell, bool has_ext, bool can_shift);
+void kvq_state_put_cell  (llama_kv_cells & cells, const kvq_state_cell & cell); // without sequences its cell is not used yet
 
 // throws when a library call failed
 void kvq_state_call(kvq_status status, const char * what);
@@ -148,5 +135,18 @@ std::vector<kvq_range> kvq_state_ranges(const kvq_layout * layout, kvq_side side
 
 size_t kvq_state_size(const std::vector<kvq_range> & ranges);
 
-void kvq_state_get(const ggml_tensor * t, const std::vector<kvq_range> & ranges, uint8_t * dst);
-void kvq_state_set(      ggml_tensor * t, const std::vector<kvq_range> & ranges, const uint8_t * src);
+std::vector<uint8_t> kvq_state_get(const uint8_t * mem, const std::vector<kvq_range> & ranges);
+void                 kvq_state_set(uint8_t * mem, const std::vector<kvq_range> & ranges, const uint8_t * src);
+
+// zeroed memory of one stream of one layer, apart from the cache's
+struct kvq_state_memory {
+    explicit kvq_state_memory(const kvq_layout * layout);
+
+    kvq_state_memory(kvq_state_memory &&) = default;
+    kvq_state_memory(const kvq_state_memory &) = delete;
+
+    uint8_t * side[2]; // by kvq_side
+
+private:
+    std::vector<uint8_t> buf[2];
+};
