@@ -71,14 +71,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def server(bin_dir, model, kv, n_ctx, log, threads=None, n_parallel=1):
-    """A llama-server for the length of a with block; its output goes to the file `log`."""
+def server(bin_dir, model, kv, n_ctx, log, threads=None, n_parallel=1, extra=()):
+    """A llama-server for the length of a with block; its output goes to the file `log`. `extra` arguments win."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [pathlib.Path(bin_dir) / "llama-server", "-m", model, "--host", "127.0.0.1", "--port", str(port),
                "-c", str(n_ctx), "-np", str(n_parallel), "-cram", "0", "-ctxcp", "0", "--no-ui", *UBATCH, *kv_args(kv)]
     command += ["-t", str(threads)] if threads else []
+    command += map(str, extra)
     with open(log, "w") as out:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
         try:
