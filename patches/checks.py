@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import random
 import struct
 import subprocess
 import sys
@@ -65,6 +66,32 @@ def completions(bin_dir, model, kv, log):
         raise RunError("an answer is empty")
 
 
+def swa_server(bin_dir, model, kv):
+    """A sliding-window model, two slots in one cache. While slot 1 has filled it, slot 0 goes back to a context
+    checkpoint, and is restored from a file: each must be as with f16, the tokens taken from the cache included."""
+    rng = random.Random(1)
+    first, other, ending = ([rng.randrange(128) for _ in range(n)] for n in (220, 700, 20))
+    seen = {}
+    for cache in ("f16", kv):
+        extra = ["-kvu", "-ctxcp", 32, "-cms", 0, "--slot-save-path", pathlib.Path.cwd(), "-lv", 5, "--override-kv",
+                 "gemma3.context_length=int:4096"]
+        log = pathlib.Path(f"swa-{cache.split(':')[0]}.log")
+        with server(bin_dir, model, cache, 2048, log, 2, n_parallel=2, extra=extra) as one:
+            def ask(prompt, slot):
+                body = {"prompt": prompt, "n_predict": 2, "temperature": 0, "ignore_eos": True, "id_slot": slot}
+                return one.post("/completion", body)["timings"]["cache_n"]
+            steps = [ask(first[:100], 0), ask(first, 0)]
+            steps.append(one.post("/slots/0?action=save", {"filename": f"{log.stem}.bin"})["n_saved"])
+            steps += [ask(other, 1), ask(first[:130] + ending, 0)]
+            steps.append(ask(other + ending, 1))
+            steps.append(one.post("/slots/0?action=restore", {"filename": f"{log.stem}.bin"})["n_restored"])
+            steps += [ask(first + ending, 0), ask(other[:600], 1)]
+        seen[cache] = steps, log.read_text(errors="replace").count("restored context checkpoint")
+    print(seen)
+    if seen["f16"] != seen[kv] or seen[kv][1] == 0:
+        raise RunError("other steps than with f16, or no checkpoint was restored")
+
+
 def bars(bin_dir, store, model, text):
     """Mean KLD of the recipes against stock q4_0 in the same run, and the order of the recipes among themselves."""
     runs = Runs(bin_dir, store)
@@ -111,6 +138,6 @@ def damage(source, target, how):
 
 if __name__ == "__main__":
     try:
-        {f.__name__: f for f in (odd_model, completions, bars, bench, damage)}[sys.argv[1]](*sys.argv[2:])
+        {f.__name__: f for f in (odd_model, completions, swa_server, bars, bench, damage)}[sys.argv[1]](*sys.argv[2:])
     except (RunError, subprocess.CalledProcessError) as error:
         sys.exit(f"error: {error}")

@@ -227,6 +227,9 @@ refused "a kvq state without kvq" 'failed to load session file' continued off st
 check "saving without kvq" save off plain.bin
 refused "a state without kvq" 'failed to load session file' continued skvq:k=3,v=3 plain.bin
 
+echo "== soak"
+check "a minute of everything at once, beside f16" "$root/patches/soak.py" --bin "$bin" --minutes 1 -o soak
+
 echo "== LLAMA_CPP_DIR"
 if [ -d "$root/build/stock/llama.cpp" ] && command -v git >/dev/null; then
     as_git() { git -c user.name=test -c user.email=test@example.invalid -C checkout "$@"; }
@@ -260,6 +263,7 @@ if [ -x "$bin/test_llama" ] && [ -x "$bin/test-llama-archs" ]; then
     # Keys of 4 bits on every layer: ten times the error that 8 bits may have.
     check "the same with outlier tokens" "$bin/test_llama" "$model" ott:k=4,v=8,skip-layers=0 0.01
     check "the same with widths by attention" "$bin/test_llama" "$model" qaq:bits=3.5 0.01
+    check "saved states: what is in them, and those that nobody saved" "$bin/test_state" "$model"
     # Small random models, one of each architecture. Status 2: refused, with a reason; that is right for some.
     mkdir -p archs
     check "making the models" "$bin/test-llama-archs" -o archs
@@ -267,6 +271,9 @@ if [ -x "$bin/test_llama" ] && [ -x "$bin/test-llama-archs" ]; then
     check "one line for a model with two caches" says_once \
         "on = .*$size \(full attention [0-9.]+ MiB for 4096 cells, sliding window [0-9.]+ MiB for [0-9]+ cells\), " \
         "$bin/llama-bench" -m archs/gemma3-dense.gguf -t 2 -p 4096 -n 0 -r 1 -kvq on
+    for kv in skvq kivi:k=2.25 qaq; do
+        check "llama-server, sliding window, two slots in one cache: $kv" checks swa_server "$bin" archs/gemma3-dense.gguf "$kv"
+    done
     test_arch() { KVQ_TEST_QUICK=1 timeout 300 "$bin/test_llama" "$1" "$2" 0.02; }
     refusals=0
     for arch in archs/*.gguf; do
