@@ -71,7 +71,7 @@ static inline void layer_begin_ubatch(layer *l, exact *e, uint64_t *seed, uint32
     l->n = n;
     kvq_row *rows = make(n, sizeof *rows);
     for (uint32_t i = 0; i < n; i++) {
-        rows[i] = (kvq_row){first + i, (int32_t)(first + i)};
+        rows[i] = (kvq_row){first + i, (int32_t)(first + i), 0};
     }
     l->plan_len = kvq_planner_plan_len(l->planner, n);
     l->plan = make(l->plan_len, sizeof(int32_t));

@@ -24,7 +24,9 @@ static void recipe_and_layout(kvq_recipe *recipe, kvq_layout *layout) {
     CHECK_INVALID(kvq_recipe_parse("skvq", NULL));
     CHECK_INVALID(kvq_recipe_spec(NULL, text, sizeof text));
     CHECK_INVALID(kvq_recipe_spec(recipe, NULL, sizeof text));
-    CHECK(kvq_recipe_page(NULL) == 0);
+    CHECK(kvq_recipe_page(NULL) == 0 && kvq_recipe_window(NULL) == 0);
+    CHECK_INVALID(kvq_recipe_fit(NULL, 64, 1, 1, &new_recipe));
+    CHECK_INVALID(kvq_recipe_fit(recipe, 64, 1, 1, NULL));
     CHECK_INVALID(kvq_layout_new(NULL, &shape, 0, 64, 16, &new_layout));
     CHECK_INVALID(kvq_layout_new(recipe, NULL, 0, 64, 16, &new_layout));
     CHECK_INVALID(kvq_layout_new(recipe, &shape, 0, 64, 16, NULL));
@@ -45,7 +47,7 @@ static void recipe_and_layout(kvq_recipe *recipe, kvq_layout *layout) {
 
 static void planner(kvq_recipe *recipe, kvq_planner *planner) {
     kvq_planner *new_planner = UNTOUCHED;
-    const kvq_row row = {0, 0};
+    const kvq_row row = {0, 0, 0};
     const uint32_t cell = 0;
     const size_t len = kvq_planner_plan_len(planner, 1);
     int32_t *plan = make(len, sizeof(int32_t));
@@ -81,7 +83,7 @@ static void layer(kvq_layout *layout, kvq_planner *planner) {
     int32_t *plan = make(len, sizeof(int32_t)), *location = make(64, sizeof(int32_t));
     uint8_t *k_mem = make(kvq_layout_k_bytes(layout), 1), *v_mem = make(kvq_layout_v_bytes(layout), 1);
     const uint8_t changed = 1;
-    const kvq_row row = {0, 0};
+    const kvq_row row = {0, 0, 0};
     CHECK_OK(kvq_planner_plan(planner, 0, &row, 1, always, NULL, plan, len));
     CHECK_OK(kvq_planner_locate(planner, 0, location));
 

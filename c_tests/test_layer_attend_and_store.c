@@ -116,6 +116,47 @@ static void rewrite_keys(const layer *l, exact *e) {
     free(expected);
 }
 
+/* Attends and stores 200 tokens in three steps; what the last one gives. */
+static float *answer(layer *l, exact *e, uint64_t seed) {
+    const uint32_t ubatches[] = {130, 62, 8};
+    float *out = make((size_t)130 * SHAPE.n_heads * SHAPE.head_dim_v, sizeof(float));
+    for (size_t i = 0; i < sizeof ubatches / sizeof *ubatches; i++) {
+        layer_begin_ubatch(l, e, &seed, ubatches[i]);
+        const kvq_attend_args attend = layer_attend_args(l, e, out);
+        CHECK_OK(kvq_attend(l->layout, &attend, 0, 1));
+        kvq_store_args store = layer_store_args(l, e);
+        store.q = l->q;
+        store.q_stride_token = (size_t)SHAPE.n_heads * SHAPE.head_dim_k;
+        store.q_stride_head = SHAPE.head_dim_k;
+        CHECK_OK(kvq_store(l->layout, &store, 0, 1));
+    }
+    return out;
+}
+
+/* When all tokens are gone, a plan without rows, or of new tokens, makes the layer forget what it has learned. */
+static void forget(bool without_rows) {
+    layer l = layer_new("kivi:k=2.25,page=64,window=32", SHAPE, 320);
+    exact e = exact_new(SHAPE, 320);
+    float *answers[3];
+    for (int i = 0; i < 3; i++) {
+        answers[i] = answer(&l, &e, i == 1 ? 8 : 9);
+        memset(l.live, 0, l.n_cells * sizeof(bool));
+        e.n = 0;
+        if (without_rows) {
+            const kvq_row none = {0, 0, 0};
+            CHECK_OK(kvq_planner_plan(l.planner, 0, &none, 0, layer_is_live, &l, l.plan, l.plan_len));
+            kvq_store_args store = {.k_mem = l.k_mem, .v_mem = l.v_mem, .plan = l.plan, .plan_len = l.plan_len};
+            CHECK_OK(kvq_store(l.layout, &store, 0, 1));
+        }
+    }
+    const size_t n_bytes = (size_t)8 * SHAPE.n_heads * SHAPE.head_dim_v * sizeof(float);
+    CHECK(memcmp(answers[0], answers[1], n_bytes) != 0);
+    CHECK(memcmp(answers[0], answers[2], n_bytes) == 0);
+    for (int i = 0; i < 3; i++) free(answers[i]);
+    layer_free(&l);
+    exact_free(&e);
+}
+
 int main(void) {
     const uint32_t ubatches[] = {1, 40, 1, 22, 1, 64, 130, 1, 1, 38}, n_cells = 320;
     layer l = layer_new(SPEC_8_BITS, SHAPE, n_cells);
@@ -153,5 +194,7 @@ int main(void) {
     CHECK(error.rows >= 4 && error.signal > 0 && error.noise > 0 && error.noise <= NMSE_8_BITS * error.signal);
     layer_free(&l);
     exact_free(&e);
+    forget(false);
+    forget(true);
     return 0;
 }

@@ -11,7 +11,7 @@ static bool below_limit(void *user, uint32_t stream, uint32_t cell) {
 static kvq_status plan(kvq_planner *planner, uint32_t stream, uint32_t first, uint32_t n, int32_t **out) {
     kvq_row rows[N_CELLS];
     for (uint32_t i = 0; i < n; i++) {
-        rows[i] = (kvq_row){first + i, (int32_t)(first + i)};
+        rows[i] = (kvq_row){first + i, (int32_t)(first + i), i % 2};
     }
     const size_t len = kvq_planner_plan_len(planner, n);
     *out = make(len, sizeof(int32_t));
@@ -27,12 +27,13 @@ static void append(kvq_planner *planner, uint32_t stream, uint32_t first, uint32
 static void misuse(kvq_recipe *recipe, kvq_planner *planner) {
     int32_t *ints = NULL;
     uint32_t limit = 0;
-    const kvq_row twice[] = {{5, 0}, {5, 1}}, outside = {N_CELLS, 0};
+    const kvq_row twice[] = {{5, 0, 0}, {5, 1, 0}}, outside = {N_CELLS, 0, 0}, stranger = {5, 0, 2};
     CHECK_INVALID(plan(planner, 2, 0, 1, &ints));
     const size_t len = kvq_planner_plan_len(planner, 2);
     int32_t *buffer = make(len, sizeof(int32_t));
     CHECK_INVALID(kvq_planner_plan(planner, 0, twice, 2, below_limit, &limit, buffer, len));
     CHECK_INVALID(kvq_planner_plan(planner, 0, &outside, 1, below_limit, &limit, buffer, len));
+    CHECK_INVALID(kvq_planner_plan(planner, 0, &stranger, 1, below_limit, &limit, buffer, len));
     CHECK_STATUS(kvq_planner_plan(planner, 0, twice, 1, below_limit, &limit, buffer, 10), KVQ_STATUS_BUFFER_TOO_SMALL);
     CHECK_INVALID(kvq_planner_plan(planner, 0, twice, SIZE_MAX / 2, below_limit, &limit, buffer, len));
     CHECK_INVALID(kvq_planner_copy_stream(planner, 0, 2));

@@ -37,7 +37,20 @@ int main(void) {
     CHECK(memcmp(tiny, "xxxxxxxx", sizeof tiny) == 0);
     CHECK_STATUS(kvq_recipe_spec(recipe, again, strlen(spec)), KVQ_STATUS_BUFFER_TOO_SMALL);
     CHECK_OK(kvq_recipe_spec(recipe, again, strlen(spec) + 1));
-    kvq_recipe_free(recipe);
     kvq_recipe_free(second);
+
+    kvq_recipe *wide = recipe_of("skvq:window=8192,page=256"), *fitted = NULL;
+    CHECK(kvq_recipe_window(wide) == 8192);
+    CHECK_INVALID(kvq_recipe_fit(wide, 0, 1, 1, &fitted));
+    CHECK_INVALID(kvq_recipe_fit(wide, 512, 0, 1, &fitted));
+    CHECK_INVALID(kvq_recipe_fit(wide, 512, 1, 0, &fitted));
+    CHECK(fitted == NULL);
+    CHECK_OK(kvq_recipe_fit(wide, 512, 1, 1, &fitted));
+    CHECK_OK(kvq_recipe_spec(fitted, spec, sizeof spec));
+    CHECK(kvq_recipe_page(fitted) == 128 && kvq_recipe_window(fitted) == 128);
+    CHECK(strstr(spec, "window=128") != NULL && strstr(spec, "page=128") != NULL);
+    kvq_recipe_free(fitted);
+    kvq_recipe_free(wide);
+    kvq_recipe_free(recipe);
     return 0;
 }

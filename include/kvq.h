@@ -128,12 +128,14 @@ typedef struct {
     size_t size;
 } kvq_range;
 
-// One token of an ubatch: the cell it is written to and its position in its sequence.
+// One token of an ubatch: the cell it is written to, its sequence and its position there.
 typedef struct {
     // Cell, smaller than the planner's n_cells.
     uint32_t cell;
     // Position; small ones are the sink tokens that some recipes keep exact.
     int32_t pos;
+    // Sequence, smaller than the planner's n_seq_max, whose window the token is in: the first one if several share it.
+    uint32_t seq;
 } kvq_row;
 
 // Tells whether `cell` of `stream` still holds a token that some sequence can see. Asked only while kvq_planner_plan
@@ -231,7 +233,7 @@ typedef struct {
     const float *lse;
     // The factor on the scores that kvq_attend got; only read with `lse`.
     float scale;
-    // Rows; the plan's n_tokens.
+    // Rows; the plan's n_tokens. Without any, `k_cur` and `v_cur` are not read.
     uint32_t n_tokens;
 } kvq_store_args;
 
@@ -348,8 +350,23 @@ void kvq_recipe_free(kvq_recipe *recipe);
 // it gives the same recipe. KVQ_STATUS_BUFFER_TOO_SMALL if it does not fit; 512 bytes are always enough.
 kvq_status kvq_recipe_spec(const kvq_recipe *recipe, char *buf, size_t buf_size);
 
+// Makes the recipe that a cache of `n_cells` cells in each of `n_streams` streams carries out; `n_seq_max` sequences
+// share a single stream. In a small cache page, window, sink tokens and outlier tokens shrink by a fixed rule, so that
+// it stays smaller than float16. Use the result for kvq_planner_new, kvq_layout_new and everything else;
+// kvq_recipe_spec tells what changed. KVQ_STATUS_INVALID_ARGUMENT if a number is 0.
+//
+// Free the result with kvq_recipe_free.
+kvq_status kvq_recipe_fit(const kvq_recipe *recipe,
+                          uint32_t n_cells,
+                          uint32_t n_streams,
+                          uint32_t n_seq_max,
+                          kvq_recipe **out);
+
 // Cells in a page of a recipe. 0 if `recipe` is NULL.
 uint32_t kvq_recipe_page(const kvq_recipe *recipe);
+
+// Newest tokens of each sequence that a recipe keeps in float16. 0 if `recipe` is NULL.
+uint32_t kvq_recipe_window(const kvq_recipe *recipe);
 
 // Makes the layout of a layer of `shape` for `n_cells` cells and `n_slots` exact rows (kvq_planner_n_slots). `layer`
 // counts from 0; some recipes treat the first layers differently.
@@ -419,8 +436,10 @@ kvq_status kvq_layout_page_ranges(const kvq_layout *layout,
 // pages (2 MiB on x86-64) must lie inside it.
 kvq_status kvq_use_large_pages(void *memory, size_t n_bytes);
 
-// Makes a planner for `n_streams` streams of `n_cells` cells each. `n_seq_max` sequences may share a single stream; it
-// bounds the sink tokens. Free the result with kvq_planner_free.
+// Makes a planner for `n_streams` streams of `n_cells` cells each. `n_seq_max` sequences share a single stream; of
+// several streams each has one. Every sequence has a window and sink tokens of its own; the windows of a stream take
+// at most a quarter of its cells, or one window if that is more, and are cut to the same length where they would take
+// more. Free the result with kvq_planner_free.
 kvq_status kvq_planner_new(const kvq_recipe *recipe,
                            uint32_t n_cells,
                            uint32_t n_streams,
@@ -439,7 +458,8 @@ size_t kvq_planner_plan_len(const kvq_planner *planner, uint32_t n_tokens);
 // Places the `n_rows` rows of one ubatch into `stream` and writes the plan that kvq_attend and kvq_store execute, in
 // that order, for every layer. `plan_len` is at least kvq_planner_plan_len(planner, n_rows).
 //
-// Cells must differ within a call. `user` is handed to `is_live`. On failure the planner is as before.
+// Cells must differ within a call. `user` is handed to `is_live`. If no cell of the stream is live, kvq_store of this
+// plan also forgets what the stream has learned from its tokens. On failure the planner is as before.
 kvq_status kvq_planner_plan(kvq_planner *planner,
                             uint32_t stream,
                             const kvq_row *rows,
@@ -560,7 +580,8 @@ kvq_status kvq_erase(const kvq_layout *layout, uint8_t *k_mem, uint8_t *v_mem, c
 // must not run beside kvq_store on the same memory.
 kvq_status kvq_layer_key_error(const kvq_layout *layout, const uint8_t *k_mem, kvq_key_error *out);
 
-// Makes an empty cache. All its memory is reserved here. Free it with kvq_cache_free.
+// Makes an empty cache, with the recipe fitted to its size (kvq_recipe_fit). All its memory is reserved here. Free it
+// with kvq_cache_free.
 kvq_status kvq_cache_new(const kvq_recipe *recipe, const kvq_cache_params *params, kvq_cache **out);
 
 // Frees a cache. NULL is ignored.

@@ -381,7 +381,7 @@ public:
         const size_t width = size_t(case_.head_dim) * N_KV_HEADS;
         std::vector<kvq_row> rows(n);
         for (int i = 0; i < n; i++) {
-            rows[i] = { uint32_t(cell + i), cell + i };
+            rows[i] = { uint32_t(cell + i), cell + i, 0 };
         }
         if (last) {
             ok(kvq_planner_locate(planner_, 0, location_.data()));

@@ -116,7 +116,7 @@ mod tests {
             ((token * DIM + i) * 7919 % 1009) as f32 / 504.0 * size - size
         };
         for start in (0..150).step_by(30) {
-            let rows: Vec<Row> = (start..start + 30).map(|i| Row { cell: i as u32, pos: i as i32 }).collect();
+            let rows: Vec<Row> = (start..start + 30).map(|i| Row { cell: i as u32, pos: i as i32, seq: 0 }).collect();
             let data: Vec<f32> = rows.iter().flat_map(|row| (0..DIM).map(|i| value(row.cell as usize, i))).collect();
             let mut ints = vec![0; plan_len(rows.len(), planner.n_slots(), N_CELLS, 64)];
             planner.plan(0, &rows, &|cell| cell < start, &mut ints).unwrap();

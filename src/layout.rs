@@ -324,6 +324,12 @@ impl SideLayout {
         &mut region[self.pool_table..self.pool_table_end]
     }
 
+    /// All that a stream's tokens leave beside their rows, to be forgotten with the last of them: who is in the outlier
+    /// pool, what was learned, recent queries.
+    pub(crate) fn remembered_mut<'a>(&self, region: &'a mut [u8]) -> &'a mut [u8] {
+        &mut region[self.pool_table..self.recent_end]
+    }
+
     /// What the store step has learned, as [`crate::learned`] has it; empty for values.
     pub(crate) fn learned<'a>(&self, region: &'a [u8]) -> &'a [u8] {
         &region[self.learned..self.learned_end]

@@ -7,7 +7,7 @@ use std::ops::Range;
 use crate::error::{Error, Result};
 
 /// Version of the layout described on [`Plan`]; the first int of every plan.
-pub const PLAN_VERSION: i32 = 1;
+pub const PLAN_VERSION: i32 = 2;
 /// Ints before the first array.
 pub const HEADER_INTS: usize = 16;
 /// Cells whose page bits share one int. A page is a multiple of this.
@@ -17,8 +17,10 @@ pub const CELLS_PER_WORD: usize = 32;
 const FRESH: i32 = 1 << 30;
 /// Sources (slots and ubatch rows together) stay below the flag.
 pub(crate) const MAX_SOURCES: usize = FRESH as usize;
-/// First int of the header that version 1 leaves zero.
+/// First int of the header that is zero.
 const FIRST_RESERVED: usize = 9;
+/// Int of the header that holds [`Plan::starts_anew`].
+const STARTS_ANEW: usize = 15;
 
 /// Which moment of an ubatch a list describes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +68,7 @@ pub struct Record {
 /// | 2 * (`n_slots` + `n_tokens`) | records {cell, source}, sorted by cell, `n_records` of them in use, zeros behind |
 ///
 /// Header: 0 version, 1 stream, 2 `n_tokens`, 3 `n_slots`, 4 `n_cells`, 5 P, 6 `n_records`, 7 pages to scan before,
-/// 8 pages to scan after, 9 to 15 zero.
+/// 8 pages to scan after, 9 to 14 zero, 15: 1 if the stream starts anew ([`Plan::starts_anew`]), else 0.
 ///
 /// A source below `n_slots` is a slot, otherwise `n_slots` + ubatch row; bit 30 is [`Record::fresh`]. Pages to scan:
 /// 1 + the last page with a bit, 0 without any. A page bit may belong to a cell that no longer holds a live token: the
@@ -78,6 +80,7 @@ pub struct Plan<'a> {
     n_cells: usize,
     n_records: usize,
     n_pages: [usize; 2],
+    starts_anew: bool,
     extent: Extent,
 }
 
@@ -161,10 +164,14 @@ impl<'a> Plan<'a> {
         if n_records > extent.max_records() || n_pages.iter().any(|&n| n > n_cells.div_ceil(page)) {
             return Err(Error::invalid("plan names more records or pages than it can have"));
         }
-        if extent.max_records() > MAX_SOURCES || header[FIRST_RESERVED..].iter().any(|&int| int != 0) {
+        if extent.max_records() > MAX_SOURCES
+            || header[FIRST_RESERVED..STARTS_ANEW].iter().any(|&int| int != 0)
+            || !matches!(header[STARTS_ANEW], 0 | 1)
+        {
             return Err(Error::invalid("plan header is malformed"));
         }
-        Ok(Plan { ints, stream, n_cells, n_records, n_pages, extent })
+        let starts_anew = header[STARTS_ANEW] == 1;
+        Ok(Plan { ints, stream, n_cells, n_records, n_pages, starts_anew, extent })
     }
 
     /// Fails unless every slot, cell and source named by the plan exists, records are sorted, and the records of a page
@@ -216,6 +223,11 @@ impl<'a> Plan<'a> {
     /// Cells of a page.
     pub fn page(&self) -> usize {
         self.extent.page
+    }
+
+    /// The stream held no live token before this ubatch: the store forgets what the layer has learned from earlier ones.
+    pub fn starts_anew(&self) -> bool {
+        self.starts_anew
     }
 
     /// Pages to scan: no later page has a readable row.
@@ -292,6 +304,11 @@ impl<'a> PlanWriter<'a> {
             *int = size as i32;
         }
         Ok(Self { ints, extent: Extent::new(n_tokens, n_slots, n_cells, page) })
+    }
+
+    /// Sets [`Plan::starts_anew`].
+    pub(crate) fn set_starts_anew(&mut self) {
+        self.ints[STARTS_ANEW] = 1;
     }
 
     /// All entries of [`Plan::slot_cells`], to be set.

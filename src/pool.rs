@@ -188,7 +188,7 @@ mod tests {
         /// Appends a page of keys of size 1 but for some (row, size). Gives the members' cells, ascending.
         fn append(&mut self, page: usize, sizes: &[(usize, f32)]) -> Vec<usize> {
             let rows: Vec<Row> =
-                (0..64).map(|i| Row { cell: (page * 64 + i) as u32, pos: (page * 64 + i) as i32 }).collect();
+                (0..64).map(|i| Row { cell: (page * 64 + i) as u32, pos: (page * 64 + i) as i32, seq: 0 }).collect();
             let mut keys: Vec<f32> = (0..64 * DIM).map(|i| if i * 7 % 13 < 6 { 1.0 } else { -1.0 }).collect();
             for &(row, size) in sizes {
                 keys[row * DIM..(row + 1) * DIM].iter_mut().for_each(|x| *x *= size);

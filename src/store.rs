@@ -63,6 +63,9 @@ pub fn store_head(
     plan: &Plan,
 ) -> Result<()> {
     check_plan(layout, plan)?;
+    if plan.starts_anew() {
+        forget(layout, &mut regions);
+    }
     if let Some(q) = &rows.q {
         let learned = layout.side(Side::Key).learned_mut(regions[0]);
         learn_queries(layout, head, learned, q, plan.n_tokens());
@@ -91,6 +94,16 @@ pub fn store_head(
         }
     }
     Ok(())
+}
+
+/// Makes a head as new, but for what is known of the model rather than of its tokens: how far packed keys are off.
+fn forget(layout: &Layout, regions: &mut [&mut [u8]; 2]) {
+    let key = layout.side(Side::Key);
+    let error = KeyError::read(key.learned(regions[0]));
+    for side in [Side::Key, Side::Value] {
+        layout.side(side).remembered_mut(regions[side as usize]).fill(0);
+    }
+    error.write(key.learned_mut(regions[0]));
 }
 
 /// One page on its way, with its buffers.

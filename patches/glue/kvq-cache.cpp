@@ -78,6 +78,12 @@ llama_kvq_cache::llama_kvq_cache(llama_kv_cache & kv, const char * spec) : kv(kv
         throw std::runtime_error(format("kvq: --kvq %s: %s (--kvq help says more)", spec, kvq_last_error()));
     }
     recipe.reset(r);
+    asked = this->spec();
+
+    if (kvq_recipe_fit(recipe.get(), kv.get_size(), kv.n_stream, kv.n_seq_max, &r) != 0) {
+        throw std::runtime_error(format("kvq: --kvq %s: %s", spec, kvq_last_error()));
+    }
+    recipe.reset(r);
 
     kvq_planner * p = nullptr;
     if (kvq_planner_new(r, kv.get_size(), kv.n_stream, kv.n_seq_max, &p) != 0) {

@@ -75,6 +75,8 @@ struct llama_kvq_cache : llama_kvq {
     // every key of the recipe
     std::string spec() const;
 
+    std::string asked; // the same before the recipe was fitted to the size of this cache
+
     // what this cache takes; bits are sums over the layers, weighted by their channels
     struct size_info {
         size_t bytes = 0, bytes_f16 = 0; // of all streams
@@ -93,6 +95,9 @@ private:
     void * keep(const llama_kvq_node & node);
 
     void plan_stream(uint32_t strm, const std::vector<kvq_row> & rows, int32_t * plan, size_t len);
+
+    // makes the memory of a stream without tokens as new: nothing that was learned from earlier ones remains
+    void forget_if_empty(uint32_t strm);
 
     // after an aborted graph: the layers it did not reach carry out its plan, so that all layers hold the same pages;
     // false: there was nothing to do

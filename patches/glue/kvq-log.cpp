@@ -8,6 +8,8 @@
 #include "llama-memory-hybrid.h"
 #include "llama-memory-hybrid-iswa.h"
 
+#include <sstream>
+
 static const double MIB = 1024.0*1024.0;
 
 struct kvq_named_cache {
@@ -90,6 +92,19 @@ static std::string kvq_not_smaller(const std::vector<kvq_named_cache> & caches) 
             "; use a smaller window or page (such as window=32,page=64) or --kvq off";
 }
 
+// what a small cache has less of than was asked for, such as "window=128 instead of 256"
+static std::string kvq_cut(const std::string & asked, const std::string & made) {
+    std::istringstream all_asked(asked);
+    std::istringstream all_made(made);
+    std::string cut, a, m;
+    while (std::getline(all_asked, a, ',') && std::getline(all_made, m, ',')) {
+        if (a != m) {
+            cut += (cut.empty() ? "" : ", ") + m + " instead of " + a.substr(a.find('=') + 1);
+        }
+    }
+    return cut;
+}
+
 void llama_kvq_log(const llama_memory_i * memory, const char * spec) {
     const auto caches = kvq_caches(memory);
     if (caches.empty() || caches[0].cache->only_estimated()) {
@@ -118,6 +133,13 @@ void llama_kvq_log(const llama_memory_i * memory, const char * spec) {
             kvq_says(spec).c_str(), sum.bits_k/sum.n_embd_k, sum.bits_v/sum.n_embd_v, sum.bytes/MIB,
             caches.size() > 1 ? format(" (%s)", parts.c_str()).c_str() : "",
             ratio >= 1.0 ? ratio : 1.0/ratio, ratio >= 1.0 ? "smaller" : "larger");
+
+    for (const auto & it : caches) {
+        const std::string cut = kvq_cut(it.cache->asked, it.cache->spec());
+        if (!cut.empty()) {
+            LLAMA_LOG_INFO("kvq: %s%s%u cells have room for %s\n", it.name, *it.name ? ": " : "", it.cache->n_cells(), cut.c_str());
+        }
+    }
 
     const std::string warning = kvq_not_smaller(caches);
     if (!warning.empty()) {

@@ -5,6 +5,7 @@
 
 #include "llama-impl.h"
 
+#include <algorithm>
 #include <cstring>
 
 ggml_tensor * llama_kvq_cache::build_plan(ggml_context * ctx, const llama_ubatch & ubatch) const {
@@ -45,7 +46,7 @@ void llama_kvq_cache::set_plan(ggml_tensor * dst, const llama_ubatch & ubatch,
 
     for (size_t s = 0; s < strm.size(); ++s) {
         for (size_t i = 0; i < n_tokens; ++i) {
-            rows[i] = { idxs[s][i], ubatch.pos[s*n_tokens + i] };
+            rows[i] = { idxs[s][i], ubatch.pos[s*n_tokens + i], (uint32_t) ubatch.seq_id[s*n_tokens + i][0] };
         }
 
         plan_stream(strm[s], rows, (int32_t *) dst->data + s*len, len);
@@ -55,9 +56,27 @@ void llama_kvq_cache::set_plan(ggml_tensor * dst, const llama_ubatch & ubatch,
     last_streams  = strm;
     last_n_tokens = n_tokens;
 
-    for (auto & cur : progress) {
-        cur = cur == KVQ_LAYER_IDLE ? KVQ_LAYER_IDLE : KVQ_LAYER_DUE;
+    std::replace(progress.begin(), progress.end(), KVQ_LAYER_DONE, KVQ_LAYER_DUE);
+}
+
+void llama_kvq_cache::forget_if_empty(uint32_t strm) {
+    settle();
+
+    if (kv.v_cells[strm].get_used() > 0) {
+        return;
     }
+
+    // a plan without rows: all layers carry it out now
+    const kvq_row none = {};
+
+    last_plan.resize(kvq_planner_plan_len(planner.get(), 0));
+    llama_kvq_must(kvq_planner_plan(planner.get(), strm, &none, 0, cell_is_live, &kv.v_cells,
+                last_plan.data(), last_plan.size()), "plan");
+    last_streams  = { (llama_seq_id) strm };
+    last_n_tokens = 0;
+
+    std::replace(progress.begin(), progress.end(), KVQ_LAYER_DONE, KVQ_LAYER_DUE);
+    settle();
 }
 
 bool llama_kvq_cache::settle() const {

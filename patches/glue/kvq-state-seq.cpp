@@ -282,6 +282,7 @@ void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id)
     }
 
     kv.seq_rm(seq_id, -1, -1);
+    forget_if_empty(strm);
     restore(strm, saved);
 }
 
@@ -371,7 +372,8 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
 
     std::vector<kvq_row> ubatch;
     for (size_t i : anew) {
-        ubatch.push_back({ saved.cells[i].cell, saved.cells[i].pos });
+        const auto & cell = saved.cells[i];
+        ubatch.push_back({ cell.cell, cell.pos, (uint32_t) cell.seq_ids[0] });
     }
     std::vector<int32_t> plan(kvq_planner_plan_len(planner.get(), ubatch.size()));
     plan_stream(strm, ubatch, plan.data(), plan.size());

@@ -1,7 +1,8 @@
 // Tests of the patched llama.cpp through its public API alone:
 //   test_llama MODEL RECIPE [NMSE]
 // Compares a kvq context with an f16 one (prefill, decode, several sequences, sequence copy, abort, K-shift), and checks that
-// saved state comes back bit-identical and that damaged state is refused. Exit status 2: this model refuses the recipe.
+// a sequence does not suffer from others, that nothing remains of removed ones, that saved state comes back bit-identical
+// and that damaged state is refused. Exit status 2: this model refuses the recipe.
 
 #include "llama.h"
 
@@ -159,6 +160,64 @@ static void test_sequences(llama_model * model, const char * recipe, bool unifie
         llama_memory_clear(r.mem(), false);
         return r.feed(1, 0, 150);
     });
+}
+
+// what neighbours in a unified cache do to a sequence: it keeps a window of its own
+static void test_neighbours(llama_model * model, const char * recipe) {
+    printf("neighbours\n");
+
+    const auto error = [&](int n_neighbours) {
+        std::vector<float> res[2];
+        for (const bool packed : { false, true }) {
+            run r(model, { packed ? recipe : "off", true, 4, 2048 });
+            r.feed(0, 0, 300);
+            for (int seq = 1; seq <= n_neighbours; ++seq) {
+                r.feed(seq, 0, 200);
+            }
+            res[packed] = r.feed(0, 300, 60, true);
+        }
+        return nmse(res[0], res[1]);
+    };
+
+    const double alone  = error(0);
+    const double beside = error(3);
+    check(beside <= 1.15*alone + 1e-7, "error beside three other sequences, in errors alone", beside/alone);
+}
+
+// what was asked before must not show in an answer, once it is removed
+static void test_again(llama_model * model, const char * recipe) {
+    printf("again\n");
+
+    run r(model, { recipe, true, 2, 1024 });
+
+    const auto ask = [&](llama_seq_id seq, int n) {
+        auto res = r.feed(seq, 0, n);
+        const auto more = r.feed(seq, n, 40, true);
+        res.insert(res.end(), more.begin(), more.end());
+        llama_memory_seq_rm(r.mem(), seq, -1, -1);
+        return res;
+    };
+
+    const auto first = ask(0, 400);
+    check(same(first, ask(0, 400)), "the same tokens give the same logits");
+    ask(1, 500);
+    check(same(first, ask(0, 400)), "and after other tokens");
+
+    r.feed(0, 0, 400);
+    std::vector<uint8_t> state(llama_state_seq_get_size(r.ctx, 0));
+    llama_state_seq_get_data(r.ctx, state.data(), state.size(), 0);
+
+    std::vector<float> restored[2];
+    for (const bool used : { false, true }) {
+        run other(model, { recipe, true, 2, 1024 });
+        if (used) {
+            other.feed(1, 0, 500);
+            llama_memory_seq_rm(other.mem(), 1, -1, -1);
+        }
+        llama_state_seq_set_data(other.ctx, state.data(), state.size(), 0);
+        restored[used] = other.feed(0, 400, 150, true);
+    }
+    check(same(restored[0], restored[1]), "a restored sequence goes on alike in a new and in a used context");
 }
 
 // afterwards llama.cpp's view of the cache ends before pages that still hold bytes
@@ -383,6 +442,8 @@ int main(int argc, char ** argv) {
     test_sequences(model, recipe, true,  limit);
     if (!getenv("KVQ_TEST_QUICK")) {
         test_sequences(model, recipe, false, limit);
+        test_again(model, recipe);
+        test_neighbours(model, recipe);
         test_state(model, recipe);
         test_abort(model, recipe, true,  limit);
         test_abort(model, recipe, false, limit);

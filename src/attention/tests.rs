@@ -89,7 +89,8 @@ fn run(case: &Case, isa: Isa, seed: u64) -> Option<(f64, Vec<u8>)> {
             pos_of_cell[kept..].fill(-1);
             (head, pos) = (kept, 60);
         }
-        let rows: Vec<Row> = (0..n as i32).map(|i| Row { cell: (head as i32 + i) as u32, pos: pos + i }).collect();
+        let rows: Vec<Row> =
+            (0..n as i32).map(|i| Row { cell: (head as i32 + i) as u32, pos: pos + i, seq: 0 }).collect();
         head += n;
         let shape = case.shape;
         let (nh, nkv) = (shape.n_heads as usize, shape.n_kv_heads as usize);

@@ -1,7 +1,7 @@
 //! A whole cache for programs without llama.cpp: places tokens into cells, keeps K and V of all layers packed, attends.
 //!
 //! One step of a model is [`Cache::begin`], then [`Cache::attend`] once for each layer in any order, then
-//! [`Cache::end`]. All sequences share one stream, and with it the window of exact rows.
+//! [`Cache::end`]. All sequences share one stream.
 #![forbid(unsafe_code)]
 
 mod cells;
@@ -103,7 +103,8 @@ struct Batch {
 }
 
 impl Cache {
-    /// An empty cache. All its memory is reserved here; nothing grows later but scratch space for a batch.
+    /// An empty cache with the recipe that its size allows ([`Recipe::fit`]). All its memory is reserved here; nothing grows
+    /// later but scratch space for a batch.
     pub fn new(recipe: &Recipe, params: &CacheParams) -> Result<Self> {
         for (name, value, max) in [
             ("n_layers", params.n_layers, MAX_LAYERS),
@@ -118,8 +119,9 @@ impl Cache {
         if let Some(rope) = params.rope {
             rope.validate(params.shape.head_dim_k as usize)?;
         }
+        let recipe = recipe.fit(params.n_cells, 1, params.n_seq_max);
         let planner = Planner::new(recipe.planner_config(params.n_cells, 1, params.n_seq_max))?;
-        let layout = |layer| Layout::new(recipe, params.shape, layer, params.n_cells, planner.n_slots());
+        let layout = |layer| Layout::new(&recipe, params.shape, layer, params.n_cells, planner.n_slots());
         let layouts = (0..params.n_layers).map(layout).collect::<Result<Vec<_>>>()?;
         let total = layouts
             .iter()
@@ -128,7 +130,7 @@ impl Cache {
         let layer =
             |layout: Layout| Layer { k: Memory::new(layout.k_bytes()), v: Memory::new(layout.v_bytes()), layout };
         Ok(Self {
-            recipe: recipe.clone(),
+            recipe,
             params: *params,
             layers: layouts.into_iter().map(layer).collect(),
             cells: Cells::new(params.n_cells, params.n_seq_max),
@@ -148,7 +150,8 @@ impl Cache {
             return Err(Error::invalid(text));
         }
         let chosen = self.cells.find(seq_ids, positions)?;
-        let rows: Vec<Row> = chosen.iter().zip(positions).map(|(&cell, &pos)| Row { cell, pos }).collect();
+        let tokens = positions.iter().zip(seq_ids);
+        let rows: Vec<Row> = chosen.iter().zip(tokens).map(|(&cell, (&pos, &seq))| Row { cell, pos, seq }).collect();
         let config = self.planner.config();
         let mut plan = vec![0; plan_len(rows.len(), self.planner.n_slots(), config.n_cells, config.page)];
         let cells = &self.cells;

@@ -3,6 +3,7 @@ use std::ops::Range;
 use super::*;
 use crate::reference;
 
+mod learned;
 mod sequences;
 mod states;
 mod vectors;
@@ -78,13 +79,13 @@ impl Model {
     }
 
     /// Appends `n` tokens to one sequence.
-    fn append(&mut self, seq: u32, n: usize) {
+    fn append(&mut self, seq: u32, n: usize) -> f64 {
         let next = self.cache.sequence_range(seq).unwrap().map_or(0, |(_, last)| last + 1);
-        self.step(&vec![seq; n], &(next..next + n as i32).collect::<Vec<_>>());
+        self.step(&vec![seq; n], &(next..next + n as i32).collect::<Vec<_>>())
     }
 
-    /// One step with random rows; every output row is compared with the reference.
-    fn step(&mut self, seq_ids: &[u32], positions: &[i32]) {
+    /// One step with random rows; every output row is compared with the reference. Returns the error of all layers.
+    fn step(&mut self, seq_ids: &[u32], positions: &[i32]) -> f64 {
         let CacheParams { shape, n_layers, rope, .. } = self.cache.params;
         let (heads, kv_heads) = (shape.n_heads as usize, shape.n_kv_heads as usize);
         let (dim_k, dim_v) = (shape.head_dim_k as usize, shape.head_dim_v as usize);
@@ -95,6 +96,7 @@ impl Model {
         }
         self.cache.begin(seq_ids, positions).unwrap();
         let new = self.tokens.len() - seq_ids.len()..self.tokens.len();
+        let mut total = 0.0;
         for layer in 0..n_layers {
             let q = self.rng.values(seq_ids.len() * heads * dim_k);
             let k: Vec<f32> = self.tokens[new.clone()].iter().flat_map(|token| rotated(token, layer, rope)).collect();
@@ -111,8 +113,10 @@ impl Model {
             let want = self.reference(layer, new.clone(), &q, &options);
             let error = reference::nmse(&out, &want);
             assert!(error <= self.bound, "layer {layer}, {} tokens held: nmse {error:e}", self.tokens.len());
+            total += error;
         }
         self.cache.end().unwrap();
+        total
     }
 
     fn reference(&self, layer: usize, new: Range<usize>, q: &[f32], options: &AttendOptions) -> Vec<f64> {

@@ -72,7 +72,8 @@ pub struct kvq_cache_attend_options {
     pub sink_logits: *const f32,
 }
 
-/// Makes an empty cache. All its memory is reserved here. Free it with kvq_cache_free.
+/// Makes an empty cache, with the recipe fitted to its size (kvq_recipe_fit). All its memory is reserved here. Free it
+/// with kvq_cache_free.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_cache_new(
     recipe: *const kvq_recipe,

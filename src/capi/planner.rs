@@ -15,7 +15,7 @@ pub struct kvq_planner {
     planner: Planner,
 }
 
-/// One token of an ubatch: the cell it is written to and its position in its sequence.
+/// One token of an ubatch: the cell it is written to, its sequence and its position there.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct kvq_row {
@@ -23,14 +23,18 @@ pub struct kvq_row {
     pub cell: u32,
     /// Position; small ones are the sink tokens that some recipes keep exact.
     pub pos: i32,
+    /// Sequence, smaller than the planner's n_seq_max, whose window the token is in: the first one if several share it.
+    pub seq: u32,
 }
 
 /// Tells whether `cell` of `stream` still holds a token that some sequence can see. Asked only while kvq_planner_plan
 /// runs, about cells as they were before the rows of that call were placed. It must return (no longjmp, no exception).
 pub type kvq_is_live_fn = Option<unsafe extern "C" fn(user: *mut c_void, stream: u32, cell: u32) -> bool>;
 
-/// Makes a planner for `n_streams` streams of `n_cells` cells each. `n_seq_max` sequences may share a single stream; it
-/// bounds the sink tokens. Free the result with kvq_planner_free.
+/// Makes a planner for `n_streams` streams of `n_cells` cells each. `n_seq_max` sequences share a single stream; of
+/// several streams each has one. Every sequence has a window and sink tokens of its own; the windows of a stream take
+/// at most a quarter of its cells, or one window if that is more, and are cut to the same length where they would take
+/// more. Free the result with kvq_planner_free.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_planner_new(
     recipe: *const kvq_recipe,
@@ -84,7 +88,8 @@ fn needed(planner: &Planner, n_tokens: usize) -> usize {
 /// Places the `n_rows` rows of one ubatch into `stream` and writes the plan that kvq_attend and kvq_store execute, in
 /// that order, for every layer. `plan_len` is at least kvq_planner_plan_len(planner, n_rows).
 ///
-/// Cells must differ within a call. `user` is handed to `is_live`. On failure the planner is as before.
+/// Cells must differ within a call. `user` is handed to `is_live`. If no cell of the stream is live, kvq_store of this
+/// plan also forgets what the stream has learned from its tokens. On failure the planner is as before.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_planner_plan(
     planner: *mut kvq_planner,
@@ -109,7 +114,7 @@ pub unsafe extern "C" fn kvq_planner_plan(
             let text = format!("the plan needs {needed} integers, plan_len is {}", plan.len());
             return Err(Error::new(Status::BufferTooSmall, text));
         }
-        let rows: Vec<Row> = rows.iter().map(|row| Row { cell: row.cell, pos: row.pos }).collect();
+        let rows: Vec<Row> = rows.iter().map(|row| Row { cell: row.cell, pos: row.pos, seq: row.seq }).collect();
         // SAFETY: a C function of this type, called with the caller's own user pointer.
         let is_live = |cell: usize| unsafe { is_live(user, stream, cell as u32) };
         planner.planner.plan(stream as usize, &rows, &is_live, &mut plan[..needed])

@@ -90,11 +90,44 @@ pub unsafe extern "C" fn kvq_recipe_spec(recipe: *const kvq_recipe, buf: *mut c_
     })
 }
 
+/// Makes the recipe that a cache of `n_cells` cells in each of `n_streams` streams carries out; `n_seq_max` sequences
+/// share a single stream. In a small cache page, window, sink tokens and outlier tokens shrink by a fixed rule, so that
+/// it stays smaller than float16. Use the result for kvq_planner_new, kvq_layout_new and everything else;
+/// kvq_recipe_spec tells what changed. KVQ_STATUS_INVALID_ARGUMENT if a number is 0.
+///
+/// Free the result with kvq_recipe_free.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_recipe_fit(
+    recipe: *const kvq_recipe,
+    n_cells: u32,
+    n_streams: u32,
+    n_seq_max: u32,
+    out: *mut *mut kvq_recipe,
+) -> Status {
+    guard(|| {
+        // SAFETY: a live recipe and room for a pointer, as the header requires.
+        let (recipe, out) = unsafe { (&shared(recipe, "recipe")?.recipe, output(out, "out")?) };
+        if n_cells == 0 || n_streams == 0 || n_seq_max == 0 {
+            return Err(Error::invalid("a cache has at least one cell, one stream and one sequence"));
+        }
+        let recipe = recipe.fit(n_cells as usize, n_streams as usize, n_seq_max as usize);
+        out.write(Box::into_raw(Box::new(kvq_recipe { recipe })));
+        Ok(())
+    })
+}
+
 /// Cells in a page of a recipe. 0 if `recipe` is NULL.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_recipe_page(recipe: *const kvq_recipe) -> u32 {
     // SAFETY: recipe is NULL or a live recipe.
     guard_or(0, || Ok(unsafe { shared(recipe, "recipe") }?.recipe.page as u32))
+}
+
+/// Newest tokens of each sequence that a recipe keeps in float16. 0 if `recipe` is NULL.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_recipe_window(recipe: *const kvq_recipe) -> u32 {
+    // SAFETY: recipe is NULL or a live recipe.
+    guard_or(0, || Ok(unsafe { shared(recipe, "recipe") }?.recipe.window as u32))
 }
 
 /// Copies `text` and a NUL to `buf`.

@@ -3,6 +3,7 @@
 use super::attention::{optional, rows};
 use super::layout::kvq_layout;
 use super::{check, check_part, guard, product, shared, slice, slice_mut};
+use crate::attention::Rows;
 use crate::cache::split_location;
 use crate::codec::Side;
 use crate::erase::erase_head;
@@ -49,7 +50,7 @@ pub struct kvq_store_args {
     pub lse: *const f32,
     /// The factor on the scores that kvq_attend got; only read with `lse`.
     pub scale: f32,
-    /// Rows; the plan's n_tokens.
+    /// Rows; the plan's n_tokens. Without any, `k_cur` and `v_cur` are not read.
     pub n_tokens: u32,
 }
 
@@ -82,8 +83,8 @@ pub unsafe extern "C" fn kvq_store(
             (
                 q,
                 optional(args.lse, product(&[n, shape.n_heads as usize], "lse")?, "lse")?,
-                rows(args.k_cur, [n, heads, dim_k], args.k_stride_token, args.k_stride_head, "k_cur")?,
-                rows(args.v_cur, [n, heads, dim_v], args.v_stride_token, args.v_stride_head, "v_cur")?,
+                current(args.k_cur, [n, heads, dim_k], args.k_stride_token, args.k_stride_head, "k_cur")?,
+                current(args.v_cur, [n, heads, dim_v], args.v_stride_token, args.v_stride_head, "v_cur")?,
                 Plan::new(slice(args.plan, args.plan_len, "plan")?)?,
             )
         };
@@ -103,6 +104,24 @@ pub unsafe extern "C" fn kvq_store(
         }
         Ok(())
     })
+}
+
+/// The rows of a ubatch, which may have none.
+///
+/// # Safety
+/// As for `rows`.
+unsafe fn current<'a>(
+    data: *const f32,
+    shape: [usize; 3],
+    stride_token: usize,
+    stride_head: usize,
+    name: &str,
+) -> Result<Rows<'a>> {
+    if shape[0] == 0 {
+        return Ok(Rows { data: &[], stride_token, stride_head });
+    }
+    // SAFETY: by the caller's promise.
+    unsafe { rows(data, shape, stride_token, stride_head, name) }
 }
 
 /// Reads rows of the cells [cell0, cell0 + n) as float [n][n_kv_heads][head_dim]. `location` comes from

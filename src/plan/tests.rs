@@ -20,6 +20,7 @@ fn sample() -> Vec<i32> {
     plan.set_page_bits(View::Before, &[1 << 31, 1, 0, 0]);
     plan.set_page_bits(View::After, &[0, 0, 2, 0]);
     plan.set_records(&RECORDS);
+    plan.set_starts_anew();
     out
 }
 
@@ -36,7 +37,7 @@ fn reader_returns_what_was_written() {
     assert_eq!((plan.n_pages(View::Before), plan.n_pages(View::After)), (1, 2));
     assert_eq!(plan.page_bits(View::Before, 0), [i32::MIN, 1]);
     assert_eq!(plan.page_bits(View::After, 1), [2, 0]);
-    assert!(plan.records().eq(RECORDS));
+    assert!(plan.records().eq(RECORDS) && plan.starts_anew());
 }
 
 #[test]
@@ -59,7 +60,7 @@ fn malformed_headers_are_refused() {
             assert_eq!(Plan::new(&ints).is_ok(), any_stream, "header int {index} = {value}");
         }
     }
-    for (index, value) in [(0, 0), (0, 2), (4, 0), (5, 0), (5, 48), (6, 8), (7, 3), (8, 3), (9, 1)] {
+    for (index, value) in [(0, 0), (0, 1), (4, 0), (5, 0), (5, 48), (6, 8), (7, 3), (8, 3), (9, 1), (14, 1), (15, 2)] {
         let mut ints = sample();
         ints[index] = value;
         assert!(Plan::new(&ints).is_err(), "header int {index} = {value}");

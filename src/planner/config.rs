@@ -6,6 +6,10 @@ use crate::plan::{CELLS_PER_WORD, MAX_SOURCES};
 
 /// Slot counts are a multiple of this, so that the pages behind the slots keep their alignment.
 const SLOT_STEP: usize = 16;
+/// The windows of all sequences together take at most one cell in so many, but always one window.
+pub(crate) const WINDOW_SHARE: usize = 4;
+/// More sequences than any host has; a stream keeps a few bytes for each.
+const MAX_SEQUENCES: usize = 1 << 16;
 
 /// Sizes and rules of a [`Planner`](super::Planner).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,13 +18,14 @@ pub struct PlannerConfig {
     pub n_cells: usize,
     /// Cells of a page: a positive multiple of 32. The last page of a stream may be cut short.
     pub page: usize,
-    /// Number of newest tokens of a stream that stay exact, the current ones included.
+    /// Number of newest tokens of each sequence that stay exact, the current ones included. If the windows of all sequences
+    /// do not fit into the slots, all are cut to the same length.
     pub window: usize,
     /// Number of first positions of a sequence that stay exact for good.
     pub sink_tokens: usize,
     /// Streams with a cell space of their own.
     pub n_streams: usize,
-    /// Sequences that share the stream if there is only one.
+    /// Sequences, numbered from 0. They share the stream if there is only one; otherwise each stream has one.
     pub n_seq_max: usize,
     /// A full page waits until this many tokens have arrived after its newest one; 0 seals it at once.
     pub seal_lag: usize,
@@ -32,8 +37,13 @@ pub struct PlannerConfig {
 impl PlannerConfig {
     /// Most sink tokens that a stream keeps exact: each sequence's when all share one stream.
     pub(super) fn max_sinks(&self) -> usize {
-        let n_sequences = if self.n_streams == 1 { self.n_seq_max } else { 1 };
-        self.sink_tokens.saturating_mul(n_sequences)
+        self.sink_tokens.saturating_mul(sequences_per_stream(self.n_streams, self.n_seq_max))
+    }
+
+    /// Rows that the windows of a stream's sequences share.
+    fn window_rows(&self) -> usize {
+        let wanted = self.window.saturating_mul(sequences_per_stream(self.n_streams, self.n_seq_max));
+        wanted.min(self.window.max(self.n_cells / WINDOW_SHARE))
     }
 
     pub(super) fn n_pages(&self) -> usize {
@@ -41,12 +51,20 @@ impl PlannerConfig {
     }
 
     pub(super) fn validate(&self) -> Result<()> {
-        for (name, value) in [("n_cells", self.n_cells), ("n_streams", self.n_streams), ("n_seq_max", self.n_seq_max)] {
-            if value == 0 || value > MAX_SOURCES {
-                return Err(Error::invalid(format!("{name} = {value} must be 1 to {MAX_SOURCES}")));
+        for (name, value, min, max) in [
+            ("n_cells", self.n_cells, 1, MAX_SOURCES),
+            ("n_streams", self.n_streams, 1, MAX_SOURCES),
+            ("n_seq_max", self.n_seq_max, 1, MAX_SEQUENCES),
+            ("page", self.page, 1, MAX_SOURCES),
+            ("window", self.window, 0, MAX_SOURCES),
+            ("sink_tokens", self.sink_tokens, 0, MAX_SOURCES),
+            ("seal_lag", self.seal_lag, 0, MAX_SOURCES),
+        ] {
+            if value < min || value > max {
+                return Err(Error::invalid(format!("{name} = {value} must be {min} to {max}")));
             }
         }
-        if self.page == 0 || !self.page.is_multiple_of(CELLS_PER_WORD) {
+        if !self.page.is_multiple_of(CELLS_PER_WORD) {
             return Err(Error::invalid(format!(
                 "page = {} must be a positive multiple of {CELLS_PER_WORD}",
                 self.page
@@ -55,19 +73,31 @@ impl PlannerConfig {
         // An ubatch has at most one row per cell.
         if n_slots(self).saturating_add(self.n_cells) > MAX_SOURCES {
             return Err(Error::invalid(format!(
-                "{} cells and the exact rows of window = {}, page = {} and {} sink tokens are more than {MAX_SOURCES}",
-                self.n_cells,
-                self.window,
-                self.page,
-                self.max_sinks()
+                "{} cells and their exact rows are more than {MAX_SOURCES}",
+                self.n_cells
             )));
         }
         Ok(())
     }
 }
 
-/// Exact slots of one stream: room for the window, for one page that is filling up, and for the sink tokens.
+/// Sequences that share a stream.
+pub(crate) fn sequences_per_stream(n_streams: usize, n_seq_max: usize) -> usize {
+    if n_streams == 1 {
+        n_seq_max
+    } else {
+        1
+    }
+}
+
+/// Exact slots of one stream: room for the windows, for a page that is filling up and for the sink tokens; never more than
+/// there are cells.
+///
+/// The rows of a page that is not sealed yet are the newest ones, so most of them are in a window anyway; only what is
+/// longer than a window needs slots of its own: a page and the tokens it waits for.
 pub fn n_slots(config: &PlannerConfig) -> usize {
-    let rows = config.window.saturating_add(config.page).saturating_add(config.max_sinks());
-    rows.div_ceil(SLOT_STEP).saturating_mul(SLOT_STEP)
+    let PlannerConfig { page, seal_lag, window, .. } = *config;
+    let waiting = page.saturating_add(seal_lag).saturating_sub(window);
+    let rows = config.window_rows().saturating_add(waiting).saturating_add(config.max_sinks());
+    rows.min(config.n_cells).div_ceil(SLOT_STEP).saturating_mul(SLOT_STEP)
 }

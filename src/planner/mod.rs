@@ -11,6 +11,7 @@ mod stream;
 mod tests;
 
 pub use config::{n_slots, PlannerConfig};
+pub(crate) use config::{sequences_per_stream, WINDOW_SHARE};
 pub use state::CellState;
 
 use crate::error::{Error, Result};
@@ -29,6 +30,8 @@ pub struct Row {
     pub cell: u32,
     /// Its position in its sequence; the first ones are sink tokens.
     pub pos: i32,
+    /// The sequence whose window it is in, below `n_seq_max`: the first one of a token that several share.
+    pub seq: u32,
 }
 
 /// Keeps track of the rows of all streams and plans their way from ubatch to slot to page.
@@ -72,8 +75,11 @@ impl Planner {
     /// `is_live` tells whether a cell held a live token just before this ubatch's rows were placed; what the rows' own
     /// cells held counts as dead. An ubatch may be larger than the number of slots, or empty.
     ///
-    /// Fails, with planner and `out` unchanged, if the stream or a cell does not exist, a cell occurs twice, or `out`
-    /// is too short.
+    /// If nothing in the stream is live, it starts anew: the plan is that of an empty planner, and says so
+    /// ([`crate::plan::Plan::starts_anew`]).
+    ///
+    /// Fails, with planner and `out` unchanged, if the stream, a cell or a sequence does not exist, a cell occurs twice, or
+    /// `out` is too short.
     pub fn plan(
         &mut self,
         stream: usize,
@@ -83,7 +89,10 @@ impl Planner {
     ) -> Result<()> {
         self.check_stream(stream)?;
         self.check_cells(rows.iter().map(|row| row.cell))?;
-        let PlannerConfig { n_cells, page, .. } = self.config;
+        let PlannerConfig { n_cells, page, n_seq_max, .. } = self.config;
+        if let Some(row) = rows.iter().find(|row| row.seq as usize >= n_seq_max) {
+            return Err(Error::invalid(format!("sequence {} does not exist: there are {n_seq_max}", row.seq)));
+        }
         let sizes = PlanSizes { stream, n_tokens: rows.len(), n_slots: self.n_slots, n_cells, page };
         let mut plan = PlanWriter::new(out, &sizes)?;
         let state = &mut self.streams[stream];
@@ -91,6 +100,10 @@ impl Planner {
         records.clear();
 
         state.drop_dead_rows(rows, is_live);
+        if state.is_empty(is_live) {
+            state.reset();
+            plan.set_starts_anew();
+        }
         if self.config.frees_early && rows.iter().any(|row| (row.cell as usize + 1).is_multiple_of(page)) {
             state.drop_dead_sealed(is_live);
         }

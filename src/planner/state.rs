@@ -1,8 +1,8 @@
 //! Planner state of single cells, for state files.
 #![forbid(unsafe_code)]
 
-use super::stream::Held;
-use super::Planner;
+use super::stream::{ExactRow, Held};
+use super::{Planner, Row};
 use crate::error::{Error, Result};
 
 /// Where the row of a cell that holds a token is.
@@ -18,6 +18,8 @@ pub enum CellState {
         pinned: bool,
         /// Arrival number in its stream: larger is newer. [`Planner::import`] keeps the order, not the numbers.
         stamp: u64,
+        /// The sequence whose window it is in.
+        seq: u32,
     },
     /// In its page.
     Sealed,
@@ -33,7 +35,8 @@ impl Planner {
             Some(Held::Sealed) => Ok(CellState::Sealed),
             Some(&Held::Exact(slot)) => {
                 let row = state.exact[slot as usize].expect("an exact cell has a row");
-                Ok(CellState::Exact { slot: slot as usize, encoded: row.encoded, pinned: row.pinned, stamp: row.stamp })
+                let ExactRow { encoded, pinned, stamp, seq, .. } = row;
+                Ok(CellState::Exact { slot: slot as usize, encoded, pinned, stamp, seq })
             }
             Some(Held::Empty) => Err(Error::invalid(format!("cell {cell} holds no row to save"))),
             None => Err(Error::invalid(format!("cell {cell} does not exist: there are {}", self.config.n_cells))),
@@ -47,8 +50,8 @@ impl Planner {
     /// The caller writes the rows: exact ones to the slots; sealed and encoded ones to their pages, with page headers.
     /// A sink token that finds no sink room left becomes an ordinary row.
     ///
-    /// Fails, with nothing changed, if the stream or a cell does not exist, a cell occurs twice or is held, a row is
-    /// both pinned and encoded, or the exact rows do not fit into the free slots. Cells of removed tokens count as held
+    /// Fails, with nothing changed, if the stream, a cell or a sequence does not exist, a cell occurs twice or is held, a row
+    /// is both pinned and encoded, or the exact rows do not fit into the free slots. Cells of removed tokens count as held
     /// until [`Planner::drop_dead`].
     pub fn import(&mut self, stream: usize, states: &[(u32, CellState)]) -> Result<Vec<Option<usize>>> {
         self.check_stream(stream)?;
@@ -60,11 +63,14 @@ impl Planner {
         }
         let mut by_age = Vec::new();
         for (index, &(cell, saved)) in states.iter().enumerate() {
-            if let CellState::Exact { encoded, pinned, stamp, .. } = saved {
+            if let CellState::Exact { encoded, pinned, stamp, seq, .. } = saved {
                 if encoded && pinned {
                     return Err(Error::invalid(format!("cell {cell} is both a sink token and encoded")));
                 }
-                by_age.push((stamp, index, cell, encoded, pinned));
+                if seq as usize >= self.config.n_seq_max {
+                    return Err(Error::invalid(format!("cell {cell} is of sequence {seq}, which does not exist")));
+                }
+                by_age.push((stamp, index, Row { cell, pos: 0, seq }, encoded, pinned));
             }
         }
         if by_age.len() > n_slots - state.n_exact() {
@@ -74,12 +80,12 @@ impl Planner {
                 n_slots - state.n_exact()
             )));
         }
-        by_age.sort_unstable();
+        by_age.sort_unstable_by_key(|&(stamp, index, ..)| (stamp, index));
         let mut slots = vec![None; states.len()];
         let mut next_slot = 0;
-        for (_, index, cell, encoded, pinned) in by_age {
+        for (_, index, row, encoded, pinned) in by_age {
             next_slot = state.free_slot(next_slot);
-            state.hold(next_slot, cell, encoded, pinned);
+            state.hold(next_slot, row, encoded, pinned);
             slots[index] = Some(next_slot);
         }
         for &(cell, saved) in states {

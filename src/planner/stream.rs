@@ -30,6 +30,8 @@ pub(super) struct ExactRow {
     pub(super) pinned: bool,
     /// Arrival number in the stream.
     pub(super) stamp: u64,
+    /// The sequence whose window it is in.
+    pub(super) seq: u32,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -40,6 +42,14 @@ struct PageState {
     newest: u64,
 }
 
+/// The window of a sequence, among its exact rows that are not pinned.
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    n_rows: usize,
+    /// Stamp of its oldest row: what is older has left it.
+    start: u64,
+}
+
 /// The cells, slots and pages of one stream.
 #[derive(Clone, Debug)]
 pub(super) struct StreamState {
@@ -48,8 +58,10 @@ pub(super) struct StreamState {
     pub(super) held: Vec<Held>,
     /// By source: slots, and while a plan is made the ubatch's rows behind them.
     pub(super) exact: Vec<Option<ExactRow>>,
-    /// Sources of the exact rows that are not pinned, oldest first: the last `window` of them are the window.
+    /// Sources of the exact rows that are not pinned, oldest first.
     order: Vec<u32>,
+    /// By sequence: see [`StreamState::set_windows`].
+    windows: Vec<Window>,
     pages: Vec<PageState>,
     /// The sealed cells as page bits.
     sealed_bits: Vec<u32>,
@@ -66,6 +78,7 @@ impl StreamState {
             held: vec![Held::Empty; config.n_cells],
             exact: vec![None; n_slots],
             order: Vec::with_capacity(n_slots),
+            windows: vec![Window { n_rows: 0, start: 0 }; config.n_seq_max],
             pages: vec![PageState::default(); config.n_pages()],
             sealed_bits: vec![0; config.n_pages() * (config.page / CELLS_PER_WORD)],
             n_pinned: 0,
@@ -106,6 +119,15 @@ impl StreamState {
         self.order.len() + self.n_pinned
     }
 
+    /// Whether no cell holds a live token. Call after `drop_dead_rows`.
+    pub(super) fn is_empty(&self, is_live: &dyn Fn(usize) -> bool) -> bool {
+        let mut words = self.sealed_bits.iter().enumerate();
+        self.n_exact() == 0
+            && words.all(|(word, &bits)| {
+                (0..CELLS_PER_WORD).all(|bit| bits >> bit & 1 == 0 || !is_live(word * CELLS_PER_WORD + bit))
+            })
+    }
+
     /// Frees the slots of dead tokens and of the cells that `rows` overwrites, and makes the latter unreadable.
     pub(super) fn drop_dead_rows(&mut self, rows: &[Row], is_live: &dyn Fn(usize) -> bool) {
         for slot in 0..self.n_slots {
@@ -139,16 +161,17 @@ impl StreamState {
         for (index, row) in rows.iter().enumerate() {
             let is_sink = usize::try_from(row.pos).is_ok_and(|pos| pos < self.config.sink_tokens);
             self.exact.push(None);
-            self.hold(self.n_slots + index, row.cell, false, is_sink);
+            self.hold(self.n_slots + index, *row, false, is_sink);
         }
     }
 
-    /// Makes `source` the exact row of an empty cell and the newest of the stream.
-    pub(super) fn hold(&mut self, source: usize, cell: u32, encoded: bool, is_sink: bool) {
+    /// Makes `source` the exact row of an empty cell and the newest of the stream and of its sequence.
+    pub(super) fn hold(&mut self, source: usize, row: Row, encoded: bool, is_sink: bool) {
+        let Row { cell, seq, .. } = row;
         let pinned = is_sink && self.n_pinned < self.config.max_sinks();
         let stamp = self.next_stamp;
         self.next_stamp += 1;
-        self.exact[source] = Some(ExactRow { cell, encoded, pinned, stamp });
+        self.exact[source] = Some(ExactRow { cell, encoded, pinned, stamp, seq });
         self.held[cell as usize] = Held::Exact(source as u32);
         let page = &mut self.pages[cell as usize / self.config.page];
         page.n_exact += 1;
@@ -175,41 +198,56 @@ impl StreamState {
         }
     }
 
-    /// Releases the encoded rows that have left the window: from now on they are read from their page.
+    /// Releases the encoded rows that have left their sequence's window: from now on they are read from their page.
     pub(super) fn release_aged(&mut self) {
-        for index in 0..self.n_aged() {
-            let source = self.order[index] as usize;
-            if self.exact[source].is_some_and(|row| row.encoded) {
-                self.release(source);
-            }
-        }
-        self.order.retain(|&source| self.exact[source as usize].is_some());
+        self.set_windows(self.config.window);
+        self.release_outside_windows();
     }
 
-    /// Seals the pages of the oldest rows outside the window until the exact rows fit into the slots, and releases
-    /// what that allows. Call after `release_aged`. Window and sink tokens always fit, so this always succeeds.
+    /// Makes the exact rows fit into the slots: cuts the windows if they do not all fit, then seals the pages of the oldest
+    /// rows outside them, and releases what that allows. Call after `release_aged`. Always succeeds.
     pub(super) fn relieve_pressure(&mut self, is_live: &dyn Fn(usize) -> bool, records: &mut Vec<Record>) {
-        let mut excess = self.n_exact().saturating_sub(self.n_slots);
-        if excess == 0 {
+        if self.n_exact() <= self.n_slots {
             return;
         }
-        let n_aged = self.n_aged();
-        let window_start = self.order.get(n_aged).and_then(|&source| self.exact[source as usize]);
-        let is_aged = |row: ExactRow| window_start.is_none_or(|first| row.stamp < first.stamp);
-        for index in 0..n_aged {
-            let Some(row) = self.exact[self.order[index] as usize].filter(|row| !row.encoded) else { continue };
+        self.set_windows(self.shared_window());
+        self.release_outside_windows();
+        let mut excess = self.n_exact().saturating_sub(self.n_slots);
+        for index in 0..self.order.len() {
+            if excess == 0 {
+                break;
+            }
+            let row = self.exact[self.order[index] as usize].filter(|row| !row.encoded && self.is_aged(row));
+            let Some(row) = row else { continue };
             let page = row.cell as usize / self.config.page;
             let fresh = !self.page_cells(page).any(|cell| self.held[cell] == Held::Sealed && is_live(cell));
             let first = records.len();
             self.seal_page(page, fresh, records);
             let sealed = records[first..].iter().filter_map(|record| self.exact_row(record.cell));
-            let n_released = sealed.filter(|&row| is_aged(row)).count();
-            excess = excess.saturating_sub(n_released);
-            if excess == 0 {
-                break;
+            excess = excess.saturating_sub(sealed.filter(|row| self.is_aged(row)).count());
+        }
+        self.release_outside_windows();
+    }
+
+    /// The length of all windows that fit into the slots. Windows that must be cut also leave room for a page that is
+    /// filling up, which would otherwise be sealed before it is full.
+    fn shared_window(&self) -> usize {
+        let room = self.n_slots - self.n_pinned;
+        let n_rows = |window: usize| self.windows.iter().map(|of| of.n_rows.min(window)).sum::<usize>();
+        if n_rows(self.config.window) <= room {
+            return self.config.window;
+        }
+        let room = room - self.config.page.min(room / 2);
+        let (mut fits, mut too_long) = (0, self.config.window);
+        while too_long - fits > 1 {
+            let middle = (fits + too_long) / 2;
+            if n_rows(middle) <= room {
+                fits = middle;
+            } else {
+                too_long = middle;
             }
         }
-        self.release_aged();
+        fits
     }
 
     /// Moves the ubatch's rows that are still exact to free slots, lowest slot first, and notes the slot of each row.
@@ -274,9 +312,31 @@ impl StreamState {
         }
     }
 
-    /// How many rows of `order` are outside the window.
-    fn n_aged(&self) -> usize {
-        self.order.len().saturating_sub(self.config.window)
+    /// Makes the newest `len` exact rows of each sequence its window.
+    fn set_windows(&mut self, len: usize) {
+        self.windows.fill(Window { n_rows: 0, start: u64::MAX });
+        for &source in self.order.iter().rev() {
+            let Some(row) = self.exact[source as usize] else { continue };
+            let window = &mut self.windows[row.seq as usize];
+            if window.n_rows < len {
+                *window = Window { n_rows: window.n_rows + 1, start: row.stamp };
+            }
+        }
+    }
+
+    /// Whether a row has left its sequence's window.
+    fn is_aged(&self, row: &ExactRow) -> bool {
+        row.stamp < self.windows[row.seq as usize].start
+    }
+
+    fn release_outside_windows(&mut self) {
+        for index in 0..self.order.len() {
+            let source = self.order[index] as usize;
+            if self.exact[source].is_some_and(|row| row.encoded && self.is_aged(&row)) {
+                self.release(source);
+            }
+        }
+        self.order.retain(|&source| self.exact[source as usize].is_some());
     }
 
     fn page_cells(&self, page: usize) -> std::ops::Range<usize> {

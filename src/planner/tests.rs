@@ -186,7 +186,8 @@ fn lagging_page_is_sealed_when_enough_tokens_follow() {
     let mut model = Model::new(PlannerConfig { window: 0, sink_tokens: 0, seal_lag: 5, ..SMALL });
     let mut pos = 0;
     assert_eq!(append_next(&mut model, &mut pos, 32), 32);
-    assert_eq!(append_next(&mut model, &mut pos, 4), 4, "32 slots do not hold 36 rows");
+    assert_eq!(append_next(&mut model, &mut pos, 4), 36);
+    assert_eq!(append_next(&mut model, &mut pos, 1), 5);
     let mut model = Model::new(PlannerConfig { window: 16, sink_tokens: 0, seal_lag: 5, ..SMALL });
     let mut pos = 0;
     assert_eq!(append_next(&mut model, &mut pos, 36), 36);
@@ -220,11 +221,78 @@ fn removed_page_is_not_sealed_again_before_it_is_full() {
     assert_eq!(model.n_records, [0, 64]);
 }
 
+/// Appends `n` tokens of sequence `seq` in ubatches of 10, at the cells from `cell` on, which moves; returns those cells.
+fn append_sequence(model: &mut Model, cell: &mut usize, seq: usize, n: usize) -> std::ops::Range<usize> {
+    let first = *cell;
+    for ubatch in (first..first + n).collect::<Vec<_>>().chunks(10) {
+        let row = |&cell: &usize| NewRow { cell, pos: 100 + (cell - first) as i32, seqs: 1 << seq };
+        model.append(0, &ubatch.iter().map(row).collect::<Vec<_>>());
+    }
+    *cell += n;
+    first..*cell
+}
+
+/// How many of the cells are exact.
+fn n_exact(model: &Model, cells: std::ops::Range<usize>) -> usize {
+    let mut locations = vec![0; model.planner.config().n_cells];
+    model.planner.locate(0, &mut locations).unwrap();
+    locations[cells].iter().filter(|&&location| location >= 0).count()
+}
+
+#[test]
+fn each_sequence_keeps_a_window_of_its_own() {
+    let mut model = Model::new(PlannerConfig { n_cells: 512, ..SMALL });
+    let mut cell = 0;
+    let sequences = [0, 1, 2].map(|seq| append_sequence(&mut model, &mut cell, seq, 96));
+    for cells in &sequences {
+        assert_eq!(n_exact(&model, cells.end - 40..cells.end), 40);
+    }
+    append_sequence(&mut model, &mut cell, 1, 96);
+    assert_eq!(n_exact(&model, sequences[0].end - 40..sequences[0].end), 40, "a neighbour went on");
+    assert_eq!(n_exact(&model, sequences[1].clone()), 0, "its own window has moved");
+}
+
+#[test]
+fn windows_that_do_not_fit_are_cut_alike() {
+    // A quarter of the cells is 64 rows: three windows of 40 are too many, two of 32 and the short one are not.
+    let mut model = Model::new(PlannerConfig { sink_tokens: 0, ..SMALL });
+    let mut cell = 0;
+    let short = append_sequence(&mut model, &mut cell, 0, 6);
+    let long = [1, 2].map(|seq| append_sequence(&mut model, &mut cell, seq, 80));
+    assert_eq!(model.planner.n_slots(), 64);
+    assert_eq!(n_exact(&model, short), 6, "as long as the others' windows are");
+    let [first, second] = long.map(|cells| n_exact(&model, cells));
+    // Cut once, the windows leave room for a page, into which the one that goes on grows.
+    assert!(first >= 13 && (first..=40).contains(&second), "{first} and {second}");
+}
+
+#[test]
+fn a_stream_without_live_tokens_starts_anew() {
+    let ubatch = |model: &mut Model, cell: &mut usize, n| {
+        append_sequence(model, cell, 0, n);
+        model.last_plan().to_vec()
+    };
+    let starts_anew = |plan: &[i32]| Plan::new(plan).unwrap().starts_anew();
+    let mut model = Model::new(PlannerConfig { seal_lag: 7, frees_early: true, ..SMALL });
+    let mut cell = 0;
+    let first = ubatch(&mut model, &mut cell, 10);
+    assert!(starts_anew(&first));
+    assert!(!starts_anew(&ubatch(&mut model, &mut cell, 150)));
+    // Only a sealed token is left.
+    remove(&mut model, 0, 1, 101, 1000);
+    assert!(!starts_anew(&ubatch(&mut model, &mut 10, 1)));
+    model.clear(0, false);
+    assert_eq!(ubatch(&mut model, &mut 0, 10), first, "as by a new planner");
+    model.clear(0, false);
+    model.append(0, &[]);
+    assert!(starts_anew(model.last_plan()) && starts_anew(&ubatch(&mut model, &mut 0, 10)));
+}
+
 #[test]
 fn refused_arguments_leave_planner_and_buffer_unchanged() {
     let mut planner = Planner::new(SMALL).unwrap();
     let mut out = vec![7; plan_len(2, n_slots(&SMALL), SMALL.n_cells, SMALL.page)];
-    let row = |cell| Row { cell, pos: 9 };
+    let row = |cell| Row { cell, pos: 9, seq: 0 };
     let mut refuse = |stream, rows: &[Row], len: usize, word: &str| {
         let error = planner.plan(stream, rows, &|_| true, &mut out[..len]).unwrap_err();
         assert_eq!(error.status(), Status::InvalidArgument);
@@ -270,17 +338,19 @@ fn impossible_configurations_are_refused() {
 fn import_keeps_order_and_changes_nothing_when_it_fails() {
     let config = PlannerConfig { window: 16, sink_tokens: 1, n_seq_max: 1, ..SMALL };
     let mut planner = Planner::new(config).unwrap();
-    assert_eq!(planner.n_slots(), 64);
-    let exact = |stamp, encoded, pinned| CellState::Exact { slot: 99, encoded, pinned, stamp };
+    assert_eq!(planner.n_slots(), 48);
+    let exact = |stamp, encoded, pinned| CellState::Exact { slot: 99, encoded, pinned, stamp, seq: 0 };
     let states = [(8, exact(5, false, false)), (9, CellState::Sealed), (7, exact(2, false, true))];
     assert_eq!(planner.import(0, &states).unwrap(), [Some(1), None, Some(0)]);
     let kept = planner.export(0, &[7, 8, 9]).unwrap();
-    let too_many: Vec<_> = (32..95).map(|cell| (cell, exact(0, false, false))).collect();
-    let refused: [&[(u32, CellState)]; 5] = [
+    let too_many: Vec<_> = (32..79).map(|cell| (cell, exact(0, false, false))).collect();
+    let stranger = CellState::Exact { slot: 0, encoded: false, pinned: false, stamp: 0, seq: 1 };
+    let refused: [&[(u32, CellState)]; 6] = [
         &[(20, CellState::Sealed), (9, CellState::Sealed)],
         &[(20, CellState::Sealed), (20, CellState::Sealed)],
         &[(256, CellState::Sealed)],
         &[(20, exact(0, true, true))],
+        &[(20, stranger)],
         &too_many,
     ];
     for states in refused {
@@ -288,6 +358,6 @@ fn import_keeps_order_and_changes_nothing_when_it_fails() {
     }
     assert!(planner.export(0, &[20]).is_err() && planner.export(0, &[32]).is_err());
     assert_eq!(planner.export(0, &[7, 8, 9]).unwrap(), kept);
-    assert_eq!(kept[0], CellState::Exact { slot: 0, encoded: false, pinned: true, stamp: 0 });
-    assert!(planner.import(0, &too_many[..62]).is_ok());
+    assert_eq!(kept[0], CellState::Exact { slot: 0, encoded: false, pinned: true, stamp: 0, seq: 0 });
+    assert!(planner.import(0, &too_many[..46]).is_ok());
 }

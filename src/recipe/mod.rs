@@ -1,6 +1,7 @@
 //! What a user names: a preset or a method, and its numbers, parsed from text such as `on` or `skvq:k=2,v=2`.
 #![forbid(unsafe_code)]
 
+mod fit;
 pub mod help;
 mod parse;
 pub mod presets;
@@ -13,12 +14,14 @@ use crate::codec::channel::{ChannelCodec, ChannelParams};
 use crate::codec::group::{GroupCodec, GroupParams};
 use crate::codec::{PageCodec, Side};
 use crate::error::{Error, Result, Status};
-use crate::planner::PlannerConfig;
+use crate::planner::{sequences_per_stream, PlannerConfig};
 use crate::pool::PoolParams;
 use crate::simd::IsaToken;
 
 /// Cells in a page unless the recipe says otherwise.
 pub const DEFAULT_PAGE: usize = 128;
+/// Fewest cells in a page.
+const MIN_PAGE: usize = 64;
 
 /// How one side (keys or values) of the cache is encoded.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,7 +61,7 @@ pub struct Recipe {
     pub method: &'static str,
     /// Cells in a page: 64, 128 or 256.
     pub page: usize,
-    /// Residual window: the newest tokens of a stream that stay exact (FP16).
+    /// Residual window: the newest tokens of each sequence that stay exact (FP16).
     pub window: usize,
     /// Sink tokens: the first positions of each sequence that stay exact.
     pub sink_tokens: usize,
@@ -80,8 +83,11 @@ impl Recipe {
         self.to_string()
     }
 
-    /// The planner's part of this recipe for a cache of `n_cells` cells in each of `n_streams` streams.
+    /// The planner's part of this recipe, fitted or not, for a cache of `n_cells` cells in each of `n_streams` streams.
     pub fn planner_config(&self, n_cells: usize, n_streams: usize, n_seq_max: usize) -> PlannerConfig {
+        // Sequences that share a stream would each need room for the rows that wait: there pages wait no longer than it
+        // takes that all recent queries come after them.
+        let is_shared = sequences_per_stream(n_streams, n_seq_max) > 1;
         PlannerConfig {
             n_cells,
             page: self.page,
@@ -89,7 +95,7 @@ impl Recipe {
             sink_tokens: self.sink_tokens,
             n_streams,
             n_seq_max,
-            seal_lag: self.seal_lag,
+            seal_lag: if is_shared { self.seal_lag.min(self.attn_window) } else { self.seal_lag },
             frees_early: self.pool.is_some(),
         }
     }

@@ -4,7 +4,7 @@
 use std::fmt;
 
 use super::presets::{expand, is_off, items};
-use super::{help, Recipe, SideRecipe, DEFAULT_PAGE};
+use super::{help, Recipe, SideRecipe, DEFAULT_PAGE, MIN_PAGE};
 use crate::codec::adaptive::{AdaptiveParams, MAX_OUTLIERS};
 use crate::codec::channel::ChannelParams;
 use crate::codec::group::{Clip, GroupParams, GroupSize};
@@ -253,7 +253,7 @@ fn set_key(recipe: &mut Recipe, key: &str, value: &str) -> Result<bool> {
         "window" => recipe.window = number(key, value, 0..=MAX_WINDOW)?,
         "sinks" => recipe.sink_tokens = number(key, value, 0..=MAX_SINKS)?,
         "page" => {
-            recipe.page = number(key, value, 64..=MAX_PAGE)?;
+            recipe.page = number(key, value, MIN_PAGE..=MAX_PAGE)?;
             if !recipe.page.is_power_of_two() {
                 return Err(fail(format!("page={value}: use 64, 128 or 256")));
             }

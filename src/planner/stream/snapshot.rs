@@ -7,9 +7,9 @@ use super::{ExactRow, Held, StreamState};
 use crate::error::{Error, Result, Status};
 use crate::plan::CELLS_PER_WORD;
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER_BYTES: usize = 8 * 4;
-const SLOT_BYTES: usize = 4 + 4 + 8;
+const SLOT_BYTES: usize = 4 + 4 + 8 + 4;
 const ENCODED: u32 = 1;
 const PINNED: u32 = 2;
 const NO_CELL: u32 = u32::MAX;
@@ -26,20 +26,21 @@ impl Planner {
     /// The state of a stream.
     ///
     /// Layout, little-endian: version, `n_cells`, page, window, `sink_tokens`, most sink tokens, `seal_lag`, `n_slots`
-    /// (u32 each); next stamp (u64); per slot: cell or 2^32 - 1 (u32), 1 if encoded + 2 if pinned (u32), stamp (u64);
-    /// per page: stamp of its newest row (u64); sealed cells, a bit each, in u32 words.
+    /// (u32 each); next stamp (u64); per slot: cell or 2^32 - 1 (u32), 1 if encoded + 2 if pinned (u32), stamp (u64),
+    /// sequence (u32); per page: stamp of its newest row (u64); sealed cells, a bit each, in u32 words.
     pub fn snapshot(&self, stream: usize) -> Result<Vec<u8>> {
         self.check_stream(stream)?;
         let state = &self.streams[stream];
         let mut out = self.snapshot_header();
         out.extend(state.next_stamp.to_le_bytes());
         for row in &state.exact {
-            let (cell, flags, stamp) = row.map_or((NO_CELL, 0, 0), |row| {
-                (row.cell, ENCODED * u32::from(row.encoded) + PINNED * u32::from(row.pinned), row.stamp)
+            let (cell, flags, stamp, seq) = row.map_or((NO_CELL, 0, 0, 0), |row| {
+                (row.cell, ENCODED * u32::from(row.encoded) + PINNED * u32::from(row.pinned), row.stamp, row.seq)
             });
             out.extend(cell.to_le_bytes());
             out.extend(flags.to_le_bytes());
             out.extend(stamp.to_le_bytes());
+            out.extend(seq.to_le_bytes());
         }
         state.pages.iter().for_each(|page| out.extend(page.newest.to_le_bytes()));
         state.sealed_bits.iter().for_each(|word| out.extend(word.to_le_bytes()));
@@ -103,25 +104,35 @@ impl StreamState {
             self.seal(cell);
         }
         for (slot, bytes) in slots.chunks_exact(SLOT_BYTES).enumerate() {
-            self.parse_slot(slot, u32_of(bytes), u32_of(&bytes[4..]), u64_of(&bytes[8..]))?;
+            let flags = u32_of(&bytes[4..]);
+            let (encoded, pinned) = (flags & ENCODED != 0, flags & PINNED != 0);
+            let row = ExactRow {
+                cell: u32_of(bytes),
+                encoded,
+                pinned,
+                stamp: u64_of(&bytes[8..]),
+                seq: u32_of(&bytes[16..]),
+            };
+            self.parse_slot(slot, flags, row)?;
         }
         self.parse_order()?;
         Ok(self)
     }
 
-    fn parse_slot(&mut self, slot: usize, cell: u32, flags: u32, stamp: u64) -> Result<()> {
-        let (encoded, pinned) = (flags & ENCODED != 0, flags & PINNED != 0);
-        if (cell, flags, stamp) == (NO_CELL, 0, 0) {
+    fn parse_slot(&mut self, slot: usize, flags: u32, row: ExactRow) -> Result<()> {
+        if (row.cell, flags, row.stamp, row.seq) == (NO_CELL, 0, 0, 0) {
             return Ok(());
         }
-        let is_free = self.held.get(cell as usize) == Some(&Held::Empty);
-        if !is_free || flags >= ENCODED + PINNED || stamp >= self.next_stamp {
+        let cell = row.cell as usize;
+        let is_free = self.held.get(cell) == Some(&Held::Empty);
+        let exists = (row.seq as usize) < self.config.n_seq_max;
+        if !is_free || !exists || flags >= ENCODED + PINNED || row.stamp >= self.next_stamp {
             return Err(malformed("the planner state has an impossible exact row"));
         }
-        self.exact[slot] = Some(ExactRow { cell, encoded, pinned, stamp });
-        self.held[cell as usize] = Held::Exact(slot as u32);
-        self.pages[cell as usize / self.config.page].n_exact += 1;
-        self.n_pinned += usize::from(pinned);
+        self.exact[slot] = Some(row);
+        self.held[cell] = Held::Exact(slot as u32);
+        self.pages[cell / self.config.page].n_exact += 1;
+        self.n_pinned += usize::from(row.pinned);
         Ok(())
     }
 

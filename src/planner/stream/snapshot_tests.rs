@@ -15,7 +15,7 @@ const CONFIG: PlannerConfig = PlannerConfig {
 
 /// Plans `n` rows behind one another from `cell0` on; cells below `n_dead` are dead.
 fn step(planner: &mut Planner, stream: usize, cell0: u32, n: u32, n_dead: usize) -> Vec<i32> {
-    let rows: Vec<Row> = (cell0..cell0 + n).map(|cell| Row { cell, pos: cell as i32 }).collect();
+    let rows: Vec<Row> = (cell0..cell0 + n).map(|cell| Row { cell, pos: cell as i32, seq: cell % 2 }).collect();
     let mut plan = vec![0; plan_len(rows.len(), planner.n_slots(), CONFIG.n_cells, CONFIG.page)];
     planner.plan(stream, &rows, &|cell| (n_dead..cell0 as usize).contains(&cell), &mut plan).unwrap();
     plan

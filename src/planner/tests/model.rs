@@ -15,7 +15,9 @@ pub struct Token {
     /// Bit set of sequences.
     pub seqs: u32,
     pinned: bool,
-    /// Has been outside the newest `window` tokens after some plan, so it may be sealed.
+    /// The sequence whose window it is in.
+    owner: u32,
+    /// Has been outside that sequence's window after some plan, so it may be sealed.
     left_window: bool,
 }
 
@@ -41,6 +43,13 @@ pub struct NewRow {
     pub cell: usize,
     pub pos: i32,
     pub seqs: u32,
+}
+
+impl NewRow {
+    /// The sequence whose window the row is in.
+    fn owner(&self) -> u32 {
+        self.seqs.trailing_zeros()
+    }
 }
 
 pub struct Model {
@@ -126,7 +135,8 @@ impl Model {
 
     /// Plans and carries out one ubatch, checking both views. Returns the number of exact rows after it.
     pub fn append(&mut self, stream: usize, new_rows: &[NewRow]) -> usize {
-        let rows: Vec<Row> = new_rows.iter().map(|row| Row { cell: row.cell as u32, pos: row.pos }).collect();
+        let rows: Vec<Row> =
+            new_rows.iter().map(|row| Row { cell: row.cell as u32, pos: row.pos, seq: row.owner() }).collect();
         let ids: Vec<u64> = (self.next_id..).take(rows.len()).collect();
         self.next_id += rows.len() as u64;
         self.out.clear();
@@ -156,6 +166,11 @@ impl Model {
             self.n_records[usize::from(record.fresh)] += 1;
         }
         plan.slot_cells(View::After).iter().filter(|&&cell| cell >= 0).count()
+    }
+
+    /// The plan of the latest [`Model::append`].
+    pub fn last_plan(&self) -> &[i32] {
+        &self.out
     }
 
     /// Removes everything, with or without telling the planner.
@@ -248,25 +263,43 @@ fn place_tokens(config: &PlannerConfig, host: &mut Stream, rows: &[NewRow], ids:
     for (row, &id) in rows.iter().zip(ids) {
         let pinned = room > 0 && row.pos < config.sink_tokens as i32;
         room -= usize::from(pinned);
-        host.cells[row.cell] = Some(Token { id, pos: row.pos, seqs: row.seqs, pinned, left_window: false });
+        host.cells[row.cell] =
+            Some(Token { id, pos: row.pos, seqs: row.seqs, pinned, owner: row.owner(), left_window: false });
     }
 }
 
-/// Sink tokens are exact, and so are the tokens that have always been among the newest `window` ones.
+/// Sink tokens are exact, and so are the tokens that have always been among the newest of their sequence: `window` of them,
+/// or fewer if that many of every sequence do not fit into the slots.
 fn check_window(config: &PlannerConfig, host: &mut Stream, plan: &Plan) {
     let mut newest: Vec<(u64, usize)> = Vec::new();
+    let mut n_pinned = 0;
     for (cell, token) in host.cells.iter().enumerate() {
         let Some(token) = token else { continue };
         if token.pinned {
+            n_pinned += 1;
             assert!(plan.slot_cells(View::After).contains(&(cell as i32)), "sink token {token:?} is not exact");
         } else {
             newest.push((token.id, cell));
         }
     }
     newest.sort_unstable_by(|a, b| b.cmp(a));
-    for (index, &(_, cell)) in newest.iter().enumerate() {
+    let owner = |cell: usize| host.cells[cell].map_or(0, |token| token.owner as usize);
+    let mut n_rows = vec![0; config.n_seq_max];
+    newest.iter().for_each(|&(_, cell)| n_rows[owner(cell)] += 1);
+    let fits = |window: usize, room: usize| n_rows.iter().map(|&n: &usize| n.min(window)).sum::<usize>() <= room;
+    let room = plan.n_slots() - n_pinned;
+    let cut_room = room - config.page.min(room / 2);
+    let window = if fits(config.window, room) {
+        config.window
+    } else {
+        (0..config.window).rev().find(|&window| fits(window, cut_room)).unwrap()
+    };
+    let mut n_newer = vec![0; config.n_seq_max];
+    for &(_, cell) in &newest {
         let Some(token) = &mut host.cells[cell] else { continue };
-        token.left_window |= index >= config.window;
+        let n_newer = &mut n_newer[token.owner as usize];
+        token.left_window |= *n_newer >= window;
+        *n_newer += 1;
         if !token.left_window {
             assert!(plan.slot_cells(View::After).contains(&(cell as i32)), "{token:?} of the window is not exact");
         }
