@@ -86,7 +86,21 @@ pub(crate) fn drop_stale(layout: &Layout, regions: &mut [&mut [u8]; 2], plan: &P
     }
 }
 
+/// Takes the cells of a page off the pool: the page is sealed anew, with all that is live in it, and its tokens compete
+/// again. A member that stayed would be read beside the row that enters for the same cell.
+pub(crate) fn give_back(layout: &Layout, regions: &mut [&mut [u8]; 2], page: usize) {
+    for side in [Side::Key, Side::Value] {
+        let region = &mut *regions[side as usize];
+        for entry in layout.side(side).pool_table_mut(region).chunks_exact_mut(4) {
+            if parse_cell(entry).is_some_and(|cell| cell / layout.page() == page) {
+                entry.fill(0);
+            }
+        }
+    }
+}
+
 /// Chooses the rows of a page that enter the pool: for each of `keys`, `[n][head_dim]`, the row of the pool it is to have.
+/// None of them is a member.
 pub(crate) fn trace(layout: &Layout, params: &PoolParams, region: &[u8], keys: &[f32]) -> Vec<Option<usize>> {
     let side = layout.side(Side::Key);
     let members: Vec<Option<usize>> = cells(side, region).collect();
@@ -157,6 +171,8 @@ pub(crate) fn read_half(from: &[u8], row: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use super::*;
     use crate::attention::Rows;
     use crate::plan::{plan_len, Plan};
@@ -167,7 +183,7 @@ mod tests {
 
     const DIM: usize = 64;
 
-    /// One head, pages of 64 cells, no window: each page is sealed as it arrives.
+    /// One head with pages of 64 cells: each is sealed as it gets full.
     struct Head {
         layout: Layout,
         planner: Planner,
@@ -176,8 +192,8 @@ mod tests {
     }
 
     impl Head {
-        fn new(spec: &str, layer: usize) -> Self {
-            let recipe = Recipe::parse(&format!("{spec}:page=64,window=0,sinks=0")).unwrap();
+        fn new(spec: &str, layer: usize, window: usize) -> Self {
+            let recipe = Recipe::parse(&format!("{spec}:page=64,window={window},sinks=0")).unwrap();
             let shape = Shape { n_heads: 1, n_kv_heads: 1, head_dim_k: DIM as u32, head_dim_v: DIM as u32 };
             let planner = Planner::new(recipe.planner_config(512, 1, 1)).unwrap();
             let layout = Layout::new(&recipe, shape, layer, 512, planner.n_slots()).unwrap();
@@ -187,13 +203,18 @@ mod tests {
 
         /// Appends a page of keys of size 1 but for some (row, size). Gives the members' cells, ascending.
         fn append(&mut self, page: usize, sizes: &[(usize, f32)]) -> Vec<usize> {
-            let rows: Vec<Row> =
-                (0..64).map(|i| Row { cell: (page * 64 + i) as u32, pos: (page * 64 + i) as i32, seq: 0 }).collect();
-            let mut keys: Vec<f32> = (0..64 * DIM).map(|i| if i * 7 % 13 < 6 { 1.0 } else { -1.0 }).collect();
+            self.append_cells(page * 64..(page + 1) * 64, sizes)
+        }
+
+        /// Appends keys to a range of cells.
+        fn append_cells(&mut self, cells_of_rows: Range<usize>, sizes: &[(usize, f32)]) -> Vec<usize> {
+            let n = cells_of_rows.len();
+            let rows: Vec<Row> = cells_of_rows.map(|cell| Row { cell: cell as u32, pos: cell as i32, seq: 0 }).collect();
+            let mut keys: Vec<f32> = (0..n * DIM).map(|i| if i * 7 % 13 < 6 { 1.0 } else { -1.0 }).collect();
             for &(row, size) in sizes {
                 keys[row * DIM..(row + 1) * DIM].iter_mut().for_each(|x| *x *= size);
             }
-            let mut ints = vec![0; plan_len(64, self.planner.n_slots(), 512, 64)];
+            let mut ints = vec![0; plan_len(n, self.planner.n_slots(), 512, 64)];
             let live = &self.live;
             self.planner.plan(0, &rows, &|cell| live[cell], &mut ints).unwrap();
             rows.iter().for_each(|row| self.live[row.cell as usize] = true);
@@ -214,7 +235,7 @@ mod tests {
 
     #[test]
     fn the_smallest_keys_enter_and_losers_stay_until_the_pool_is_full() {
-        let mut head = Head::new("ott:outliers=2,pool=2", 2);
+        let mut head = Head::new("ott:outliers=2,pool=2", 2, 0);
         assert_eq!(head.append(0, &[(5, 0.2), (9, 0.1), (11, 0.3)]), [5, 9]);
         // One smaller key displaces the larger member, which stays as an extra one.
         assert_eq!(head.append(1, &[(3, 0.15), (4, 0.25)]), [5, 9, 64 + 3]);
@@ -239,10 +260,26 @@ mod tests {
         assert!(head.append(4, &[(8, 0.001)]).iter().all(|cell| *cell != 4 * 64 + 7));
     }
 
+    /// A page that was sealed inside the window, lost its tail and is full again is sealed anew.
+    #[test]
+    fn a_page_that_is_sealed_again_enters_once() {
+        let mut head = Head::new("ott:outliers=3,pool=4", 2, 128);
+        assert_eq!(head.append(0, &[(5, 0.1), (9, 0.2), (60, 0.3)]), [5, 9, 60]);
+        for round in 0..4 {
+            head.live[54..64].fill(false);
+            // Other tails: one without a small key, one with.
+            let (sizes, want) = if round % 2 == 0 { (&[][..], &[5, 9][..]) } else { (&[(2, 0.3)][..], &[5, 9, 56][..]) };
+            let members = head.append_cells(54..64, sizes);
+            assert!(want.iter().all(|cell| members.contains(cell)) && members.len() == 3, "{members:?}");
+        }
+        // Members of other pages stay, as does the room that they left.
+        assert_eq!(head.append(1, &[(0, 0.01)]).len(), 4);
+    }
+
     #[test]
     fn first_layers_have_no_pool() {
-        assert_eq!(Head::new("ott", 1).layout.pool_rows(), 0);
-        assert_eq!(Head::new("ott", 2).layout.pool_rows(), 35);
-        assert!(Head::new("ott", 0).append(0, &[(5, 0.1)]).is_empty());
+        assert_eq!(Head::new("ott", 1, 0).layout.pool_rows(), 0);
+        assert_eq!(Head::new("ott", 2, 0).layout.pool_rows(), 35);
+        assert!(Head::new("ott", 0, 0).append(0, &[(5, 0.1)]).is_empty());
     }
 }

@@ -125,6 +125,9 @@ fn seal_page(layout: &Layout, head: usize, regions: &mut [&mut [u8]; 2], rows: &
     let (index, fresh) = (records[0].cell / layout.page(), records[0].fresh);
     at.clear();
     at.extend(records.iter().map(|record| (record.cell % layout.page()) as u32));
+    if fresh && layout.pool().is_some() {
+        pool::give_back(layout, regions, index);
+    }
     for (side, current) in [(Side::Key, &rows.k), (Side::Value, &rows.v)] {
         let (side_layout, region) = (layout.side(side), &mut *regions[side as usize]);
         let dim = side_layout.head_dim;
