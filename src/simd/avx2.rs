@@ -2,10 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use super::{ExactRows, IsaToken, Kernels, Logits, State};
+use super::{ExactRows, Isa, IsaToken, Kernels, Logits, State};
 
 static KERNELS: Kernels = Kernels {
-    // SAFETY: the table is only reachable through `kernels`, which takes the proof that the CPU has these features.
+    // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.
     exact_scores: |q, rows, scores, columns| unsafe { exact_scores(q, rows, scores, columns) },
     // SAFETY: as above.
     exact_accumulate: |p, columns, rows, acc| unsafe { exact_accumulate(p, columns, rows, acc) },
@@ -18,7 +18,8 @@ static KERNELS: Kernels = Kernels {
 };
 
 /// The table, given the proof that this CPU can run it.
-pub(super) fn kernels(_token: IsaToken) -> &'static Kernels {
+pub(super) fn kernels(token: IsaToken) -> &'static Kernels {
+    token.expect(Isa::Avx2);
     &KERNELS
 }
 

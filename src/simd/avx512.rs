@@ -3,12 +3,12 @@
 use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
 
-use super::{ExactRows, IsaToken, Kernels, Logits, State};
+use super::{ExactRows, Isa, IsaToken, Kernels, Logits, State};
 use crate::shape::MAX_HEAD_DIM;
 use crate::store::finite;
 
 static KERNELS: Kernels = Kernels {
-    // SAFETY: the table is only reachable through `kernels`, which takes the proof that the CPU has these features.
+    // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.
     exact_scores: |q, rows, scores, columns| unsafe { exact_scores(q, rows, scores, columns) },
     // SAFETY: as above.
     exact_accumulate: |p, columns, rows, acc| unsafe { exact_accumulate(p, columns, rows, acc) },
@@ -21,7 +21,8 @@ static KERNELS: Kernels = Kernels {
 };
 
 /// The table, given the proof that this CPU can run it.
-pub(super) fn kernels(_token: IsaToken) -> &'static Kernels {
+pub(super) fn kernels(token: IsaToken) -> &'static Kernels {
+    token.expect(Isa::Avx512);
     &KERNELS
 }
 

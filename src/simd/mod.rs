@@ -75,6 +75,15 @@ impl IsaToken {
         self.0
     }
 
+    /// What a table of kernels for `isa` asks for before it is handed out.
+    ///
+    /// # Panics
+    ///
+    /// If the token proves another instruction set.
+    pub(crate) fn expect(self, isa: Isa) {
+        assert_eq!(self.0, isa, "a proof of one instruction set is none of another");
+    }
+
     /// The best instruction set of this CPU, or the one that the environment variable `KVQ_ISA` names. Chosen once.
     ///
     /// # Errors
@@ -164,6 +173,23 @@ pub(crate) fn kernels(token: IsaToken) -> &'static Kernels {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_token_opens_the_table_of_its_own_instruction_set_only() {
+        for token in Isa::ALL.into_iter().filter_map(IsaToken::new) {
+            for isa in Isa::ALL {
+                let opened = std::panic::catch_unwind(|| token.expect(isa)).is_ok();
+                assert_eq!(opened, token.isa() == isa, "{} for {}", token.isa().name(), isa.name());
+            }
+        }
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    #[should_panic(expected = "a proof of one instruction set")]
+    fn a_scalar_token_opens_no_table_of_avx512() {
+        let _ = avx512::kernels(IsaToken::new(Isa::Scalar).unwrap());
+    }
 
     #[test]
     fn override_is_obeyed_or_refused() {

@@ -13,10 +13,10 @@ use crate::codec::tile::LANE_BLOCK;
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::avx2::prefetch_next_from;
 use crate::simd::avx512::{dot_floats, f16_to_f32, load, load_bytes, load_half, store};
-use crate::simd::IsaToken;
+use crate::simd::{Isa, IsaToken};
 
 static KERNELS: AdaptiveKernels = AdaptiveKernels {
-    // SAFETY: the table is only reachable through `kernels`, which takes the proof that the CPU has these features.
+    // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.
     seal: |codec, header, page, rows| unsafe { seal(codec, header, page, rows) },
     // SAFETY: as above.
     prepare: |query, form| unsafe { prepare(query, form) },
@@ -29,7 +29,8 @@ static KERNELS: AdaptiveKernels = AdaptiveKernels {
 };
 
 /// The table, given the proof that this CPU can run it.
-pub(super) fn kernels(_token: IsaToken) -> &'static AdaptiveKernels {
+pub(super) fn kernels(token: IsaToken) -> &'static AdaptiveKernels {
+    token.expect(Isa::Avx512);
     &KERNELS
 }
 

@@ -4,17 +4,18 @@
 use super::{scalar, ChannelCodec, ChannelKernels, PageRef, Query, SealRows};
 use crate::codec::mixed::avx512::add_products;
 use crate::simd::avx2::prefetch_next_from;
-use crate::simd::IsaToken;
+use crate::simd::{Isa, IsaToken};
 
 static KERNELS: ChannelKernels = ChannelKernels {
-    // SAFETY: the table is only reachable through `kernels`, which takes the proof that the CPU has these features.
+    // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.
     seal: |codec, header, page, rows| unsafe { seal(codec, header, page, rows) },
     // SAFETY: as above.
     scores: |codec, page, query, out| unsafe { scores(codec, page, query, out) },
 };
 
 /// The table, given the proof that this CPU can run it.
-pub(super) fn kernels(_token: IsaToken) -> &'static ChannelKernels {
+pub(super) fn kernels(token: IsaToken) -> &'static ChannelKernels {
+    token.expect(Isa::Avx512);
     &KERNELS
 }
 

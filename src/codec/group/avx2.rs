@@ -12,10 +12,10 @@ use crate::codec::tile::avx2::{by_width_and_rows, dot, join_planes, planes, put_
 use crate::codec::tile::Width;
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::avx2::{dot_floats, f16_to_f32, load, load_bytes, prefetch_next, reduce_add, reduce_max, store};
-use crate::simd::IsaToken;
+use crate::simd::{Isa, IsaToken};
 
 static KERNELS: GroupKernels = GroupKernels {
-    // SAFETY: the table is only reachable through `kernels`, which takes the proof that the CPU has these features.
+    // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.
     seal: |codec, header, page, rows| unsafe { seal(codec, header, page, rows) },
     // SAFETY: as above.
     prepare: |query, form| unsafe { prepare(query, form) },
@@ -28,7 +28,8 @@ static KERNELS: GroupKernels = GroupKernels {
 };
 
 /// The table, given the proof that this CPU can run it.
-pub(super) fn kernels(_token: IsaToken) -> &'static GroupKernels {
+pub(super) fn kernels(token: IsaToken) -> &'static GroupKernels {
+    token.expect(Isa::Avx2);
     &KERNELS
 }
 

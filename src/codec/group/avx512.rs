@@ -14,10 +14,10 @@ use crate::codec::MAX_PAGE;
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::avx2::prefetch_next_from;
 use crate::simd::avx512::{dot_floats, f16_to_f32, load, load_bytes, pack_bytes, store, store_bytes};
-use crate::simd::IsaToken;
+use crate::simd::{Isa, IsaToken};
 
 static KERNELS: GroupKernels = GroupKernels {
-    // SAFETY: the table is only reachable through `kernels`, which takes the proof that the CPU has these features.
+    // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.
     seal: |codec, header, page, rows| unsafe { seal(codec, header, page, rows) },
     // SAFETY: as above.
     prepare: |query, form| unsafe { prepare(query, form) },
@@ -30,7 +30,8 @@ static KERNELS: GroupKernels = GroupKernels {
 };
 
 /// The table, given the proof that this CPU can run it.
-pub(super) fn kernels(_token: IsaToken) -> &'static GroupKernels {
+pub(super) fn kernels(token: IsaToken) -> &'static GroupKernels {
+    token.expect(Isa::Avx512);
     &KERNELS
 }
 
