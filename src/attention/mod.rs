@@ -126,14 +126,17 @@ impl AttendArgs<'_> {
         if self.k_mem.len() < layout.k_bytes() || self.v_mem.len() < layout.v_bytes() {
             return Err(Error::invalid("the key or value buffer is smaller than the layout says"));
         }
+        if self.sink_logits.is_some_and(|s| s.len() < n_heads) {
+            return Err(Error::invalid("the sink logits are fewer than the heads"));
+        }
         let mask_len = match self.mask {
             Mask::None => return Ok(()),
             Mask::F16(m) => m.len(),
             Mask::F32(m) => m.len(),
         };
         let need = (self.n_tokens - 1).checked_mul(self.mask_stride_token).and_then(|n| n.checked_add(self.n_kv));
-        if need.is_none_or(|need| need > mask_len) || self.sink_logits.is_some_and(|s| s.len() < n_heads) {
-            return Err(Error::invalid("the mask or the sink logits are smaller than their sizes say"));
+        if need.is_none_or(|need| need > mask_len) {
+            return Err(Error::invalid("the mask is smaller than its sizes say"));
         }
         Ok(())
     }
@@ -141,7 +144,8 @@ impl AttendArgs<'_> {
 
 /// Computes part `part` of `n_parts` of the attention of one layer and stream. Parts may run at the same time; together
 /// they call `emit(offset, floats)` once for every row of the output, for disjoint ranges. A query that sees nothing gives
-/// zeros. A non-finite query spoils its own output row only; non-finite keys and values count as 0 (NaN) and +-65504.
+/// zeros. A query row with a value that is not finite, or beyond 1e30 once it is scaled, gives NaN in its own output row and
+/// touches no other; non-finite keys and values count as 0 (NaN) and +-65504.
 ///
 /// # Errors
 ///

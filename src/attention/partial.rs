@@ -39,7 +39,7 @@ pub(super) fn finish(row: &mut [f32], max: f32, sum: f32, sink_logit: Option<f32
         sum = sum * factor + (sink - top).exp();
     }
     let scale = if sum > 0.0 { factor / sum } else { 0.0 };
-    // A non-finite query makes the sum NaN; its row must not look valid.
+    // The sum of a row whose query is not finite is NaN; it must not look valid.
     let scale = if sum.is_nan() { f32::NAN } else { scale };
     row.iter_mut().for_each(|x| *x *= scale);
     top + sum.ln()
@@ -61,8 +61,12 @@ pub fn combine(
     emit: &mut dyn FnMut(usize, &[f32]),
 ) -> Result<()> {
     let (n_heads, dim) = (layout.shape().n_heads as usize, layout.shape().head_dim_v as usize);
-    let n_rows = n_tokens * n_heads;
-    if partial.len() < n_splits * n_rows * (dim + 2) || sink_logits.is_some_and(|s| s.len() < n_heads) {
+    if n_splits == 0 {
+        return Err(Error::invalid("n_splits is 0: there is nothing to combine"));
+    }
+    let n_rows = n_tokens.saturating_mul(n_heads);
+    let need = n_splits.saturating_mul(n_rows).saturating_mul(dim + 2);
+    if partial.len() < need || sink_logits.is_some_and(|s| s.len() < n_heads) {
         return Err(Error::invalid("the partial states or the sink logits are smaller than their sizes say"));
     }
     let mut out = [0f32; crate::shape::MAX_HEAD_DIM as usize];

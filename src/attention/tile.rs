@@ -34,6 +34,8 @@ pub(super) struct Workspace {
     exact: Vec<f32>,
     slopes: Vec<f32>,
     mask_row: Vec<u32>,
+    /// For each query row: it is not finite, and its output is NaN.
+    spoiled: Vec<bool>,
     /// For each row of the head's outlier pool the cell, or -1 if that cell is not to be read from its page.
     pooled: Vec<i32>,
     state: State,
@@ -110,15 +112,28 @@ pub(super) fn run(
     emit_rows(layout, args, head, tokens, split, work, emit);
 }
 
-/// Gathers the tile's query rows (scaled) and what belongs to each of them.
+/// Largest magnitude of a query value, times the scale: with keys in the range of FP16 no score overflows, whatever the
+/// head size.
+const MAX_QUERY: f32 = 1e30;
+
+/// Gathers the tile's query rows (scaled) and what belongs to each of them. A row that is not finite goes through the kernels
+/// as zeros, so that none of them has to care, and is marked.
 fn prepare(layout: &Layout, args: &AttendArgs, head: usize, tokens: Range<usize>, work: &mut Workspace) {
     let (gqa, dim) = (layout.shape().gqa_ratio(), layout.shape().head_dim_k as usize);
     work.q.clear();
     work.slopes.clear();
     work.mask_row.clear();
+    work.spoiled.clear();
     for (i, token) in tokens.enumerate() {
         for q_head in head * gqa..(head + 1) * gqa {
+            let first = work.q.len();
             work.q.extend(args.q.row(token, q_head, dim).iter().map(|x| x * args.scale));
+            let row = &mut work.q[first..];
+            let is_finite = row.iter().fold(true, |finite, x| finite & (x.abs() <= MAX_QUERY));
+            if !is_finite {
+                row.fill(0.0);
+            }
+            work.spoiled.push(!is_finite);
             work.slopes.push(alibi_slope(q_head, layout.shape().n_heads as usize, args.max_bias));
             work.mask_row.push(i as u32);
         }
@@ -191,6 +206,11 @@ fn emit_rows(
         }
         let exact = &state.exact[row * dim..(row + 1) * dim];
         out.iter_mut().zip(packed.iter().zip(exact)).for_each(|(o, (p, e))| *o = p + e);
+        if work.spoiled[row] {
+            // In every split, so that nothing depends on which of them saw a token.
+            out[..dim].fill(f32::NAN);
+            (state.max[row], state.sum[row]) = (0.0, f32::NAN);
+        }
         let at = token * n_heads + q_head;
         if args.n_splits == 1 {
             let sink_logit = args.sink_logits.map(|s| s[q_head]);

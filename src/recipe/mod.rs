@@ -6,6 +6,9 @@ pub mod help;
 mod parse;
 pub mod presets;
 
+#[cfg(test)]
+pub(crate) use parse::METHODS;
+
 use std::fmt;
 use std::sync::Arc;
 

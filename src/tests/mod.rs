@@ -2,3 +2,5 @@
 
 mod boundary;
 mod header;
+mod layer;
+mod spoiled_queries;

@@ -1,0 +1,169 @@
+//! One layer of one stream in memory of its own, for tests that need plans, attention and the store step together.
+#![forbid(unsafe_code)]
+
+use std::ops::Range;
+
+use crate::attention::{attend, combine, AttendArgs, Mask, Rows};
+use crate::codec::Side;
+use crate::layout::Layout;
+use crate::plan::{plan_len, Plan};
+use crate::planner::{Planner, Row};
+use crate::recent::Attended;
+use crate::recipe::{Recipe, METHODS};
+use crate::shape::Shape;
+use crate::simd::IsaToken;
+use crate::store::{store_head, StoreRows};
+
+/// Small deterministic generator (xorshift).
+pub(super) struct Rng(u64);
+
+impl Rng {
+    pub(super) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// Nearly normal.
+    pub(super) fn normal(&mut self) -> f32 {
+        let mut uniform = || (self.next() >> 40) as f32 / (1u64 << 24) as f32 - 0.5;
+        (0..6).map(|_| uniform()).sum::<f32>() * std::f32::consts::SQRT_2
+    }
+
+    pub(super) fn values(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.normal()).collect()
+    }
+}
+
+/// Every method with its defaults and its published setting, and `more`.
+pub(super) fn recipes(more: &[&str]) -> Vec<String> {
+    let methods = METHODS.iter().flat_map(|method| [method.name.into(), format!("{}:paper", method.name)]);
+    methods.chain(more.iter().map(|spec| spec.to_string())).collect()
+}
+
+/// Queries, keys and values of an ubatch.
+#[derive(Clone)]
+pub(super) struct Ubatch {
+    pub(super) q: Vec<f32>,
+    pub(super) k: Vec<f32>,
+    pub(super) v: Vec<f32>,
+}
+
+pub(super) struct Layer {
+    pub(super) layout: Layout,
+    pub(super) planner: Planner,
+    /// Keys and values.
+    pub(super) memory: [Vec<u8>; 2],
+    live: Vec<bool>,
+}
+
+impl Layer {
+    pub(super) fn new(spec: &str, shape: Shape, n_cells: usize, token: IsaToken) -> Self {
+        let recipe = Recipe::parse(spec).unwrap();
+        let planner = Planner::new(recipe.planner_config(n_cells, 1, 1)).unwrap();
+        // Not one of the first layers, which may go without an outlier pool.
+        let layout = Layout::with_isa(&recipe, shape, 3, n_cells, planner.n_slots(), token).unwrap();
+        let memory = [vec![0; layout.k_bytes()], vec![0; layout.v_bytes()]];
+        Self { layout, planner, memory, live: vec![false; n_cells] }
+    }
+
+    /// Whether the recipe allows this shape.
+    pub(super) fn fits(spec: &str, shape: Shape) -> bool {
+        Layout::new(&Recipe::parse(spec).unwrap(), shape, 3, 64, 64).is_ok()
+    }
+
+    /// Plans an ubatch for these cells, at positions of the same numbers.
+    pub(super) fn plan(&mut self, cells: Range<usize>) -> Vec<i32> {
+        let n_cells = self.live.len();
+        let rows: Vec<Row> = cells.map(|cell| Row { cell: (cell % n_cells) as u32, pos: cell as i32 }).collect();
+        let mut ints = vec![0; plan_len(rows.len(), self.planner.n_slots(), n_cells, self.layout.page())];
+        let live = &self.live;
+        self.planner.plan(0, &rows, &|cell| live[cell], &mut ints).unwrap();
+        rows.iter().for_each(|row| self.live[row.cell as usize] = true);
+        ints
+    }
+
+    /// Random rows of `n` tokens.
+    pub(super) fn ubatch(&self, rng: &mut Rng, n: usize) -> Ubatch {
+        let Shape { n_heads, n_kv_heads, head_dim_k, head_dim_v } = self.layout.shape();
+        let mut values = |heads: u32, dim: u32| rng.values(n * (heads * dim) as usize);
+        Ubatch { q: values(n_heads, head_dim_k), k: values(n_kv_heads, head_dim_k), v: values(n_kv_heads, head_dim_v) }
+    }
+
+    /// Attends, every held cell being visible: output rows and the logarithms of their denominators.
+    pub(super) fn attend(
+        &self,
+        ints: &[i32],
+        ubatch: &Ubatch,
+        n_splits: usize,
+        sink_logits: Option<&[f32]>,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let shape = self.layout.shape();
+        let (n_heads, dim_v) = (shape.n_heads as usize, shape.head_dim_v as usize);
+        let plan = Plan::new(ints).unwrap();
+        let n_tokens = plan.n_tokens();
+        let [q, k, v] = self.rows(ubatch);
+        let args = AttendArgs {
+            q,
+            current: Some((k, v)),
+            k_mem: &self.memory[0],
+            v_mem: &self.memory[1],
+            plan,
+            mask: Mask::None,
+            mask_stride_token: 0,
+            n_kv: self.live.len(),
+            sink_logits,
+            scale: SCALE,
+            softcap: 0.0,
+            max_bias: 0.0,
+            n_tokens,
+            n_splits,
+            with_lse: n_splits == 1,
+        };
+        let n_rows = n_tokens * n_heads;
+        let mut out = vec![0f32; if n_splits == 1 { n_rows * (dim_v + 1) } else { n_splits * n_rows * (dim_v + 2) }];
+        let mut put = |at: usize, row: &[f32]| out[at..at + row.len()].copy_from_slice(row);
+        attend(&self.layout, &args, 0, 1, &mut put).unwrap();
+        if n_splits > 1 {
+            let partial = std::mem::replace(&mut out, vec![0f32; n_rows * (dim_v + 1)]);
+            let mut put = |at: usize, row: &[f32]| out[at..at + row.len()].copy_from_slice(row);
+            combine(&self.layout, &partial, sink_logits, n_splits, n_tokens, true, 0, 1, &mut put).unwrap();
+        }
+        let lse = out.split_off(n_rows * dim_v);
+        (out, lse)
+    }
+
+    /// The store step of all heads.
+    pub(super) fn store(&mut self, ints: &[i32], ubatch: &Ubatch, lse: &[f32]) {
+        let shape = self.layout.shape();
+        let [q, k, v] = rows_of(&shape, ubatch);
+        let rows = StoreRows { k, v, q: Some(q), attended: Some(Attended { lse, scale: SCALE }) };
+        let plan = Plan::new(ints).unwrap();
+        let [keys, values] = &mut self.memory;
+        let keys = keys.chunks_exact_mut(self.layout.head_bytes(Side::Key));
+        let values = values.chunks_exact_mut(self.layout.head_bytes(Side::Value));
+        for (head, (key, value)) in keys.zip(values).enumerate() {
+            store_head(&self.layout, head, [key, value], &rows, &plan).unwrap();
+        }
+    }
+
+    fn rows<'a>(&self, ubatch: &'a Ubatch) -> [Rows<'a>; 3] {
+        rows_of(&self.layout.shape(), ubatch)
+    }
+}
+
+const SCALE: f32 = 0.1;
+
+fn rows_of<'a>(shape: &Shape, ubatch: &'a Ubatch) -> [Rows<'a>; 3] {
+    [
+        (&ubatch.q, shape.n_heads, shape.head_dim_k),
+        (&ubatch.k, shape.n_kv_heads, shape.head_dim_k),
+        (&ubatch.v, shape.n_kv_heads, shape.head_dim_v),
+    ]
+    .map(|(data, heads, dim)| Rows { data, stride_token: (heads * dim) as usize, stride_head: dim as usize })
+}
