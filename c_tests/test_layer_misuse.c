@@ -93,6 +93,7 @@ int main(void) {
     location_misuse(&l);
     CHECK_INVALID(kvq_combine(l.layout, out, NULL, UINT32_MAX, UINT32_MAX, out, NULL, 0, 1));
     CHECK_INVALID(kvq_combine(l.layout, out, NULL, 2, 1, out, NULL, 1, 1));
+    CHECK_INVALID(kvq_combine(l.layout, out, NULL, 0, 1, out, NULL, 0, 1));
 
     kvq_recipe *recipe = recipe_of("skvq:group=128");
     kvq_layout *layout = NULL;

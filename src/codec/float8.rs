@@ -72,10 +72,11 @@ pub fn power(base: u8) -> f32 {
     f32::from_bits(u32::from(base) << 23)
 }
 
-/// `2^(127 - base)`, what a value is multiplied with before it is coded.
+/// `2^(127 - base)`, what a value is multiplied with before it is coded. A base of 255, which only damaged pages have, gives
+/// 0, as 254 does.
 #[inline]
 pub fn inverse_power(base: u8) -> f32 {
-    f32::from_bits((254 - u32::from(base)) << 23)
+    f32::from_bits(254u32.saturating_sub(u32::from(base)) << 23)
 }
 
 #[cfg(test)]

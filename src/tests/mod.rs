@@ -2,5 +2,6 @@
 
 mod boundary;
 mod header;
+mod hostile_memory;
 mod layer;
 mod spoiled_queries;
