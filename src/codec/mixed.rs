@@ -25,6 +25,9 @@ pub const MAX_BITS: usize = 4;
 /// Quads of a segment.
 pub(crate) const SEGMENT_QUADS: usize = SEGMENT / QUAD;
 
+/// See [`super::CodecInfo::nmse`]; of all codecs that use these tiles.
+pub(crate) const NMSE: f64 = 1e-3;
+
 /// Squared error of the best uniform quantizer of 0 to 4 bits for a Gaussian of unit variance (Max 1960).
 pub(crate) const DISTORTION: [f32; MAX_BITS + 1] = [1.0, 0.3634, 0.1188, 0.03744, 0.01154];
 
@@ -249,6 +252,30 @@ pub(crate) struct MixedPage<'a> {
     pub(crate) factors: &'a [f32],
     /// Empty: all zero.
     pub(crate) mids: &'a [f32],
+    /// Coefficients are weights, not negative, of which none may be lost; see [`super::query::is_coarse`].
+    pub(crate) weights: bool,
+}
+
+/// What a kernel knows of a row of coefficients that it has rounded to int8.
+#[derive(Clone, Copy)]
+pub(crate) struct Rounded {
+    /// Value of one unit.
+    unit: f32,
+    /// What the codes' centres and the mid-points add to every lane.
+    offset: f32,
+    /// See [`super::query::is_coarse`].
+    is_coarse: bool,
+}
+
+/// The numbers of the rows that are coarse, first, and how many there are.
+#[inline(always)]
+fn listed<const N: usize>(is_coarse: &[bool]) -> ([usize; N], usize) {
+    let (mut rows, mut n) = ([0; N], 0);
+    for row in (0..is_coarse.len()).filter(|row| is_coarse[*row]) {
+        rows[n] = row;
+        n += 1;
+    }
+    (rows, n)
 }
 
 impl MixedPage<'_> {
@@ -256,6 +283,12 @@ impl MixedPage<'_> {
     #[inline(always)]
     pub(crate) fn twice_centre(&self, bits: usize) -> i32 {
         (2.0 * Quantizer::of_codes(bits, self.normal).centre()) as i32
+    }
+
+    /// How far the codes of a segment spread; see [`Quantizer::spread`].
+    #[inline(always)]
+    pub(crate) fn spread(&self, segment: usize) -> f32 {
+        Quantizer::of_codes(self.segments.bits(segment), self.normal).spread()
     }
 
     /// Which coefficient belongs to place `d` of the depth.

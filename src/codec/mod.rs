@@ -42,11 +42,11 @@ pub struct CodecInfo {
 
 /// The one list of codecs; tests, benches and state files follow it.
 pub const REGISTRY: &[CodecInfo] = &[
-    CodecInfo { name: "group", format_version: group::FORMAT_VERSION, nmse: 2e-4 },
+    CodecInfo { name: "group", format_version: group::FORMAT_VERSION, nmse: group::NMSE },
     // Keys are not rotated, so the unit to which a query row is rounded follows its largest channel.
-    CodecInfo { name: "channel", format_version: channel::FORMAT_VERSION, nmse: 1e-3 },
+    CodecInfo { name: "channel", format_version: channel::FORMAT_VERSION, nmse: mixed::NMSE },
     // As above, since rotation can be turned off.
-    CodecInfo { name: "adaptive", format_version: adaptive::FORMAT_VERSION, nmse: 1e-3 },
+    CodecInfo { name: "adaptive", format_version: adaptive::FORMAT_VERSION, nmse: mixed::NMSE },
 ];
 
 /// Rows to be sealed into one page, already copied out of wherever they were.

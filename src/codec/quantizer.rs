@@ -121,6 +121,16 @@ impl Quantizer {
         }
     }
 
+    /// Standard deviation of what the codes of a Gaussian row stand for, in steps.
+    #[inline(always)]
+    pub(crate) fn spread(&self) -> f32 {
+        if self.normal {
+            NORMAL_CENTRE / NORMAL_TOP[self.levels.ilog2() as usize]
+        } else {
+            1.0 / gaussian_step(self.levels)
+        }
+    }
+
     #[inline(always)]
     fn normal_levels(&self) -> &'static [u8] {
         &NORMAL_LEVELS[self.levels.ilog2() as usize][..self.levels as usize]

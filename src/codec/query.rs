@@ -154,6 +154,27 @@ fn round_group(x: &[f32], high: Option<&mut [i8]>, low: &mut [i8]) -> (f32, i32)
     (max / top, total)
 }
 
+/// What part of a bound on the normalised error the rounding of weights may use up; the rest is for what is rounded besides.
+const SHARE_OF_WEIGHTS: f64 = 0.5;
+
+/// Largest magnitude of what rounding leaves of a coefficient, times this: an int8.
+pub(crate) const REST: f32 = 2.0 * INT8_MAX;
+
+/// Whether rounding a row of weights to integers cost too much for a codec with this bound (the registry's `nmse`). `lost` is
+/// what the integers sum up to less than the weights did, in units, `sum` their sum, and `excess` the sum of
+/// `error^2 - allowed(nmse) * weight^2`: what values have in common shrinks by `lost / sum`, and what they do not gets noise
+/// of the squared errors. Where codes differ in width, all of these count by how far the codes spread. Then what rounding left of the row is added as well, in units of its own.
+#[inline(always)]
+pub(crate) fn is_coarse(nmse: f64, lost: f32, sum: f32, excess: f32) -> bool {
+    lost * lost > allowed(nmse) * sum * sum || excess > 0.0
+}
+
+/// Part of the power of weights that [`is_coarse`] allows their errors.
+#[inline(always)]
+pub(crate) fn allowed(nmse: f64) -> f32 {
+    (SHARE_OF_WEIGHTS * nmse) as f32
+}
+
 /// Softmax weights of one page for all rows of a query tile, and room for their integer form.
 #[derive(Default, Debug)]
 pub(crate) struct Probabilities {
@@ -169,6 +190,8 @@ pub(crate) struct Probabilities {
     pub(crate) scale: Vec<f32>,
     /// `[row]`: what the codes' centre and the mid-points add to every channel of the group.
     pub(crate) offset: Vec<f32>,
+    /// Rows that [`is_coarse`] names.
+    pub(crate) coarse: Vec<usize>,
 }
 
 impl Probabilities {

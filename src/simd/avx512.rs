@@ -67,9 +67,22 @@ pub(crate) fn store(x: &mut [f32], at: usize, value: __m512) {
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(crate) fn pack_bytes(x: [__m512i; 4]) -> __m512i {
     let pairs = [_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3])];
-    // Packing works in lanes of 128 bits: lane l now holds four bytes of each vector's lane l.
-    let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    _mm512_permutexvar_epi32(order, _mm512_packs_epi16(pairs[0], pairs[1]))
+    _mm512_permutexvar_epi32(byte_order(), _mm512_packs_epi16(pairs[0], pairs[1]))
+}
+
+/// [`pack_bytes`] of integers from 0 to 255.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(crate) fn pack_unsigned_bytes(x: [__m512i; 4]) -> __m512i {
+    let pairs = [_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3])];
+    _mm512_permutexvar_epi32(byte_order(), _mm512_packus_epi16(pairs[0], pairs[1]))
+}
+
+/// Packing works in lanes of 128 bits: afterwards lane l holds four bytes of each vector's lane l.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn byte_order() -> __m512i {
+    _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)
 }
 
 /// Stores 64 bytes at `x[at..]`, bounds checked.

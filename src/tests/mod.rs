@@ -5,3 +5,4 @@ mod header;
 mod hostile_memory;
 mod layer;
 mod spoiled_queries;
+mod weights;

@@ -299,6 +299,7 @@ pub(super) fn scores(
             order: &[],
             factors: &[1.0; MAX_DIM][..dim],
             mids: &[],
+            weights: false,
         };
         add_products(&mixed, query.rotated(), &mut out[first * LANE_BLOCK..], n);
     }
@@ -341,6 +342,7 @@ pub(super) fn accumulate(
         order: &order.token[..n],
         factors: &steps[..n],
         mids: if codec.params.symmetric { &[] } else { &mids[..n] },
+        weights: true,
     };
     add_products(&mixed, p.rows(), acc, dim);
     if codec.params.outliers > 0 {

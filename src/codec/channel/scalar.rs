@@ -250,6 +250,7 @@ pub(super) fn scores(
         order: if codec.params.adaptive { &order.channel[..codec.head_dim] } else { &[] },
         factors: &params.step[..codec.head_dim],
         mids: &params.mid[..codec.head_dim],
+        weights: false,
     };
     out[..query.n_rows() * codec.page].fill(0.0);
     add_products(&mixed, query.rotated(), out, codec.page);

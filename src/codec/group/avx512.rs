@@ -4,16 +4,16 @@
 
 use std::arch::x86_64::*;
 
-use super::{scalar, GroupCodec, GroupKernels, PageRef, Probabilities, Query, QueryForm};
+use super::{scalar, GroupCodec, GroupKernels, PageRef, Probabilities, Query, QueryForm, NMSE};
 use crate::codec::float8::avx512::{e4m3_decode, step_decode};
 use crate::codec::hadamard;
-use crate::codec::query::PLANE;
+use crate::codec::query::{allowed, is_coarse, PLANE, REST};
 use crate::codec::tile::avx512::{by_width_and_rows, dot, float_sum, Codes, Coefficients, MAX_ROWS};
 use crate::codec::tile::{Width, LANE_BLOCK};
 use crate::codec::MAX_PAGE;
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::avx2::prefetch_next_from;
-use crate::simd::avx512::{dot_floats, f16_to_f32, load, load_bytes, pack_bytes, store, store_bytes};
+use crate::simd::avx512::{dot_floats, f16_to_f32, load, load_bytes, pack_bytes, pack_unsigned_bytes, store, store_bytes};
 use crate::simd::{Isa, IsaToken};
 
 static KERNELS: GroupKernels = GroupKernels {
@@ -111,7 +111,7 @@ fn score_rows<const W: u8, const R: usize>(
         };
         let (scale, offset, sum) = (of_row(&query.scale), of_row(&query.offset), of_row(&query.sum));
         for block in 0..codec.page / LANE_BLOCK {
-            let sums = dot::<W, R>(&codec.tile, codes, block, Coefficients { int8, stride: codec.head_dim });
+            let sums = dot::<W, R, false>(&codec.tile, codes, block, Coefficients { int8, stride: codec.head_dim });
             for half in 0..2 {
                 let at = block * LANE_BLOCK + half * 16;
                 let step = steps(codec, page, g * codec.page + at);
@@ -138,7 +138,7 @@ fn page_codes<'a>(codec: &GroupCodec, page: PageRef<'a>, g: usize, first: usize)
     Codes::new(bytes, page.bytes.len(), first == 0)
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn accumulate(codec: &GroupCodec, page: PageRef, p: &mut Probabilities, acc: &mut [f32]) {
     prefetch_next_from(page.bytes, codec.steps_offset());
     let planes = codec.coefficient_planes();
@@ -147,8 +147,13 @@ fn accumulate(codec: &GroupCodec, page: PageRef, p: &mut Probabilities, acc: &mu
         for t in (0..codec.page).step_by(16) {
             store(&mut step, t, steps(codec, page, g * codec.page + t));
         }
+        p.coarse.clear();
         for row in 0..p.n_rows {
-            round_weights(codec, page, p, g, row, &step, planes);
+            if planes == 2 {
+                round_weights::<2>(codec, page, p, g, row, &step);
+            } else if round_weights::<1>(codec, page, p, g, row, &step) {
+                p.coarse.push(row);
+            }
         }
         let mut row = 0;
         while row < p.n_rows {
@@ -156,21 +161,30 @@ fn accumulate(codec: &GroupCodec, page: PageRef, p: &mut Probabilities, acc: &mu
             by_width_and_rows!(codec.params.width, n * planes, add_rows(codec, page, p, g, row, acc));
             row += n;
         }
+        for (i, &row) in p.coarse.iter().enumerate() {
+            round_rest(codec, &mut p.int8, &mut p.scale, &mut p.offset, &p.p, &step, [row, i]);
+        }
+        let mut row = 0;
+        while row < p.coarse.len() {
+            let n = (p.coarse.len() - row).min(MAX_ROWS);
+            by_width_and_rows!(codec.params.width, n, add_rest(codec, page, p, g, row, acc));
+            row += n;
+        }
     }
 }
 
-/// Multiplies one row of weights with the steps of group `g` and rounds the products to int8.
+/// Multiplies one row of weights with the steps of group `g` and rounds the products to uint8, or to two planes of int8.
+/// Gives whether that took too much of them.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn round_weights(
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn round_weights<const PLANES: usize>(
     codec: &GroupCodec,
     page: PageRef,
     p: &mut Probabilities,
     g: usize,
     row: usize,
     step: &[f32; MAX_PAGE],
-    planes: usize,
-) {
+) -> bool {
     let n = codec.page;
     let weights = &p.p[row * n..][..n];
     let mut max = _mm512_setzero_ps();
@@ -183,31 +197,82 @@ fn round_weights(
         max = _mm512_max_ps(max, _mm512_mul_ps(weight, load(step, t)));
     }
     let max = _mm512_reduce_max_ps(max);
-    let top = if planes == 2 { 127.0 * PLANE as f32 } else { 127.0 };
+    let top = if PLANES == 2 { 127.0 * PLANE as f32 } else { 255.0 };
     let inverse = _mm512_set1_ps(if max > 0.0 { top / max } else { 0.0 });
-    let product = |t: usize| _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_mul_ps(load(weights, t), load(step, t)), inverse));
+    let allowed = _mm512_set1_ps(-allowed(NMSE));
     let mut total = _mm512_setzero_si512();
-    let int8 = &mut p.int8[row * planes * n..][..planes * n];
-    let (high_plane, low_plane) = int8.split_at_mut((planes - 1) * n);
+    let (mut lost, mut excess) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+    let int8 = &mut p.int8[row * PLANES * n..][..PLANES * n];
     for t in (0..n).step_by(64) {
-        let mut x = [t, t + 16, t + 32, t + 48].map(product);
-        if planes == 2 {
-            total = x.iter().fold(total, |total, x| _mm512_add_epi32(total, *x));
-            let high = x.map(|x| _mm512_srai_epi32::<7>(_mm512_add_epi32(x, _mm512_set1_epi32(PLANE / 2))));
-            store_bytes(high_plane, t, pack_bytes(high));
-            x = std::array::from_fn(|i| _mm512_sub_epi32(x[i], _mm512_slli_epi32::<7>(high[i])));
+        let x = [t, t + 16, t + 32, t + 48]
+            .map(|t| _mm512_mul_ps(_mm512_mul_ps(load(weights, t), load(step, t)), inverse));
+        let whole = x.map(|x| _mm512_cvtps_epi32(x));
+        if PLANES == 2 {
+            total = whole.iter().fold(total, |total, x| _mm512_add_epi32(total, *x));
+            let high = whole.map(|x| _mm512_srai_epi32::<7>(_mm512_add_epi32(x, _mm512_set1_epi32(PLANE / 2))));
+            store_bytes(int8, t, pack_bytes(high));
+            let low = std::array::from_fn(|i| _mm512_sub_epi32(whole[i], _mm512_slli_epi32::<7>(high[i])));
+            store_bytes(int8, n + t, pack_bytes(low));
+            continue;
         }
-        let low = pack_bytes(x);
-        if planes == 1 {
-            total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), low);
+        for x in x {
+            let error = _mm512_reduce_ps::<TO_NEAREST>(x);
+            lost = _mm512_add_ps(lost, error);
+            excess = _mm512_fmadd_ps(error, error, _mm512_fmadd_ps(_mm512_mul_ps(x, x), allowed, excess));
         }
-        store_bytes(low_plane, t, low);
+        let bytes = pack_unsigned_bytes(whole);
+        total = _mm512_dpbusd_epi32(total, bytes, _mm512_set1_epi8(1));
+        store_bytes(int8, t, bytes);
     }
+    let sum = _mm512_reduce_add_epi32(total) as f32;
     p.scale[row] = max / top;
-    p.offset[row] = -codec.params.width.centre() * p.scale[row] * _mm512_reduce_add_epi32(total) as f32;
+    p.offset[row] = -codec.params.width.centre() * p.scale[row] * sum;
     if !codec.params.symmetric {
         p.offset[row] += _mm512_reduce_add_ps(mid_sum);
     }
+    PLANES == 1 && is_coarse(NMSE, _mm512_reduce_add_ps(lost), sum, _mm512_reduce_add_ps(excess))
+}
+
+/// Rounding control of `_mm512_reduce_ps`: what is left of a number after rounding it to the nearest integer, as
+/// `_mm512_cvtps_epi32` does.
+const TO_NEAREST: i32 = 8;
+
+/// Rounds what [`round_weights`] left of the row `from` to int8 and makes of it the row `to`, not behind it.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn round_rest(
+    codec: &GroupCodec,
+    int8: &mut [i8],
+    scale: &mut [f32],
+    offset: &mut [f32],
+    weights: &[f32],
+    step: &[f32; MAX_PAGE],
+    [from, to]: [usize; 2],
+) {
+    let n = codec.page;
+    let weights = &weights[from * n..][..n];
+    let inverse = _mm512_set1_ps(1.0 / scale[from]);
+    let mut total = _mm512_setzero_si512();
+    for t in (0..n).step_by(64) {
+        let rest = [t, t + 16, t + 32, t + 48].map(|t| {
+            let x = _mm512_mul_ps(_mm512_mul_ps(load(weights, t), load(step, t)), inverse);
+            let x = _mm512_sub_ps(x, _mm512_cvtepi32_ps(load_unsigned(int8, from * n + t)));
+            _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(REST)))
+        });
+        let bytes = pack_bytes(rest);
+        total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), bytes);
+        store_bytes(int8, to * n + t, bytes);
+    }
+    scale[to] = scale[from] / REST;
+    offset[to] = -codec.params.width.centre() * scale[to] * _mm512_reduce_add_epi32(total) as f32;
+}
+
+/// Sixteen bytes of a row of weights as [`round_weights`] rounded them.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_unsigned(x: &[i8], at: usize) -> __m512i {
+    let x = &x[at..at + 16];
+    // SAFETY: the slice holds sixteen bytes.
+    _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(x.as_ptr().cast()) })
 }
 
 /// Adds the outputs of group `g` of the `R / planes` rows from `first`.
@@ -221,21 +286,61 @@ fn add_rows<const W: u8, const R: usize>(
     first: usize,
     acc: &mut [f32],
 ) {
+    let n = if W == 8 { R / 2 } else { R };
+    let codes = page_codes(codec, page, g, first);
+    let acc = &mut acc[first * codec.head_dim..][..n * codec.head_dim];
+    if W == 8 {
+        add::<W, R, false>(codec, codes, p, g, first, acc, |row| row);
+    } else {
+        add::<W, R, true>(codec, codes, p, g, first, acc, |row| row);
+    }
+}
+
+/// Adds to the outputs of group `g` what rounding left of the `R` coarse rows from `first`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
+fn add_rest<const W: u8, const R: usize>(
+    codec: &GroupCodec,
+    page: PageRef,
+    p: &Probabilities,
+    g: usize,
+    first: usize,
+    acc: &mut [f32],
+) {
+    // Codes of 8 bits have finer coefficients from the start.
+    if W != 8 {
+        let rows = &p.coarse[first..][..R];
+        let bytes = &page.bytes[g * codec.tile.bytes()..][..codec.tile.bytes()];
+        add::<W, R, false>(codec, Codes::new(bytes, 0, false), p, g, first, acc, |row| rows[row]);
+    }
+}
+
+/// Adds the products of the codes of group `g` with the rounded rows from `first`, row `i` of them to the output `to(i)`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
+fn add<const W: u8, const R: usize, const UNSIGNED: bool>(
+    codec: &GroupCodec,
+    codes: Codes,
+    p: &Probabilities,
+    g: usize,
+    first: usize,
+    acc: &mut [f32],
+    to: impl Fn(usize) -> usize,
+) {
     let planes = if W == 8 { 2 } else { 1 };
     let n = R / planes;
-    let codes = page_codes(codec, page, g, first);
-    let coefficients = Coefficients { int8: &p.int8[first * planes * codec.page..], stride: codec.page };
-    let acc = &mut acc[first * codec.head_dim..][..n * codec.head_dim];
+    let int8 = &p.int8[first * planes * codec.page..];
     // Row `n - 1` stands in for those that are second planes.
     let of_row =
         |values: &[f32]| -> [__m512; R] { std::array::from_fn(|i| _mm512_set1_ps(values[first + i.min(n - 1)])) };
     let (scale, offset) = (of_row(&p.scale), of_row(&p.offset));
     for block in 0..codec.group / LANE_BLOCK {
-        let sums = dot::<W, R>(&codec.tile, codes, block, coefficients);
+        let coefficients = Coefficients::<UNSIGNED> { int8, stride: codec.page };
+        let sums = dot::<W, R, UNSIGNED>(&codec.tile, codes, block, coefficients);
         for half in 0..2 {
             let at = g * codec.group + block * LANE_BLOCK + half * 16;
             for i in 0..n {
-                let at = i * codec.head_dim + at;
+                let at = to(i) * codec.head_dim + at;
                 let x = _mm512_fmadd_ps(float_sum::<R>(&sums, i, half, planes), scale[i], offset[i]);
                 store(acc, at, _mm512_add_ps(x, load(acc, at)));
             }

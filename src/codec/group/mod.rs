@@ -29,6 +29,9 @@ use crate::simd::{Isa, IsaToken};
 /// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
 pub const FORMAT_VERSION: u32 = 2;
 
+/// See [`super::CodecInfo::nmse`].
+pub(crate) const NMSE: f64 = 2e-4;
+
 /// How many channels share a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GroupSize {

@@ -3,8 +3,9 @@
 
 use std::arch::x86_64::*;
 
-use super::{MixedPage, MixedTile, Segments, MAX_DEPTH, SEGMENT, SEGMENT_QUADS};
+use super::{listed, MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH, NMSE, SEGMENT, SEGMENT_QUADS};
 use crate::codec::quantizer::NORMAL_LEVELS;
+use crate::codec::query::{allowed, is_coarse, REST};
 use crate::codec::tile::avx2::{add_quad, field, load_codes, Coefficients, Sums, MAX_ROWS, STRIP};
 use crate::simd::avx2::{load, prefetch_next, reduce_add, reduce_max, store};
 
@@ -31,10 +32,16 @@ pub(crate) fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride:
     let depth = page.factors.len();
     for (group, x) in x.chunks(MAX_ROWS * depth).enumerate() {
         let out = &mut out[group * MAX_ROWS * stride..];
-        by_levels_and_rows!(page.normal, x.len() / depth, add_rows(page, x, out, stride, group == 0));
+        let n = x.len() / depth;
+        let coarse = by_levels_and_rows!(page.normal, n, add_rows(page, x, out, stride, group == 0));
+        let (rows, n) = listed(&coarse[..n]);
+        if n > 0 {
+            by_levels_and_rows!(page.normal, n, add_rest(page, x, &rows, out, stride));
+        }
     }
 }
 
+/// Adds the products of `R` rows and gives which of them are coarse.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn add_rows<const NORMAL: bool, const R: usize>(
@@ -43,14 +50,43 @@ fn add_rows<const NORMAL: bool, const R: usize>(
     out: &mut [f32],
     stride: usize,
     prefetch: bool,
+) -> [bool; MAX_ROWS] {
+    add::<NORMAL, R, false>(page, x, &std::array::from_fn(|row| row), out, stride, prefetch)
+}
+
+/// Adds what rounding left of the `R` coarse rows `rows`.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add_rest<const NORMAL: bool, const R: usize>(
+    page: &MixedPage,
+    x: &[f32],
+    rows: &[usize; MAX_ROWS],
+    out: &mut [f32],
+    stride: usize,
 ) {
+    add::<NORMAL, R, true>(page, x, rows, out, stride, false);
+}
+
+/// Adds the products of the rows `rows[..R]` of `x`, or of what rounding left of them, to the same rows of `out`.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add<const NORMAL: bool, const R: usize, const IS_REST: bool>(
+    page: &MixedPage,
+    x: &[f32],
+    rows: &[usize; MAX_ROWS],
+    out: &mut [f32],
+    stride: usize,
+    prefetch: bool,
+) -> [bool; MAX_ROWS] {
     let depth = page.factors.len();
     let mut int8 = [0i8; MAX_ROWS * MAX_DEPTH];
     let mut scale = [_mm256_setzero_ps(); R];
     let mut offset = [_mm256_setzero_ps(); R];
-    for row in 0..R {
-        let (s, o) = round(page, &x[row * depth..][..depth], &mut int8[row * depth..][..depth]);
-        (scale[row], offset[row]) = (_mm256_set1_ps(s), _mm256_set1_ps(o));
+    let mut coarse = [false; MAX_ROWS];
+    for i in 0..R {
+        let rounded = round::<IS_REST>(page, &x[rows[i] * depth..][..depth], &mut int8[i * depth..][..depth]);
+        (scale[i], offset[i]) = (_mm256_set1_ps(rounded.unit), _mm256_set1_ps(rounded.offset));
+        coarse[i] = rounded.is_coarse;
     }
     let strips = page.tile.lanes / STRIP;
     for strip in 0..strips {
@@ -61,19 +97,20 @@ fn add_rows<const NORMAL: bool, const R: usize>(
         let sums = dot::<NORMAL, R>(page.tile, &page.segments, page.codes, strip, coefficients);
         for row in 0..R {
             for half in 0..2 {
-                let at = row * stride + strip * STRIP + half * 8;
+                let at = rows[row] * stride + strip * STRIP + half * 8;
                 let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[row][half]), scale[row], offset[row]);
                 store(out, at, _mm256_add_ps(load(out, at), sum));
             }
         }
     }
+    coarse
 }
 
-/// Puts a row of coefficients times the factors in the order of the depth and rounds it to int8. Gives the unit and what
-/// the codes' centres and the mid-points add to every lane.
+/// Puts a row of coefficients times the factors in the order of the depth and rounds it, or what rounding leaves of it, to
+/// int8.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn round(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> (f32, f32) {
+fn round<const IS_REST: bool>(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> Rounded {
     let depth = page.factors.len();
     assert!(x.len() == depth && int8.len() == depth && (page.order.is_empty() || page.order.len() == depth));
     let mut scaled = [0f32; MAX_DEPTH];
@@ -90,12 +127,28 @@ fn round(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> (f32, f32) {
     let max = reduce_max(max);
     if max == 0.0 || !max.is_finite() {
         int8.fill(0);
-        return (0.0, reduce_add(mid));
+        return Rounded { unit: 0.0, offset: if IS_REST { 0.0 } else { reduce_add(mid) }, is_coarse: false };
     }
     let inverse = _mm256_set1_ps(127.0 / max);
+    let allowed = _mm256_set1_ps(-allowed(NMSE));
     let mut centres = _mm256_setzero_si256();
+    let (mut sum, mut lost, mut excess) = (_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps());
     for d in (0..depth).step_by(SEGMENT) {
-        let n = [d, d + 8].map(|d| _mm256_cvtps_epi32(_mm256_mul_ps(load(&scaled, d), inverse)));
+        let x = [d, d + 8].map(|d| _mm256_mul_ps(load(&scaled, d), inverse));
+        let mut n = x.map(|x| _mm256_cvtps_epi32(x));
+        if page.weights {
+            let spread = _mm256_set1_ps(page.spread(d / SEGMENT));
+            for i in 0..2 {
+                let error = _mm256_sub_ps(x[i], _mm256_cvtepi32_ps(n[i]));
+                let (weight, by_spread) = (_mm256_mul_ps(x[i], spread), _mm256_mul_ps(error, spread));
+                (sum, lost) = (_mm256_add_ps(sum, weight), _mm256_add_ps(lost, by_spread));
+                excess = _mm256_fmadd_ps(_mm256_mul_ps(weight, weight), allowed, excess);
+                excess = _mm256_fmadd_ps(by_spread, by_spread, excess);
+                if IS_REST {
+                    n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(error, _mm256_set1_ps(REST)));
+                }
+            }
+        }
         let twice = _mm256_set1_epi32(page.twice_centre(page.segments.bits(d / SEGMENT)));
         centres = _mm256_add_epi32(centres, _mm256_mullo_epi32(_mm256_add_epi32(n[0], n[1]), twice));
         let n = _mm256_permute4x64_epi64::<0xd8>(_mm256_packs_epi32(n[0], n[1]));
@@ -104,8 +157,13 @@ fn round(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> (f32, f32) {
         // SAFETY: the slice holds sixteen bytes.
         unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), n) };
     }
-    let scale = max / 127.0;
-    (scale, reduce_add(mid) - 0.5 * scale * reduce_add(_mm256_cvtepi32_ps(centres)))
+    let unit = if IS_REST { max / (127.0 * REST) } else { max / 127.0 };
+    let of_centres = -0.5 * unit * reduce_add(_mm256_cvtepi32_ps(centres));
+    Rounded {
+        unit,
+        offset: if IS_REST { of_centres } else { reduce_add(mid) + of_centres },
+        is_coarse: page.weights && is_coarse(NMSE, reduce_add(lost), reduce_add(sum), reduce_add(excess)),
+    }
 }
 
 /// Eight entries of a row.

@@ -3,8 +3,9 @@
 
 use std::arch::x86_64::*;
 
-use super::{MixedPage, MixedTile, Segments, MAX_DEPTH, SEGMENT, SEGMENT_QUADS};
+use super::{listed, MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH, NMSE, SEGMENT, SEGMENT_QUADS};
 use crate::codec::quantizer::NORMAL_LEVELS;
+use crate::codec::query::{allowed, is_coarse, REST};
 use crate::codec::tile::avx512::{add_quad, field, Codes, Coefficients, Sums, MAX_ROWS};
 use crate::codec::tile::LANE_BLOCK;
 use crate::simd::avx512::{load, load_bytes, pack_bytes, store, store_bytes};
@@ -34,51 +35,92 @@ macro_rules! by_levels_and_rows {
 pub(crate) use by_levels_and_rows;
 
 /// [`MixedPage::add_products`] on the codes as they are, with coefficients rounded to int8.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(crate) fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) {
     let depth = page.factors.len();
     for (group, x) in x.chunks(MAX_ROWS * depth).enumerate() {
         let out = &mut out[group * MAX_ROWS * stride..];
-        by_levels_and_rows!(page.normal, x.len() / depth, add_rows(page, x, out, stride, group == 0));
+        let n = x.len() / depth;
+        let coarse = by_levels_and_rows!(page.normal, n, add_rows(page, x, out, stride, group == 0));
+        let (rows, n) = listed(&coarse[..n]);
+        if n > 0 {
+            by_levels_and_rows!(page.normal, n, add_rest(page, x, &rows, out, stride));
+        }
     }
 }
 
+/// Adds the products of `R` rows and gives which of them are coarse.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn add_rows<const NORMAL: bool, const R: usize>(
     page: &MixedPage,
     x: &[f32],
     out: &mut [f32],
     stride: usize,
     prefetch: bool,
+) -> [bool; MAX_ROWS] {
+    let out = &mut out[..(R - 1) * stride + page.tile.lanes];
+    add::<NORMAL, R, false>(page, x, &std::array::from_fn(|row| row), out, stride, prefetch)
+}
+
+/// Adds what rounding left of the `R` coarse rows `rows`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn add_rest<const NORMAL: bool, const R: usize>(
+    page: &MixedPage,
+    x: &[f32],
+    rows: &[usize; MAX_ROWS],
+    out: &mut [f32],
+    stride: usize,
 ) {
+    add::<NORMAL, R, true>(page, x, rows, out, stride, false);
+}
+
+/// Adds the products of the rows `rows[..R]` of `x`, or of what rounding left of them, to the same rows of `out`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn add<const NORMAL: bool, const R: usize, const IS_REST: bool>(
+    page: &MixedPage,
+    x: &[f32],
+    rows: &[usize; MAX_ROWS],
+    out: &mut [f32],
+    stride: usize,
+    prefetch: bool,
+) -> [bool; MAX_ROWS] {
     let stride_int8 = page.factors.len().next_multiple_of(ROUNDED);
     let mut int8 = [[0i8; MAX_DEPTH]; R];
     let int8 = &mut int8.as_flattened_mut()[..R * stride_int8];
-    let (scale, offset) = round_rows::<R>(page, x, int8);
+    let rounded = round_rows::<R, IS_REST>(page, x, rows, int8);
+    let scale: [__m512; R] = std::array::from_fn(|i| _mm512_set1_ps(rounded[i].unit));
+    let offset: [__m512; R] = std::array::from_fn(|i| _mm512_set1_ps(rounded[i].offset));
     let codes = Codes::new(page.codes, page.page_bytes, prefetch);
-    let out = &mut out[..(R - 1) * stride + page.tile.lanes];
     for block in 0..page.tile.lanes / LANE_BLOCK {
         let coefficients = Coefficients { int8, stride: stride_int8 };
         let sums = dot::<NORMAL, R>(page.tile, &page.segments, codes, block, coefficients);
         for row in 0..R {
             for half in 0..2 {
-                let at = row * stride + block * LANE_BLOCK + half * 16;
+                let at = rows[row] * stride + block * LANE_BLOCK + half * 16;
                 let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[row][half]), scale[row], offset[row]);
                 store(out, at, _mm512_add_ps(load(out, at), sum));
             }
         }
     }
+    std::array::from_fn(|i| i < R && rounded[i.min(R - 1)].is_coarse)
 }
 
 /// Coefficients that are rounded together.
 const ROUNDED: usize = 64;
 
-/// Puts `R` rows of coefficients times the factors in the order of the depth and rounds them to int8, rows a whole number of
-/// [`ROUNDED`] apart. Gives for each row the unit and what the codes' centres and the mid-points add to every lane.
+/// Puts the rows `rows[..R]` of coefficients times the factors in the order of the depth and rounds them, or what rounding
+/// leaves of them, to int8, rows a whole number of [`ROUNDED`] apart.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn round_rows<const R: usize>(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> ([__m512; R], [__m512; R]) {
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn round_rows<const R: usize, const IS_REST: bool>(
+    page: &MixedPage,
+    x: &[f32],
+    rows: &[usize; MAX_ROWS],
+    int8: &mut [i8],
+) -> [Rounded; R] {
     let depth = page.factors.len();
     assert!(page.order.is_empty() || page.order.len() == depth);
     // Twice the centre of every place, in bytes as the codes are.
@@ -87,33 +129,30 @@ fn round_rows<const R: usize>(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> (
         let [a, b, c, d] = [0, 1, 2, 3].map(of_segment);
         _mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d)
     });
-    let (mut scale, mut offset) = ([_mm512_setzero_ps(); R], [_mm512_setzero_ps(); R]);
-    for row in 0..R {
-        let x = &x[row * depth..][..depth];
-        let int8 = &mut int8[row * depth.next_multiple_of(ROUNDED)..][..depth.next_multiple_of(ROUNDED)];
-        let (unit, sum) = match depth / 32 {
-            1 => round::<1>(page, x, &twice_centre, int8),
-            2 => round::<2>(page, x, &twice_centre, int8),
-            3 => round::<3>(page, x, &twice_centre, int8),
-            4 => round::<4>(page, x, &twice_centre, int8),
-            5 => round::<5>(page, x, &twice_centre, int8),
-            6 => round::<6>(page, x, &twice_centre, int8),
-            7 => round::<7>(page, x, &twice_centre, int8),
-            _ => round::<8>(page, x, &twice_centre, int8),
-        };
-        (scale[row], offset[row]) = (_mm512_set1_ps(unit), _mm512_set1_ps(sum));
-    }
-    (scale, offset)
+    std::array::from_fn(|i| {
+        let x = &x[rows[i] * depth..][..depth];
+        let int8 = &mut int8[i * depth.next_multiple_of(ROUNDED)..][..depth.next_multiple_of(ROUNDED)];
+        match depth / 32 {
+            1 => round::<1, IS_REST>(page, x, &twice_centre, int8),
+            2 => round::<2, IS_REST>(page, x, &twice_centre, int8),
+            3 => round::<3, IS_REST>(page, x, &twice_centre, int8),
+            4 => round::<4, IS_REST>(page, x, &twice_centre, int8),
+            5 => round::<5, IS_REST>(page, x, &twice_centre, int8),
+            6 => round::<6, IS_REST>(page, x, &twice_centre, int8),
+            7 => round::<7, IS_REST>(page, x, &twice_centre, int8),
+            _ => round::<8, IS_REST>(page, x, &twice_centre, int8),
+        }
+    })
 }
 
 /// One row of `32 * B` coefficients.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn round<const B: usize>(
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn round<const B: usize, const IS_REST: bool>(
     page: &MixedPage,
     x: &[f32],
     twice_centre: &[__m512i; MAX_DEPTH / ROUNDED],
     int8: &mut [i8],
-) -> (f32, f32) {
+) -> Rounded {
     let (x, factors) = (&x[..32 * B], &page.factors[..32 * B]);
     let mut scaled = [_mm512_setzero_ps(); MAX_DEPTH / 16];
     let (mut max, mut mid) = (_mm512_setzero_ps(), _mm512_setzero_ps());
@@ -129,13 +168,37 @@ fn round<const B: usize>(
     let max = _mm512_reduce_max_ps(max);
     let unit = if max.is_finite() { max / 127.0 } else { 0.0 };
     let inverse = _mm512_set1_ps(if unit > 0.0 { 127.0 / max } else { 0.0 });
+    let unit = if IS_REST { unit / REST } else { unit };
+    let allowed = _mm512_set1_ps(-allowed(NMSE));
     let mut centres = _mm512_setzero_si512();
+    let (mut sum, mut lost, mut excess) = (_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps());
     for i in 0..B.div_ceil(2) {
-        let n = pack_bytes([0, 1, 2, 3].map(|v| _mm512_cvtps_epi32(_mm512_mul_ps(scaled[4 * i + v], inverse))));
+        let x = [0, 1, 2, 3].map(|v| _mm512_mul_ps(scaled[4 * i + v], inverse));
+        let mut n = x.map(|x| _mm512_cvtps_epi32(x));
+        if page.weights {
+            for v in 0..4 {
+                let spread = _mm512_set1_ps(page.spread(4 * i + v));
+                let error = _mm512_sub_ps(x[v], _mm512_cvtepi32_ps(n[v]));
+                let (weight, by_spread) = (_mm512_mul_ps(x[v], spread), _mm512_mul_ps(error, spread));
+                (sum, lost) = (_mm512_add_ps(sum, weight), _mm512_add_ps(lost, by_spread));
+                excess = _mm512_fmadd_ps(_mm512_mul_ps(weight, weight), allowed, excess);
+                excess = _mm512_fmadd_ps(by_spread, by_spread, excess);
+                if IS_REST {
+                    n[v] = _mm512_cvtps_epi32(_mm512_mul_ps(error, _mm512_set1_ps(REST)));
+                }
+            }
+        }
+        let n = pack_bytes(n);
         centres = _mm512_dpbusd_epi32(centres, twice_centre[i], n);
         store_bytes(int8, i * ROUNDED, n);
     }
-    (unit, _mm512_reduce_add_ps(mid) - 0.5 * unit * _mm512_reduce_add_epi32(centres) as f32)
+    let of_centres = -0.5 * unit * _mm512_reduce_add_epi32(centres) as f32;
+    let [sum, lost, excess] = [sum, lost, excess].map(|x| _mm512_reduce_add_ps(x));
+    Rounded {
+        unit,
+        offset: if IS_REST { of_centres } else { _mm512_reduce_add_ps(mid) + of_centres },
+        is_coarse: page.weights && is_coarse(NMSE, lost, sum, excess),
+    }
 }
 
 /// Sixteen entries of a row of `32 * B`; any value for an index beyond it.

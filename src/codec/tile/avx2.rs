@@ -20,14 +20,15 @@ pub(crate) const STRIP: usize = 16;
 pub(crate) type Sums<const R: usize> = [[__m256i; 2]; R];
 
 /// Rows of coefficients, `stride` bytes apart: int8, or for codes of 8 bits int16 with the two middle ones of each quad
-/// swapped, so that a 32-bit word holds what the even or the odd bytes of a quad are multiplied by.
+/// swapped, so that a 32-bit word holds what the even or the odd bytes of a quad are multiplied by. `UNSIGNED`: uint8 instead
+/// of int8, of which weights, having no sign, get a unit half as large.
 #[derive(Clone, Copy)]
-pub(crate) struct Coefficients<'a> {
+pub(crate) struct Coefficients<'a, const UNSIGNED: bool = false> {
     pub(crate) bytes: &'a [i8],
     pub(crate) stride: usize,
 }
 
-impl Coefficients<'_> {
+impl<const UNSIGNED: bool> Coefficients<'_, UNSIGNED> {
     /// One 32-bit word of a row, in every lane.
     ///
     /// # Safety
@@ -53,14 +54,18 @@ pub(crate) const fn planes(width: u8) -> usize {
 }
 
 /// Quads that are unpacked together, and how many times that many can be added in 16 bits: `maddubs` gives at most
-/// `2 * 127 * (levels - 1)`. Ternary leaves room for two quads from the tail.
-const fn unit(width: u8) -> (usize, usize) {
-    match width {
-        2 => (4, 8),
-        3 => (8, 2),
-        4 => (2, 4),
-        8 => (1, 64),
-        _ => (5, 12),
+/// `2 * 127 * (levels - 1)`, or with 255 instead of 127. Ternary leaves room for two quads from the tail.
+const fn unit(width: u8, unsigned: bool) -> (usize, usize) {
+    match (width, unsigned) {
+        (2, false) => (4, 8),
+        (2, true) => (4, 5),
+        (3, false) => (8, 2),
+        (3, true) => (8, 1),
+        (4, false) => (2, 4),
+        (4, true) => (2, 2),
+        (8, _) => (1, 64),
+        (_, false) => (5, 12),
+        (_, true) => (5, 6),
     }
 }
 
@@ -83,17 +88,17 @@ pub(crate) fn field(words: [__m256i; 2], index: usize, bits: usize) -> [__m256i;
 /// Dot products of the lanes of a strip of a tile with `R` rows of coefficients of the tile's depth.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(crate) fn dot<const W: u8, const R: usize>(
+pub(crate) fn dot<const W: u8, const R: usize, const UNSIGNED: bool>(
     tile: &Tile,
     bytes: &[u8],
     strip: usize,
-    coefficients: Coefficients,
+    coefficients: Coefficients<UNSIGNED>,
 ) -> Sums<R> {
     let quads = tile.depth() / QUAD;
     assert!((R - 1) * coefficients.stride + planes(W) * tile.depth() <= coefficients.bytes.len());
     // Word `w` of the strip is at byte `128 * w`.
     let base = &bytes[strip / 2 * tile.block_bytes()..][..tile.block_bytes()][strip % 2 * 64..];
-    let (per_unit, flush) = unit(W);
+    let (per_unit, flush) = unit(W, UNSIGNED);
     let units = (quads - tile.tail_quads()).div_ceil(per_unit);
     let mut sums = [[_mm256_setzero_si256(); 2]; R];
     for first in (0..units).step_by(flush) {
@@ -102,9 +107,9 @@ pub(crate) fn dot<const W: u8, const R: usize>(
         unsafe {
             for unit in first..units.min(first + flush) {
                 match W {
-                    2 => add_fields::<4, R>(base, unit, 2, coefficients, &mut partial),
+                    2 => add_fields::<4, R, UNSIGNED>(base, unit, 2, coefficients, &mut partial),
                     3 => add_3(base, quads, unit, coefficients, &mut partial),
-                    4 => add_fields::<2, R>(base, unit, 4, coefficients, &mut partial),
+                    4 => add_fields::<2, R, UNSIGNED>(base, unit, 4, coefficients, &mut partial),
                     8 => add_8(base, unit, coefficients, &mut partial),
                     _ => add_ternary(base, quads, unit, coefficients, &mut partial),
                 }
@@ -128,17 +133,20 @@ pub(crate) fn dot<const W: u8, const R: usize>(
 /// As [`Coefficients::word`] for all rows below `R` and the words of all quads that are added; so for what follows.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(crate) unsafe fn add_quad<const R: usize>(
+pub(crate) unsafe fn add_quad<const R: usize, const UNSIGNED: bool>(
     sums: &mut Sums<R>,
     codes: [__m256i; 2],
-    coefficients: Coefficients,
+    coefficients: Coefficients<UNSIGNED>,
     quad: usize,
 ) {
     for (row, sums) in sums.iter_mut().enumerate() {
         // SAFETY: by this function's contract.
         let c = unsafe { coefficients.word(row, quad) };
-        sums[0] = _mm256_add_epi16(sums[0], _mm256_maddubs_epi16(codes[0], c));
-        sums[1] = _mm256_add_epi16(sums[1], _mm256_maddubs_epi16(codes[1], c));
+        for (sum, codes) in sums.iter_mut().zip(codes) {
+            // Which of the two is unsigned decides the order.
+            let (a, b) = if UNSIGNED { (c, codes) } else { (codes, c) };
+            *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(a, b));
+        }
     }
 }
 
@@ -149,11 +157,11 @@ pub(crate) unsafe fn add_quad<const R: usize>(
 /// As [`add_quad`].
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn add_fields<const N: usize, const R: usize>(
+unsafe fn add_fields<const N: usize, const R: usize, const U: bool>(
     base: &[u8],
     word: usize,
     bits: usize,
-    c: Coefficients,
+    c: Coefficients<U>,
     sums: &mut Sums<R>,
 ) {
     let words = load_codes(base, word * 128);
@@ -170,7 +178,13 @@ unsafe fn add_fields<const N: usize, const R: usize>(
 /// As [`add_quad`].
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn add_3<const R: usize>(base: &[u8], quads: usize, pair: usize, c: Coefficients, sums: &mut Sums<R>) {
+unsafe fn add_3<const R: usize, const U: bool>(
+    base: &[u8],
+    quads: usize,
+    pair: usize,
+    c: Coefficients<U>,
+    sums: &mut Sums<R>,
+) {
     let high_mask = _mm256_set1_epi8(4);
     let high = load_codes(base, (quads / 4 + pair) * 128);
     for half in 0..2 {
@@ -200,7 +214,7 @@ unsafe fn add_3<const R: usize>(base: &[u8], quads: usize, pair: usize, c: Coeff
 /// As [`add_quad`].
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn add_8<const R: usize>(base: &[u8], quad: usize, c: Coefficients, sums: &mut Sums<R>) {
+unsafe fn add_8<const R: usize, const U: bool>(base: &[u8], quad: usize, c: Coefficients<U>, sums: &mut Sums<R>) {
     let words = load_codes(base, quad * 128);
     let even = words.map(|w| _mm256_and_si256(w, _mm256_set1_epi16(0xff)));
     let odd = words.map(|w| _mm256_srli_epi16::<8>(w));
@@ -221,7 +235,13 @@ unsafe fn add_8<const R: usize>(base: &[u8], quad: usize, c: Coefficients, sums:
 /// As [`add_quad`].
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn add_ternary<const R: usize>(base: &[u8], quads: usize, word: usize, c: Coefficients, sums: &mut Sums<R>) {
+unsafe fn add_ternary<const R: usize, const U: bool>(
+    base: &[u8],
+    quads: usize,
+    word: usize,
+    c: Coefficients<U>,
+    sums: &mut Sums<R>,
+) {
     let [a, b] = load_codes(base, word * 128).map(|w| base_3(w));
     for (f, (a, b)) in a.into_iter().zip(b).enumerate() {
         if word * 5 + f < quads {
@@ -261,7 +281,13 @@ fn base_3(x: __m256i) -> [__m256i; 5] {
 /// As [`add_quad`].
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn add_tail<const R: usize>(tile: &Tile, bytes: &[u8], strip: usize, c: Coefficients, sums: &mut Sums<R>) {
+unsafe fn add_tail<const R: usize, const U: bool>(
+    tile: &Tile,
+    bytes: &[u8],
+    strip: usize,
+    c: Coefficients<U>,
+    sums: &mut Sums<R>,
+) {
     let first = tile.depth() / QUAD - tile.tail_quads();
     for u in 0..tile.tail_quads() {
         let entry = u * (tile.lanes() / STRIP) + strip;
@@ -322,8 +348,17 @@ mod tests {
     use crate::codec::tile::Width;
     use crate::simd::{Isa, IsaToken};
 
-    /// Compares all strips with sums over single codes, for coefficients that the kernels may be given.
+    /// Compares all strips with sums over single codes, for coefficients that the kernels may be given: with a sign, and
+    /// where codes leave room for it, of twice the size without.
     fn check<const W: u8, const R: usize>(tile: &Tile, bytes: &[u8], c: &[Vec<i32>]) {
+        check_signs::<W, R, false>(tile, bytes, c);
+        if W != 8 {
+            let c: Vec<Vec<i32>> = c.iter().map(|c| c.iter().map(|c| c + 128).collect()).collect();
+            check_signs::<W, R, true>(tile, bytes, &c);
+        }
+    }
+
+    fn check_signs<const W: u8, const R: usize, const U: bool>(tile: &Tile, bytes: &[u8], c: &[Vec<i32>]) {
         let stride = planes(W) * tile.depth();
         let quad = |q: &[i32]| match W {
             8 => [q[0], q[2], q[1], q[3]].iter().flat_map(|x| (*x as i16).to_le_bytes()).collect(),
@@ -332,7 +367,7 @@ mod tests {
         let packed: Vec<i8> = c.iter().flat_map(|c| c.chunks_exact(4).flat_map(quad)).map(|x| x as i8).collect();
         for strip in 0..tile.lanes() / STRIP {
             // SAFETY: the caller has a token.
-            let sums = unsafe { dot::<W, R>(tile, bytes, strip, Coefficients { bytes: &packed, stride }) };
+            let sums = unsafe { dot::<W, R, U>(tile, bytes, strip, Coefficients { bytes: &packed, stride }) };
             for (row, sums) in sums.iter().enumerate() {
                 for lane in 0..STRIP {
                     // SAFETY: both are eight 32-bit integers.

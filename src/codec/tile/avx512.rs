@@ -12,14 +12,15 @@ pub(crate) const MAX_ROWS: usize = 8;
 /// Sums of one lane block for `R` coefficient rows: `[row][half of the block]`, sixteen lanes each.
 pub(crate) type Sums<const R: usize> = [[__m512i; 2]; R];
 
-/// `R` rows of int8 coefficients, `stride` apart.
+/// `R` rows of coefficients of a byte, `stride` apart: int8 or, `UNSIGNED`, uint8, of which weights, having no sign, get a
+/// unit half as large. Codes of 8 bits need their own eighth bit, so their coefficients are int8.
 #[derive(Clone, Copy)]
-pub(crate) struct Coefficients<'a> {
+pub(crate) struct Coefficients<'a, const UNSIGNED: bool = false> {
     pub(crate) int8: &'a [i8],
     pub(crate) stride: usize,
 }
 
-impl Coefficients<'_> {
+impl<const UNSIGNED: bool> Coefficients<'_, UNSIGNED> {
     /// The four coefficients of a quad, in every lane.
     ///
     /// # Safety
@@ -78,17 +79,20 @@ impl<'a> Codes<'a> {
 /// As [`Coefficients::quad`] for all rows below `R`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-pub(crate) unsafe fn add_quad<const R: usize>(
+pub(crate) unsafe fn add_quad<const R: usize, const UNSIGNED: bool>(
     sums: &mut Sums<R>,
     codes: [__m512i; 2],
-    coefficients: Coefficients,
+    coefficients: Coefficients<UNSIGNED>,
     quad: usize,
 ) {
     for (row, sums) in sums.iter_mut().enumerate() {
         // SAFETY: by this function's contract.
         let c = unsafe { coefficients.quad(row, quad) };
-        sums[0] = _mm512_dpbusd_epi32(sums[0], codes[0], c);
-        sums[1] = _mm512_dpbusd_epi32(sums[1], codes[1], c);
+        for (sum, codes) in sums.iter_mut().zip(codes) {
+            // Which of the two is unsigned decides the order.
+            let (a, b) = if UNSIGNED { (c, codes) } else { (codes, c) };
+            *sum = _mm512_dpbusd_epi32(*sum, a, b);
+        }
     }
 }
 
@@ -103,11 +107,11 @@ pub(crate) fn field(words: [__m512i; 2], index: usize, mask: __m512i, bits: usiz
 /// Dot products of the lanes of block `block` of a tile with `R` coefficient rows of the tile's depth.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
-pub(crate) fn dot<const W: u8, const R: usize>(
+pub(crate) fn dot<const W: u8, const R: usize, const UNSIGNED: bool>(
     tile: &Tile,
     codes: Codes,
     block: usize,
-    coefficients: Coefficients,
+    coefficients: Coefficients<UNSIGNED>,
 ) -> Sums<R> {
     let quads = tile.depth() / QUAD;
     assert!((R - 1) * coefficients.stride + tile.depth() <= coefficients.int8.len());
@@ -138,7 +142,7 @@ pub(crate) fn dot<const W: u8, const R: usize>(
 /// As [`Coefficients::quad`] for all rows below `R` and quads below `quads`; so for the functions that follow.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn dot_2<const R: usize>(base: Codes, quads: usize, c: Coefficients, sums: &mut Sums<R>) {
+unsafe fn dot_2<const R: usize, const U: bool>(base: Codes, quads: usize, c: Coefficients<U>, sums: &mut Sums<R>) {
     let mask = _mm512_set1_epi8(3);
     for word in 0..quads / 4 {
         let words = base.load(word * 128);
@@ -154,7 +158,7 @@ unsafe fn dot_2<const R: usize>(base: Codes, quads: usize, c: Coefficients, sums
 /// As [`dot_2`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn dot_3<const R: usize>(base: Codes, quads: usize, c: Coefficients, sums: &mut Sums<R>) {
+unsafe fn dot_3<const R: usize, const U: bool>(base: Codes, quads: usize, c: Coefficients<U>, sums: &mut Sums<R>) {
     let (mask, high_mask) = (_mm512_set1_epi8(3), _mm512_set1_epi8(4));
     for pair in 0..quads / 8 {
         let high = base.load((quads / 4 + pair) * 128);
@@ -184,7 +188,7 @@ unsafe fn dot_3<const R: usize>(base: Codes, quads: usize, c: Coefficients, sums
 /// As [`dot_2`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn dot_4<const R: usize>(base: Codes, quads: usize, c: Coefficients, sums: &mut Sums<R>) {
+unsafe fn dot_4<const R: usize, const U: bool>(base: Codes, quads: usize, c: Coefficients<U>, sums: &mut Sums<R>) {
     let mask = _mm512_set1_epi8(15);
     for word in 0..quads / 2 {
         let words = base.load(word * 128);
@@ -211,7 +215,12 @@ const DIGITS: [u8; 128] = {
 /// As [`dot_2`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-unsafe fn dot_ternary<const R: usize>(base: Codes, quads: usize, c: Coefficients, sums: &mut Sums<R>) {
+unsafe fn dot_ternary<const R: usize, const U: bool>(
+    base: Codes,
+    quads: usize,
+    c: Coefficients<U>,
+    sums: &mut Sums<R>,
+) {
     let (mask, one, top) = (_mm512_set1_epi8(3), _mm512_set1_epi8(1), _mm512_set1_epi8(81));
     let table = Codes::new(&DIGITS, 0, false).load(0);
     for word in 0..base.bytes.len() / 128 {
@@ -242,7 +251,13 @@ unsafe fn dot_ternary<const R: usize>(base: Codes, quads: usize, c: Coefficients
 /// As [`dot_2`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn dot_tail<const R: usize>(tile: &Tile, bytes: &[u8], block: usize, c: Coefficients, sums: &mut Sums<R>) {
+unsafe fn dot_tail<const R: usize, const U: bool>(
+    tile: &Tile,
+    bytes: &[u8],
+    block: usize,
+    c: Coefficients<U>,
+    sums: &mut Sums<R>,
+) {
     let first = tile.depth() / QUAD - tile.tail_quads();
     for u in 0..tile.tail_quads() {
         let codes = std::array::from_fn(|half| {
