@@ -7,6 +7,7 @@ mod learned;
 mod sequences;
 mod states;
 mod vectors;
+mod walk;
 
 /// Small deterministic generator (xorshift).
 pub(super) struct Rng(u64);
