@@ -5,4 +5,5 @@ mod header;
 mod hostile_memory;
 mod layer;
 mod spoiled_queries;
+mod vectors;
 mod weights;
