@@ -268,7 +268,8 @@ mod tests {
         for round in 0..4 {
             head.live[54..64].fill(false);
             // Other tails: one without a small key, one with.
-            let (sizes, want) = if round % 2 == 0 { (&[][..], &[5, 9][..]) } else { (&[(2, 0.3)][..], &[5, 9, 56][..]) };
+            let (sizes, want) =
+                if round % 2 == 0 { (&[][..], &[5, 9][..]) } else { (&[(2, 0.3)][..], &[5, 9, 56][..]) };
             let members = head.append_cells(54..64, sizes);
             assert!(want.iter().all(|cell| members.contains(cell)) && members.len() == 3, "{members:?}");
         }

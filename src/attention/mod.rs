@@ -144,7 +144,7 @@ impl AttendArgs<'_> {
 
 /// Computes part `part` of `n_parts` of the attention of one layer and stream. Parts may run at the same time; together
 /// they call `emit(offset, floats)` once for every row of the output, for disjoint ranges. A query that sees nothing gives
-/// zeros. A query row with a value that is not finite, or beyond 1e30 once it is scaled, gives NaN in its own output row and
+/// zeros. A query row with a value that is not finite, or beyond 1e20 once it is scaled, gives NaN in its own output row and
 /// touches no other; non-finite keys and values count as 0 (NaN) and +-65504.
 ///
 /// # Errors

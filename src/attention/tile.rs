@@ -112,9 +112,9 @@ pub(super) fn run(
     emit_rows(layout, args, head, tokens, split, work, emit);
 }
 
-/// Largest magnitude of a query value, times the scale: with keys in the range of FP16 no score overflows, whatever the
-/// head size.
-const MAX_QUERY: f32 = 1e30;
+/// Largest magnitude of a query value, times the scale: with keys in the range of FP16, and whatever the head size and a
+/// page's factors, no score overflows.
+const MAX_QUERY: f32 = 1e20;
 
 /// Gathers the tile's query rows (scaled) and what belongs to each of them. A row that is not finite goes through the kernels
 /// as zeros, so that none of them has to care, and is marked.

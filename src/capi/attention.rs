@@ -110,8 +110,8 @@ pub unsafe extern "C" fn kvq_attend_splits(layout: *const kvq_layout, n_tokens: 
 }
 
 /// Merges the partial results of kvq_attend with n_splits > 1 into `out`, float [n_tokens][n_heads][head_dim_v]; part
-/// `part` of `n_parts`. All parts of kvq_attend must have finished. `n_splits` is the one given to it, not 0. `sink_logits`
-/// and `lse` as in kvq_attend_args, or NULL.
+/// `part` of `n_parts`. All parts of kvq_attend must have finished. `n_splits` is what they were given, never 0.
+/// `sink_logits` and `lse` as in kvq_attend_args, or NULL.
 ///
 /// Parts write disjoint ranges of `out` and may run concurrently.
 #[no_mangle]

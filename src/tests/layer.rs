@@ -9,6 +9,7 @@ use crate::layout::Layout;
 use crate::plan::{plan_len, Plan};
 use crate::planner::{Planner, Row};
 use crate::recent::Attended;
+use crate::recipe::presets::PRESETS;
 use crate::recipe::{Recipe, METHODS};
 use crate::shape::Shape;
 use crate::simd::IsaToken;
@@ -40,10 +41,11 @@ impl Rng {
     }
 }
 
-/// Every method with its defaults and its published setting, and `more`.
+/// Every preset, every method with its defaults and its published setting, and `more`.
 pub(super) fn recipes(more: &[&str]) -> Vec<String> {
+    let presets = PRESETS.iter().map(|preset| preset.name.to_string());
     let methods = METHODS.iter().flat_map(|method| [method.name.into(), format!("{}:paper", method.name)]);
-    methods.chain(more.iter().map(|spec| spec.to_string())).collect()
+    presets.chain(methods).chain(more.iter().map(|spec| spec.to_string())).collect()
 }
 
 /// Queries, keys and values of an ubatch.

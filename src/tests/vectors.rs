@@ -36,7 +36,9 @@ fn cases(codec: &str) -> Vec<Case> {
         "group" => {
             add("skvq:k=2,v=2,page=64".into(), &SIDES, 64);
             for width in ["1.6", "2", "3", "4", "8"] {
-                for (form, dim) in [("", 128), (",group=64", 128), (",symmetric=0,mean=0,rotate=0", 96), (",refit=0", 96)] {
+                for (form, dim) in
+                    [("", 128), (",group=64", 128), (",symmetric=0,mean=0,rotate=0", 96), (",refit=0,smooth=0", 96)]
+                {
                     add(format!("skvq:k={width},v={width}{form}"), &SIDES, dim);
                 }
             }
@@ -59,7 +61,7 @@ fn cases(codec: &str) -> Vec<Case> {
         "adaptive" => {
             add("qaq:bits=2.5,page=64".into(), &SIDES, 64);
             for bits in ["1", "1.5", "2.25", "3", "4"] {
-                for form in ["", ",levels=normal", ",symmetric=0,mean=0,rotate=0", ",outliers=2,attn-keys=1"] {
+                for form in ["", ",levels=normal", ",symmetric=0,mean=0,rotate=0", ",outliers=2,attn-keys=1,smooth=0"] {
                     add(format!("qaq:bits={bits},min-bits=1{form}"), &SIDES, 96);
                 }
             }
@@ -110,6 +112,7 @@ fn is_late(row: usize) -> bool {
 fn seal(codec: &dyn PageCodec, page: usize, dim: usize) -> Sealed {
     let rows = golden_rows(page, dim);
     let channel_weights: Vec<f32> = (0..dim).map(|channel| (1 + channel * 7 % 16) as f32 / 16.0).collect();
+    let mut last_exponents = vec![0; dim];
     let mut sealed = Sealed { header: vec![0; crate::codec::HEADER_BYTES], bytes: vec![0; codec.page_bytes()] };
     for late in [false, true] {
         let at: Vec<u32> = (0..page as u32).filter(|row| is_late(*row as usize) == late).collect();
@@ -124,7 +127,7 @@ fn seal(codec: &dyn PageCodec, page: usize, dim: usize) -> Sealed {
             fresh: !late,
             exact: if late { &[] } else { &exact },
             channel_weights: &channel_weights,
-            last_exponents: &mut [],
+            last_exponents: &mut last_exponents,
             attention: &attention,
         };
         codec.seal(&mut sealed.header, &mut sealed.bytes, &mut rows);
@@ -155,7 +158,8 @@ fn line(info: &CodecInfo, case: &Case) -> (String, String) {
         codec.decode(PageRef { header: &sealed.header, bytes: &sealed.bytes }, row, out);
     }
     let decoded: Vec<u8> = decoded.iter().flat_map(|x| x.to_le_bytes()).collect();
-    let mut text = format!("header {} bytes {:016x} rows {:016x}", hex(&sealed.header), sum(&sealed.bytes), sum(&decoded));
+    let mut text =
+        format!("header {} bytes {:016x} rows {:016x}", hex(&sealed.header), sum(&sealed.bytes), sum(&decoded));
     if case.whole {
         write!(text, " page {}", hex(&sealed.bytes)).unwrap();
     }
@@ -210,7 +214,10 @@ fn sealed_bytes_are_those_of_the_format_version() {
         let is_complete = stored_version == version
             && stored_lines.len() == lines.len()
             && lines.iter().all(|(page, _)| stored_lines.contains_key(page));
-        assert!(is_complete, "golden vectors of {name} are missing or of another version: KVQ_UPDATE_VECTORS=1 cargo test vectors");
+        assert!(
+            is_complete,
+            "golden vectors of {name} are missing or of another version: KVQ_UPDATE_VECTORS=1 cargo test vectors"
+        );
     }
 }
 

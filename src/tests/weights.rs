@@ -123,9 +123,16 @@ fn outputs(layout: &Layout, rows: &[f32], p: &[f32]) -> Vec<f32> {
     let at: Vec<u32> = (0..layout.page() as u32).collect();
     let (mut header, mut bytes) = ([0u8; 4], vec![0u8; side.codec.page_bytes()]);
     let mut rows = rows.to_vec();
-    let rows =
-        &mut SealRows { at: &at, rows: &mut rows, fresh: true, exact: &[], channel_weights: &[], last_exponents: &mut [], attention: &[] };
-    side.codec.seal(&mut header, &mut bytes, rows);
+    let mut rows = SealRows {
+        at: &at,
+        rows: &mut rows,
+        fresh: true,
+        exact: &[],
+        channel_weights: &[],
+        last_exponents: &mut [],
+        attention: &[],
+    };
+    side.codec.seal(&mut header, &mut bytes, &mut rows);
     let mut probabilities = Probabilities::default();
     probabilities.resize(N_ROWS, layout.page());
     probabilities.p[..p.len()].copy_from_slice(p);

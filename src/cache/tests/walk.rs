@@ -11,6 +11,7 @@
 use super::*;
 use crate::plan::View;
 use crate::pool;
+use crate::recipe::presets::PRESETS;
 use crate::recipe::METHODS;
 use crate::store::{self, finite};
 
@@ -43,7 +44,7 @@ fn every_recipe_walks() {
     }
 }
 
-/// Every method with its defaults and its published setting, made small so that little data reaches every path, and forms
+/// Every preset and every method with its defaults and its published setting, made small so that little data reaches every path, and forms
 /// that take other ways through the planner, the pool or the codecs.
 fn specs() -> Vec<String> {
     let of_method = METHODS.iter().flat_map(|method| {
@@ -58,7 +59,8 @@ fn specs() -> Vec<String> {
         "kivi:k=2.5,page=64,window=9,sinks=64",
         "qaq:bits=3,page=64,window=64,attn-window=64,attn-keys=1,outliers=2",
     ];
-    of_method.chain(more.map(String::from)).collect()
+    let of_preset = PRESETS.iter().map(|preset| format!("{}:page=64,window=32", preset.name));
+    of_preset.chain(of_method).chain(more.map(String::from)).collect()
 }
 
 /// A token as the cache should know it.
@@ -206,7 +208,8 @@ impl Walk {
         self.what += &format!(", shift {seq} from {start} by {delta}");
         let moves = |token: &Held| token.seqs >> seq & 1 == 1 && token.pos >= start;
         let is_shared = self.shadow.iter().flatten().any(|token| moves(token) && token.seqs != 1 << seq);
-        let stays = |pos: i32| self.shadow.iter().flatten().any(|t| t.seqs >> seq & 1 == 1 && !moves(t) && t.pos == pos);
+        let stays =
+            |pos: i32| self.shadow.iter().flatten().any(|t| t.seqs >> seq & 1 == 1 && !moves(t) && t.pos == pos);
         let collides = self.shadow.iter().flatten().any(|token| moves(token) && stays(token.pos + delta));
         let result = self.cache.shift(seq as u32, start, -1, delta);
         assert_eq!(result.is_err(), is_shared || collides, "{}: {result:?}", self.what);
@@ -358,7 +361,13 @@ impl Walk {
                 let is_exact = location[cell] >= 0 || members.contains(&cell);
                 let truth = if side == Side::Key { self.turned(token) } else { token.v.clone() };
                 let turns = if side == Side::Key { token.turns } else { 0 };
-                self.check_row(&found[cell * dim..][..dim], &truth, is_exact, turns, &format!("{side:?} of cell {cell}"));
+                self.check_row(
+                    &found[cell * dim..][..dim],
+                    &truth,
+                    is_exact,
+                    turns,
+                    &format!("{side:?} of cell {cell}"),
+                );
             }
             for (row, &cell) in rows.iter().enumerate() {
                 found[cell * dim..][..dim].copy_from_slice(&new[row * dim..][..dim]);

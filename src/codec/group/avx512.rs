@@ -13,7 +13,9 @@ use crate::codec::tile::{Width, LANE_BLOCK};
 use crate::codec::MAX_PAGE;
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::avx2::prefetch_next_from;
-use crate::simd::avx512::{dot_floats, f16_to_f32, load, load_bytes, pack_bytes, pack_unsigned_bytes, store, store_bytes};
+use crate::simd::avx512::{
+    dot_floats, f16_to_f32, load, load_bytes, pack_bytes, pack_unsigned_bytes, store, store_bytes,
+};
 use crate::simd::{Isa, IsaToken};
 
 static KERNELS: GroupKernels = GroupKernels {
@@ -204,8 +206,8 @@ fn round_weights<const PLANES: usize>(
     let (mut lost, mut excess) = (_mm512_setzero_ps(), _mm512_setzero_ps());
     let int8 = &mut p.int8[row * PLANES * n..][..PLANES * n];
     for t in (0..n).step_by(64) {
-        let x = [t, t + 16, t + 32, t + 48]
-            .map(|t| _mm512_mul_ps(_mm512_mul_ps(load(weights, t), load(step, t)), inverse));
+        let x =
+            [t, t + 16, t + 32, t + 48].map(|t| _mm512_mul_ps(_mm512_mul_ps(load(weights, t), load(step, t)), inverse));
         let whole = x.map(|x| _mm512_cvtps_epi32(x));
         if PLANES == 2 {
             total = whole.iter().fold(total, |total, x| _mm512_add_epi32(total, *x));
