@@ -509,8 +509,8 @@ kvq_status kvq_attend(const kvq_layout *layout, const kvq_attend_args *args, uin
 uint32_t kvq_attend_splits(const kvq_layout *layout, uint32_t n_tokens, uint32_t n_threads);
 
 // Merges the partial results of kvq_attend with n_splits > 1 into `out`, float [n_tokens][n_heads][head_dim_v]; part
-// `part` of `n_parts`. All parts of kvq_attend must have finished. `sink_logits` and `lse` as in kvq_attend_args, or
-// NULL.
+// `part` of `n_parts`. All parts of kvq_attend must have finished. `n_splits` is what they were given, never 0.
+// `sink_logits` and `lse` as in kvq_attend_args, or NULL.
 //
 // Parts write disjoint ranges of `out` and may run concurrently.
 kvq_status kvq_combine(const kvq_layout *layout,

@@ -209,7 +209,8 @@ mod tests {
         /// Appends keys to a range of cells.
         fn append_cells(&mut self, cells_of_rows: Range<usize>, sizes: &[(usize, f32)]) -> Vec<usize> {
             let n = cells_of_rows.len();
-            let rows: Vec<Row> = cells_of_rows.map(|cell| Row { cell: cell as u32, pos: cell as i32, seq: 0 }).collect();
+            let rows: Vec<Row> =
+                cells_of_rows.map(|cell| Row { cell: cell as u32, pos: cell as i32, seq: 0 }).collect();
             let mut keys: Vec<f32> = (0..n * DIM).map(|i| if i * 7 % 13 < 6 { 1.0 } else { -1.0 }).collect();
             for &(row, size) in sizes {
                 keys[row * DIM..(row + 1) * DIM].iter_mut().for_each(|x| *x *= size);

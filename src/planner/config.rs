@@ -6,8 +6,8 @@ use crate::plan::{CELLS_PER_WORD, MAX_SOURCES};
 
 /// Slot counts are a multiple of this, so that the pages behind the slots keep their alignment.
 const SLOT_STEP: usize = 16;
-/// The windows of all sequences together take at most one cell in so many, but always one window.
-pub(crate) const WINDOW_SHARE: usize = 4;
+/// The windows of all sequences and a page that is filling up take at most one cell in so many, but always one window.
+pub(crate) const UNSEALED_SHARE: usize = 4;
 /// More sequences than any host has; a stream keeps a few bytes for each.
 const MAX_SEQUENCES: usize = 1 << 16;
 
@@ -40,10 +40,15 @@ impl PlannerConfig {
         self.sink_tokens.saturating_mul(sequences_per_stream(self.n_streams, self.n_seq_max))
     }
 
-    /// Rows that the windows of a stream's sequences share.
-    fn window_rows(&self) -> usize {
-        let wanted = self.window.saturating_mul(sequences_per_stream(self.n_streams, self.n_seq_max));
-        wanted.min(self.window.max(self.n_cells / WINDOW_SHARE))
+    /// Rows for the windows of a stream's sequences and for a page that is filling up.
+    ///
+    /// The rows of a page that is not sealed yet are the newest ones, so most of them are in a window anyway; only what is
+    /// longer than a window needs room of its own: a page and the tokens it waits for.
+    fn unsealed_rows(&self) -> usize {
+        let waiting = self.page.saturating_add(self.seal_lag);
+        let one = self.window.max(waiting);
+        let others = (sequences_per_stream(self.n_streams, self.n_seq_max) - 1).saturating_mul(self.window);
+        one.saturating_add(others).min(one.max(self.n_cells / UNSEALED_SHARE))
     }
 
     pub(super) fn n_pages(&self) -> usize {
@@ -92,12 +97,7 @@ pub(crate) fn sequences_per_stream(n_streams: usize, n_seq_max: usize) -> usize 
 
 /// Exact slots of one stream: room for the windows, for a page that is filling up and for the sink tokens; never more than
 /// there are cells.
-///
-/// The rows of a page that is not sealed yet are the newest ones, so most of them are in a window anyway; only what is
-/// longer than a window needs slots of its own: a page and the tokens it waits for.
 pub fn n_slots(config: &PlannerConfig) -> usize {
-    let PlannerConfig { page, seal_lag, window, .. } = *config;
-    let waiting = page.saturating_add(seal_lag).saturating_sub(window);
-    let rows = config.window_rows().saturating_add(waiting).saturating_add(config.max_sinks());
+    let rows = config.unsealed_rows().saturating_add(config.max_sinks());
     rows.min(config.n_cells).div_ceil(SLOT_STEP).saturating_mul(SLOT_STEP)
 }

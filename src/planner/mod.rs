@@ -11,7 +11,7 @@ mod stream;
 mod tests;
 
 pub use config::{n_slots, PlannerConfig};
-pub(crate) use config::{sequences_per_stream, WINDOW_SHARE};
+pub(crate) use config::{sequences_per_stream, UNSEALED_SHARE};
 pub use state::CellState;
 
 use crate::error::{Error, Result};

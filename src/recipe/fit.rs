@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use super::{Recipe, MIN_PAGE};
-use crate::planner::{sequences_per_stream, WINDOW_SHARE};
+use crate::planner::{sequences_per_stream, UNSEALED_SHARE};
 use crate::pool::PoolParams;
 
 /// A window is not cut below this. Page and window together then take half of 256 cells at most.
@@ -26,7 +26,7 @@ impl Recipe {
     /// tokens. Sink tokens, outlier tokens and recent queries have bounds of their own. Fitting twice changes nothing more.
     pub fn fit(&self, n_cells: usize, n_streams: usize, n_seq_max: usize) -> Recipe {
         let mut fitted = self.clone();
-        let room = n_cells / WINDOW_SHARE;
+        let room = n_cells / UNSEALED_SHARE;
         // Without a lag the rows of a page that is filling up are in the window, and only the longer of both counts.
         let beside_page = self.seal_lag.min(room / 2);
         while fitted.page > MIN_PAGE && fitted.page + beside_page > room {

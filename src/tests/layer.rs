@@ -82,7 +82,8 @@ impl Layer {
     /// Plans an ubatch for these cells, at positions of the same numbers.
     pub(super) fn plan(&mut self, cells: Range<usize>) -> Vec<i32> {
         let n_cells = self.live.len();
-        let rows: Vec<Row> = cells.map(|cell| Row { cell: (cell % n_cells) as u32, pos: cell as i32, seq: 0 }).collect();
+        let rows: Vec<Row> =
+            cells.map(|cell| Row { cell: (cell % n_cells) as u32, pos: cell as i32, seq: 0 }).collect();
         let mut ints = vec![0; plan_len(rows.len(), self.planner.n_slots(), n_cells, self.layout.page())];
         let live = &self.live;
         self.planner.plan(0, &rows, &|cell| live[cell], &mut ints).unwrap();
