@@ -272,7 +272,8 @@ if [ -x "$bin/test_llama" ] && [ -x "$bin/test-llama-archs" ]; then
         "on = .*$size \(full attention [0-9.]+ MiB for 4096 cells, sliding window [0-9.]+ MiB for [0-9]+ cells\), " \
         "$bin/llama-bench" -m archs/gemma3-dense.gguf -t 2 -p 4096 -n 0 -r 1 -kvq on
     for kv in skvq kivi:k=2.25 qaq; do
-        check "llama-server, sliding window, two slots in one cache: $kv" checks swa_server "$bin" archs/gemma3-dense.gguf "$kv"
+        check "llama-server, sliding window, two slots in one cache: $kv" \
+            checks swa_server "$bin" archs/gemma3-dense.gguf "$kv"
     done
     test_arch() { KVQ_TEST_QUICK=1 timeout 300 "$bin/test_llama" "$1" "$2" 0.02; }
     refusals=0

@@ -13,6 +13,7 @@ refused, memory that grows, a server that dies.
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import http.client
 import json
 import math
@@ -31,12 +32,12 @@ N_CTX = 4096
 N_CLIENTS = 4
 TOP = 40
 # KL divergence of one token's distribution over the TOP tokens of f16.
-MEAN_BOUND, WORST_BOUND = 0.02, 3.0
+MEAN_BOUND, WORST_BOUND = 0.03, 3.0
 # A small model has its odd token; at most this share may be farther off than that.
 FAR, FAR_SHARE = 0.5, 0.01
-# Growth of resident memory over the second half of a phase; in a short one prompt cache and checkpoints still fill.
+# Growth of resident memory over the second half of a phase. In the first minutes prompt cache and allocator still fill.
 PROMPT_CACHE_MIB = 32
-GROWTH_BOUND_MIB = 16 + PROMPT_CACHE_MIB
+WARM_SECONDS, GROWTH_BOUND_MIB, COLD_GROWTH_BOUND_MIB = 300, 16, 96
 MODES = {"shared": ["-kvu"], "split": ["-no-kvu", "--context-shift"]}
 # How often a client does what; only a slot with a part of its own can overrun it.
 KINDS = {"ask": 8, "go on": 6, "cancel": 3, "save": 2, "restore": 2, "erase": 0.5}
@@ -97,10 +98,12 @@ class Phase:
                 begin = 5000 * rng.randrange(3)
                 at = rng.randrange(20000, len(self.tokens) - 400)
                 prompt = self.tokens[begin:begin + 20 * rng.randrange(1, 20)]
-                history = self.ask(prompt + self.tokens[at:at + rng.randrange(5, 200)], rng.randrange(2, 40), slot, kind)
+                prompt += self.tokens[at:at + rng.randrange(5, 200)]
+                history = self.ask(prompt, rng.randrange(2, 40), slot, kind)
             elif kind == "go on":
                 at = rng.randrange(20000, len(self.tokens) - 400)
-                history = self.ask(history[-700:] + self.tokens[at:at + rng.randrange(2, 60)], rng.randrange(2, 40), slot, kind)
+                prompt = history[-700:] + self.tokens[at:at + rng.randrange(2, 60)]
+                history = self.ask(prompt, rng.randrange(2, 40), slot, kind)
             elif kind == "cancel":
                 self.cancel(history, rng.randrange(1, 12), slot)
             elif kind == "overrun":
@@ -170,8 +173,11 @@ def soak(args, mode, seconds):
     (folder / "slots").mkdir(parents=True, exist_ok=True)
     common = [*MODES[mode], "-ctxcp", 8]
     packed_args = [*common, "-cram", PROMPT_CACHE_MIB, "--slot-save-path", folder / "slots"]
-    with server(args.bin, args.model, args.kv, N_CTX, folder / "kvq.log", args.threads, N_CLIENTS, packed_args) as packed, \
-         server(args.bin, args.model, "f16", 2 * N_CTX, folder / "f16.log", args.threads, N_CLIENTS, common) as exact:
+    with contextlib.ExitStack() as stack:
+        packed, exact = (
+            stack.enter_context(server(args.bin, args.model, kv, n_ctx, folder / log, args.threads, N_CLIENTS, extra))
+            for kv, n_ctx, log, extra in
+            ((args.kv, N_CTX, "kvq.log", packed_args), ("f16", 2 * N_CTX, "f16.log", common)))
         tokens = packed.post("/tokenize", {"content": args.file.read_text(errors="replace")[:400000]})["tokens"]
         phase = Phase(tokens, packed, exact, time.monotonic() + seconds,
                       {**KINDS, "overrun": OVERRUNS[mode]})
@@ -184,10 +190,11 @@ def soak(args, mode, seconds):
         broken.append(f"mean divergence above {MEAN_BOUND}")
     if not worst <= WORST_BOUND:
         broken.append(f"a divergence above {WORST_BOUND}")
-    if sum(value > FAR for value, _ in phase.found) > max(1, FAR_SHARE * len(phase.found)):
+    if sum(value > FAR for value, _ in phase.found) > max(2, FAR_SHARE * len(phase.found)):
         broken.append(f"more than {FAR_SHARE:.0%} of the divergences above {FAR}")
-    if end - half > GROWTH_BOUND_MIB:
-        broken.append(f"memory grew by more than {GROWTH_BOUND_MIB} MiB")
+    growth_bound = GROWTH_BOUND_MIB if seconds >= WARM_SECONDS else COLD_GROWTH_BOUND_MIB
+    if end - half > growth_bound:
+        broken.append(f"memory grew by more than {growth_bound} MiB")
     if phase.counts["refused"] > 0.05 * sum(phase.counts.values()):
         broken.append("more than 5 % refused")
     said = ", ".join(f"{n} {what}" for what, n in sorted(phase.counts.items()))
@@ -205,7 +212,8 @@ def main():
     parser.add_argument("-f", "--file", default=ROOT / "models/amazon-excerpt.txt", type=pathlib.Path)
     parser.add_argument("-t", "--threads", type=int, default=1, help="of each server")
     parser.add_argument("--bin", default=ROOT / "build/llama/bin", type=pathlib.Path, help="folder of llama-server")
-    parser.add_argument("-o", "--output", default=ROOT / "build/soak", type=pathlib.Path, help="folder for logs and slots")
+    parser.add_argument("-o", "--output", default=ROOT / "build/soak", type=pathlib.Path,
+                        help="folder for logs and slots")
     args = parser.parse_args()
     args.output = args.output.resolve()
     clean = [soak(args, mode, args.minutes * 30) for mode in MODES]
