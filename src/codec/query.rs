@@ -154,8 +154,9 @@ fn round_group(x: &[f32], high: Option<&mut [i8]>, low: &mut [i8]) -> (f32, i32)
     (max / top, total)
 }
 
-/// What part of a bound on the normalised error the rounding of weights may use up; the rest is for what is rounded besides.
-const SHARE_OF_WEIGHTS: f64 = 0.5;
+/// What part of a bound on the normalised error either error of the rounding of weights, that of their sum and that of each,
+/// may use up; the rest is for what is rounded besides.
+const SHARE_OF_WEIGHTS: f64 = 0.4;
 
 /// Largest magnitude of what rounding leaves of a coefficient, times this: an int8.
 pub(crate) const REST: f32 = 2.0 * INT8_MAX;

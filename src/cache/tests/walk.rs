@@ -19,9 +19,9 @@ const N_CELLS: usize = 320;
 const N_SEQS: usize = 4;
 /// Largest squared error of a packed row, in parts of what a row of ordinary size has; another row would have about 2.
 const MOST_ERROR: f64 = 0.75;
-/// Each shift may encode a key again and adds so much; after [`MOST_TURNS`] it could as well be another.
-const ERROR_OF_TURN: f64 = 0.2;
-const MOST_TURNS: usize = 2;
+/// A shift may encode a key again in a page whose ranges are not its own, so that it could as well be another (`kivi:paper`):
+/// only packed keys that were not turned are compared.
+const MOST_TURNS: usize = 0;
 /// Mean square of the values of an ordinary row, by [`Rng::values`].
 const POWER: f64 = 4.0 / 3.0;
 /// Of the appends, one in so many is compared in full; the places of cells are counted each time.
@@ -44,8 +44,8 @@ fn every_recipe_walks() {
     }
 }
 
-/// Every preset and every method with its defaults and its published setting, made small so that little data reaches every path, and forms
-/// that take other ways through the planner, the pool or the codecs.
+/// Every preset and every method with its defaults and its published setting, made small so that little data reaches every
+/// path, and forms that take other ways through the planner, the pool or the codecs.
 fn specs() -> Vec<String> {
     let of_method = METHODS.iter().flat_map(|method| {
         let pool = if method.name == "ott" { ",skip-layers=0" } else { "" };
@@ -388,8 +388,7 @@ impl Walk {
             // Small keys among large ones may get lost; what must not be there is the row of another token.
             let error = found.iter().zip(&half).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
             let error = error / (POWER * found.len() as f64);
-            let bound = MOST_ERROR + ERROR_OF_TURN * turns as f64;
-            assert!(error <= bound, "{}: packed {row} is another, error {error:.2}, {turns} turns", self.what);
+            assert!(error <= MOST_ERROR, "{}: packed {row} is another, error {error:.2}, {turns} turns", self.what);
         }
     }
 
