@@ -8,8 +8,8 @@
 #include <mutex>
 
 // Deviation of that noise, root mean square over the layers, from which a recipe spoils answers: attention weights are then
-// off by a factor of e. docs/notes tells what was measured: 0.3 to 0.6 at 3 bits, up to 0.75 at 2, above 1 where the mean KLD
-// is above 0.1.
+// off by a factor of e. What was measured stands in README.md, Quality: 0.3 to 0.5 at 3 bits, up to 0.9 at 2, above 1 where
+// the mean KLD is above 0.1.
 static const float KVQ_NOISE_MAX = 1.0f;
 
 // the means of fewer rows say little
