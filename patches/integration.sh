@@ -182,11 +182,11 @@ says_nothing() { "$@" >said.log 2>&1 && ! grep 'kvq' said.log; }
 check "-lv 0 shows nothing" says_nothing plain_completion --kvq on -c 2048 -n 1 -p x -lv 0
 stock_line() { completion --kvq on -c 2048 -n 1 -p x 2>&1 | grep -E 'llama_kv_cache: size = .*K \(kvq\).*V \(kvq\)'; }
 check "llama.cpp's own line does not call it f16" stock_line
-larger_than_f16() {
-    kvq_lines=2 says_once 'not smaller than f16.* 256 cells take .*use a smaller window or page' "$@" &&
-        grep -E "kvq: skvq.*$size, [0-9.]+x larger than f16\$" said.err
+small_cache() {
+    kvq_lines=2 says_once '256 cells have room for window=64 instead of 256, page=64 instead of 256$' "$@" &&
+        grep -E "kvq: skvq.*$smaller" said.err
 }
-check "a cache that is larger than f16 is said to be, with a warning" larger_than_f16 \
+check "a small cache has less, says so, and is smaller than f16" small_cache \
     plain_completion --kvq skvq:window=256,page=256 -c 256 -n 1 -p x
 
 echo "== refusals"
@@ -267,8 +267,8 @@ if [ -x "$bin/test_llama" ] && [ -x "$bin/test-llama-archs" ]; then
     # Small random models, one of each architecture. Status 2: refused, with a reason; that is right for some.
     mkdir -p archs
     check "making the models" "$bin/test-llama-archs" -o archs
-    # A cache of the layers with a sliding window and one of the others.
-    check "one line for a model with two caches" says_once \
+    # A cache of the layers with a sliding window and one of the others; the first is small and says so in a second line.
+    kvq_lines=2 check "one line for a model with two caches" says_once \
         "on = .*$size \(full attention [0-9.]+ MiB for 4096 cells, sliding window [0-9.]+ MiB for [0-9]+ cells\), " \
         "$bin/llama-bench" -m archs/gemma3-dense.gguf -t 2 -p 4096 -n 0 -r 1 -kvq on
     for kv in skvq kivi:k=2.25 qaq; do
