@@ -113,7 +113,7 @@ static bool always(void *user, uint32_t stream, uint32_t cell) {
 
 static kvq_status append(kvq_planner *planner, uint32_t first, uint32_t n) {
     kvq_row rows[N_CELLS];
-    for (uint32_t i = 0; i < n; i++) rows[i] = (kvq_row){first + i, (int32_t)(first + i)};
+    for (uint32_t i = 0; i < n; i++) rows[i] = (kvq_row){first + i, (int32_t)(first + i), 0};
     const size_t len = kvq_planner_plan_len(planner, n);
     int32_t *plan = make(len, sizeof(int32_t));
     const kvq_status status = kvq_planner_plan(planner, 0, rows, n, always, NULL, plan, len);
