@@ -6,7 +6,7 @@ use std::borrow::Cow;
 /// The presets, one row each. What a row stands for may change with what is measured; its name says how many bits.
 pub const PRESETS: &[Preset] = &[
     Preset { name: "on", spec: "kivi:k=3,v=3,window=256", about: "what to take first" },
-    Preset { name: "2", spec: "kivi:k=2.5", about: "the smallest that still keeps a model's answers" },
+    Preset { name: "2", spec: "kivi:k=2.5,window=256", about: "the smallest that still keeps a model's answers" },
     Preset { name: "3", spec: "kivi:k=3,v=3", about: "small, with little loss" },
     Preset { name: "4", spec: "kivi:k=4,v=4", about: "nearly no loss" },
 ];
@@ -115,5 +115,14 @@ mod tests {
     fn off_has_four_spellings() {
         assert!(["off", "none", "0", ""].into_iter().all(is_off));
         assert!(!["on", "OFF", "off:", "00", " ", "2", "skvq"].into_iter().any(is_off));
+    }
+
+    #[test]
+    fn the_docs_list_every_preset() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/recipes.md");
+        let docs = std::fs::read_to_string(path).unwrap();
+        for Preset { name, spec, about } in PRESETS {
+            assert!(docs.contains(&format!("| `{name}` | `{spec}` | {about} |")), "{path} lacks `{name}`");
+        }
     }
 }

@@ -64,7 +64,7 @@ pub(crate) fn dot_floats(a: &[f32], b: &[f32]) -> f32 {
 /// Asks for part `part` of `parts` of what lies where `bytes` lie, one page of `page_bytes` on. The pages of a head lie one
 /// after the other and are read in that order, but keys and values take turns, and a page is too short for the hardware
 /// to foresee the next. `HINT` is the level to bring them to: on their way to the first, lines hold buffers that loads
-/// wait for, and the second is near enough for most kernels. README's notes have the measurements.
+/// wait for, and the second is near enough for most kernels. docs/notes.md has the measurements.
 #[inline]
 pub(crate) fn prefetch_next<const HINT: i32>(bytes: &[u8], page_bytes: usize, part: usize, parts: usize) {
     let (next, lines) = (bytes.as_ptr().wrapping_add(page_bytes), bytes.len().div_ceil(64));
