@@ -5,7 +5,7 @@ use std::env;
 use std::path::PathBuf;
 
 /// Sources of the header, in the order in which their functions appear in it.
-const HEADER_SOURCES: [&str; 13] = [
+const HEADER_SOURCES: [&str; 15] = [
     "src/capi/version.rs",
     "src/error.rs",
     "src/capi/status.rs",
@@ -13,7 +13,9 @@ const HEADER_SOURCES: [&str; 13] = [
     "src/shape.rs",
     "src/capi/layout.rs",
     "src/capi/memory.rs",
+    "src/location.rs",
     "src/capi/planner.rs",
+    "src/capi/shift.rs",
     "src/capi/attention.rs",
     "src/capi/store.rs",
     "src/learned.rs",

@@ -7,11 +7,12 @@
 use crate::codec::{SealRows, Side};
 use crate::error::Result;
 use crate::layout::Layout;
+use crate::location::Location;
 use crate::pool;
-use crate::store::{check_location, Location, ABSENT, IN_PAGE};
+use crate::store::check_location;
 
 /// Wipes the rows of one side of one head that `location` does not name: slots, members of the outlier pool, and rows of
-/// pages. A cell that is in a slot keeps its row in the page if `is_sealed` says that it has one there.
+/// pages.
 ///
 /// Slots and pool rows become zero. A row of a page becomes what a row of zeros is encoded to, whatever it was; a page
 /// of which no row is left becomes zero.
@@ -19,15 +20,9 @@ use crate::store::{check_location, Location, ABSENT, IN_PAGE};
 /// # Errors
 ///
 /// [`crate::error::Status::InvalidArgument`] if `location` is not one of this layout's.
-pub fn erase_head(
-    layout: &Layout,
-    side: Side,
-    region: &mut [u8],
-    location: &[Location],
-    is_sealed: &dyn Fn(usize) -> bool,
-) -> Result<()> {
+pub fn erase_head(layout: &Layout, side: Side, region: &mut [u8], location: &[Location]) -> Result<()> {
     check_location(layout, location, 0, layout.n_cells())?;
-    let in_page = |cell: usize| location[cell] == IN_PAGE || (location[cell] != ABSENT && is_sealed(cell));
+    let in_page = |cell: usize| location[cell].in_page();
     erase_slots(layout, side, region, location);
     erase_pool(layout, side, region, &in_page);
     for page in 0..layout.n_pages() {
@@ -38,7 +33,7 @@ pub fn erase_head(
 
 fn erase_slots(layout: &Layout, side: Side, region: &mut [u8], location: &[Location]) {
     let mut is_used = vec![false; layout.n_slots()];
-    location.iter().filter(|at| **at >= 0).for_each(|at| is_used[*at as usize] = true);
+    location.iter().filter_map(Location::slot).for_each(|slot| is_used[slot] = true);
     for slot in (0..layout.n_slots()).filter(|slot| !is_used[*slot]) {
         layout.side(side).slot_mut(region, slot).fill(0);
     }
@@ -85,6 +80,7 @@ fn erase_page_rows(layout: &Layout, side: Side, region: &mut [u8], page: usize, 
 mod tests {
     use super::*;
     use crate::attention::Rows;
+    use crate::location::IN_SLOT;
     use crate::plan::{plan_len, Plan};
     use crate::planner::{Planner, Row};
     use crate::recipe::Recipe;
@@ -121,13 +117,11 @@ mod tests {
             let mut ints = vec![0; plan_len(rows.len(), planner.n_slots(), N_CELLS, 64)];
             planner.plan(0, &rows, &|cell| cell < start, &mut ints).unwrap();
             let current = Rows { data: &data, stride_token: DIM, stride_head: DIM };
-            let store = StoreRows { k: current, v: current, q: None, attended: None };
+            let store = StoreRows { k: current, v: current, q: None, attended: None, rotation: None };
             let [k, v] = &mut memory;
             store_head(&layout, 0, [k, v], &store, &Plan::new(&ints).unwrap()).unwrap();
         }
-        let mut location = vec![ABSENT; N_CELLS];
-        planner.locate(0, &mut location).unwrap();
-        (layout, memory, location)
+        (layout, memory, planner.locate(0).unwrap())
     }
 
     fn decoded(layout: &Layout, memory: &[Vec<u8>; 2], location: &[Location]) -> Vec<Vec<f32>> {
@@ -135,7 +129,7 @@ mod tests {
         sides
             .map(|(side, memory)| {
                 let mut out = vec![0f32; N_CELLS * DIM];
-                dequantize_head(layout, side, memory, location, 0, N_CELLS, &mut out).unwrap();
+                dequantize_head(layout, side, memory, location, None, 0, N_CELLS, &mut out).unwrap();
                 out
             })
             .collect()
@@ -143,7 +137,7 @@ mod tests {
 
     fn erase(layout: &Layout, memory: &mut [Vec<u8>; 2], location: &[Location]) {
         for (side, memory) in [Side::Key, Side::Value].into_iter().zip(memory) {
-            erase_head(layout, side, memory, location, &|_| true).unwrap();
+            erase_head(layout, side, memory, location).unwrap();
         }
     }
 
@@ -151,7 +145,7 @@ mod tests {
     fn other_rows_stay_bit_for_bit() {
         for spec in SPECS {
             let (layout, mut memory, mut location) = stored(spec, &[70]);
-            (60..80).chain([1, 140]).for_each(|cell| location[cell] = ABSENT);
+            (60..80).chain([1, 140]).for_each(|cell| location[cell] = Location::default());
             let before = decoded(&layout, &memory, &location);
             erase(&layout, &mut memory, &location);
             assert_eq!(decoded(&layout, &memory, &location), before, "{spec}");
@@ -165,7 +159,7 @@ mod tests {
             let foreign: Vec<usize> = (64..128).chain(140..150).collect();
             let [a, b] = [&[][..], &foreign].map(|changed| {
                 let (layout, mut memory, mut location) = stored(spec, changed);
-                foreign.iter().for_each(|&cell| location[cell] = ABSENT);
+                foreign.iter().for_each(|&cell| location[cell] = Location::default());
                 erase(&layout, &mut memory, &location);
                 // What was learned is the stream's, not a row.
                 layout.side(Side::Key).learned_mut(&mut memory[0]).fill(0);
@@ -182,7 +176,7 @@ mod tests {
         for spec in SPECS {
             let (layout, memory, location) = stored(spec, &[]);
             let mut kept = location.clone();
-            kept[70] = ABSENT;
+            kept[70] = Location::default();
             let mut overwritten = memory.clone();
             for (side, memory) in [Side::Key, Side::Value].into_iter().zip(&mut overwritten) {
                 let (header, bytes) = layout.side(side).page_mut(memory, 1);
@@ -211,9 +205,9 @@ mod tests {
     #[test]
     fn what_is_no_location_is_refused() {
         let (layout, mut memory, mut location) = stored(SPECS[0], &[]);
-        let mut refused = |location: &[Location]| erase_head(&layout, Side::Key, &mut memory[0], location, &|_| true);
+        let mut refused = |location: &[Location]| erase_head(&layout, Side::Key, &mut memory[0], location);
         assert!(refused(&location[1..]).is_err());
-        location[3] = layout.n_slots() as i32;
+        location[3] = Location { places: IN_SLOT, slot: layout.n_slots() as u32, turned: 0 };
         assert!(refused(&location).is_err());
     }
 }

@@ -221,7 +221,7 @@ mod tests {
             rows.iter().for_each(|row| self.live[row.cell as usize] = true);
             let current = Rows { data: &keys, stride_token: DIM, stride_head: DIM };
             let [k, v] = &mut self.memory;
-            let store = StoreRows { k: current, v: current, q: None, attended: None };
+            let store = StoreRows { k: current, v: current, q: None, attended: None, rotation: None };
             store_head(&self.layout, 0, [k, v], &store, &Plan::new(&ints).unwrap()).unwrap();
             let members = |side: Side| {
                 let found = cells(self.layout.side(side), &self.memory[side as usize]).flatten();
@@ -247,12 +247,11 @@ mod tests {
         // Full: even a smaller key finds no place.
         assert_eq!(head.append(3, &[(0, 0.01)]).len(), 4);
         // The exact row is what is read back.
-        let mut location = vec![0; 512];
-        head.planner.locate(0, &mut location).unwrap();
+        let location = head.planner.locate(0).unwrap();
         let mut out = vec![0f32; DIM];
         for side in [Side::Key, Side::Value] {
             let memory = &head.memory[side as usize];
-            crate::store::dequantize_head(&head.layout, side, memory, &location, 9, 1, &mut out).unwrap();
+            crate::store::dequantize_head(&head.layout, side, memory, &location, None, 9, 1, &mut out).unwrap();
             assert!(out.iter().all(|x| (x.abs() - 0.1).abs() < 1e-4), "{out:?}");
         }
         // Removed and overwritten cells leave and make room.

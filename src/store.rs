@@ -6,9 +6,11 @@ use crate::codec::{SealRows, Side};
 use crate::error::{Error, Result};
 use crate::layout::{Layout, SideLayout};
 use crate::learned::{exponents, learn_queries, read_moments, KeyError, Sample};
+use crate::location::Location;
 use crate::plan::{Plan, Record, Source, View};
 use crate::pool;
 use crate::recent::{self, Attended};
+use crate::rotation::{Angles, Rotation};
 use crate::shape::MAX_HEAD_DIM;
 
 /// Keys and values are kept within the range of FP16; NaN counts as 0.
@@ -22,7 +24,7 @@ pub(crate) fn finite(x: f32) -> f32 {
 }
 
 /// Writes a row to an exact slot.
-fn write_slot(side: &SideLayout, region: &mut [u8], slot: usize, row: &[f32]) {
+pub(crate) fn write_slot(side: &SideLayout, region: &mut [u8], slot: usize, row: &[f32]) {
     let mut kept = [0f32; MAX_HEAD_DIM as usize];
     let kept = &mut kept[..row.len()];
     kept.iter_mut().zip(row).for_each(|(to, x)| *to = finite(*x));
@@ -30,7 +32,7 @@ fn write_slot(side: &SideLayout, region: &mut [u8], slot: usize, row: &[f32]) {
 }
 
 /// Reads a row from an exact slot.
-fn read_slot(side: &SideLayout, region: &[u8], slot: usize, out: &mut [f32]) {
+pub(crate) fn read_slot(side: &SideLayout, region: &[u8], slot: usize, out: &mut [f32]) {
     pool::read_half(side.slot(region, slot), out);
     out.iter_mut().for_each(|x| *x = finite(*x));
 }
@@ -47,6 +49,8 @@ pub struct StoreRows<'a> {
     /// What attention made of the queries, for layouts with an attention window. `None`: widths of tokens that are
     /// encoded now do not follow these queries.
     pub attended: Option<Attended<'a>>,
+    /// How keys turn when their positions move. `None`: no position has moved, the plan has no turns.
+    pub rotation: Option<&'a Rotation>,
 }
 
 /// Executes a plan for one KV head of one layer: encodes the rows that leave the exact part, then writes the ubatch's rows
@@ -63,6 +67,7 @@ pub fn store_head(
     plan: &Plan,
 ) -> Result<()> {
     check_plan(layout, plan)?;
+    check_rotation(layout, plan, rows.rotation)?;
     if plan.starts_anew() {
         forget(layout, &mut regions);
     }
@@ -84,6 +89,8 @@ pub fn store_head(
         while let Some(record) = records.next_if(|r| r.cell / layout.page() == first.cell / layout.page()) {
             page.records.push(record);
         }
+        page.turned.clear();
+        page.turned.extend(page.records.iter().map(|record| if record.fresh { 0 } else { plan.turned(record.cell) }));
         seal_page(layout, head, &mut regions, rows, &mut page);
     }
     for (side, current) in [(Side::Key, &rows.k), (Side::Value, &rows.v)] {
@@ -110,6 +117,8 @@ fn forget(layout: &Layout, regions: &mut [&mut [u8]; 2]) {
 #[derive(Default)]
 struct SealedPage {
     records: Vec<Record>,
+    /// For each record by how much the rows that it joins have moved.
+    turned: Vec<i32>,
     at: Vec<u32>,
     rows: Vec<f32>,
     /// For each record the row of the outlier pool that it enters.
@@ -121,7 +130,7 @@ struct SealedPage {
 
 /// Encodes the records of one page, keys first: they decide which tokens enter the outlier pool.
 fn seal_page(layout: &Layout, head: usize, regions: &mut [&mut [u8]; 2], rows: &StoreRows, page: &mut SealedPage) {
-    let SealedPage { records, at, rows: gathered, pooled, exact, channel_weights, attention } = page;
+    let SealedPage { records, turned, at, rows: gathered, pooled, exact, channel_weights, attention } = page;
     let (index, fresh) = (records[0].cell / layout.page(), records[0].fresh);
     at.clear();
     at.extend(records.iter().map(|record| (record.cell % layout.page()) as u32));
@@ -156,6 +165,9 @@ fn seal_page(layout: &Layout, head: usize, regions: &mut [&mut [u8]; 2], rows: &
             pool::write_half(side_layout.pool_row_mut(region, row), &gathered[i * dim..][..dim]);
             pool::set_cell(side_layout, region, row, Some(records[i].cell));
         }
+        if let Some(rotation) = rows.rotation.filter(|_| side == Side::Key) {
+            turn_back(rotation, turned, gathered);
+        }
         read_moments(side_layout.learned(region), channel_weights);
         let sample = (side == Side::Key).then(|| Sample::take(gathered, dim, exact));
         let rows = SealRows { at, rows: gathered, fresh, exact, channel_weights, last_exponents: &mut [], attention };
@@ -170,12 +182,23 @@ fn seal_page(layout: &Layout, head: usize, regions: &mut [&mut [u8]; 2], rows: &
     }
 }
 
+/// Turns keys back to where the rows that they join were encoded.
+fn turn_back(rotation: &Rotation, turned: &[i32], keys: &mut [f32]) {
+    let mut angles = Angles::default();
+    for (&distance, key) in turned.iter().zip(keys.chunks_exact_mut(keys.len() / turned.len())) {
+        if distance != 0 {
+            rotation.angles(distance, &mut angles);
+            rotation.turn_back(key, &angles);
+        }
+    }
+}
+
 pub(crate) fn read_float(bytes: &[u8]) -> f32 {
     f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
 }
 
 /// Encodes rows into page `index`, which goes on from the factors of the page sealed before it.
-fn seal_rows(side: &SideLayout, region: &mut [u8], index: usize, rows: SealRows) {
+pub(crate) fn seal_rows(side: &SideLayout, region: &mut [u8], index: usize, rows: SealRows) {
     let mut kept = [0u8; MAX_HEAD_DIM as usize];
     let last = exponents(side.learned_mut(region));
     let kept = &mut kept[..last.len()];
@@ -202,101 +225,64 @@ pub(crate) fn check_plan(layout: &Layout, plan: &Plan) -> Result<()> {
     )))
 }
 
-/// Location of a cell's row, as the planner reports it: exact slot if not negative, [`IN_PAGE`], or [`ABSENT`].
-pub type Location = i32;
-/// The row is in its page.
-pub const IN_PAGE: Location = -2;
-/// The cell holds nothing.
-pub const ABSENT: Location = -1;
-
 pub(crate) fn check_location(layout: &Layout, location: &[Location], cell0: usize, n: usize) -> Result<()> {
     let end = cell0.checked_add(n).filter(|end| *end <= layout.n_cells() && location.len() == layout.n_cells());
     let end = end.ok_or_else(|| Error::invalid(format!("cells {cell0} and {n} more are not all in the cache")))?;
-    match location[cell0..end].iter().find(|l| **l >= layout.n_slots() as i32 || **l < IN_PAGE) {
-        Some(l) => Err(Error::invalid(format!("{l} is not a location"))),
+    match location[cell0..end].iter().find(|location| !location.is_possible(layout.n_slots())) {
+        Some(location) => Err(Error::invalid(format!("{location:?} is not possible with {} slots", layout.n_slots()))),
         None => Ok(()),
     }
 }
 
-/// Decodes the rows of cells `cell0..cell0 + n` of one head into `out`, `[n][head_dim]`; absent cells give zeros.
+/// Fails unless the turns of the plan can be carried out.
+pub(crate) fn check_rotation(layout: &Layout, plan: &Plan, rotation: Option<&Rotation>) -> Result<()> {
+    match rotation {
+        Some(rotation) => rotation.check(layout.side(Side::Key).head_dim),
+        None if plan.n_turns() == 0 => Ok(()),
+        None => Err(no_rotation()),
+    }
+}
+
+fn no_rotation() -> Error {
+    Error::invalid("positions have moved since pages were encoded: give the rotation of the layer's keys")
+}
+
+/// Decodes the rows of cells `cell0..cell0 + n` of one head into `out`, `[n][head_dim]`; absent cells give zeros. Keys are
+/// turned to where their positions are now, which needs the layer's `rotation` if any has moved.
 pub fn dequantize_head(
     layout: &Layout,
     side: Side,
     region: &[u8],
     location: &[Location],
+    rotation: Option<&Rotation>,
     cell0: usize,
     n: usize,
     out: &mut [f32],
 ) -> Result<()> {
     check_location(layout, location, cell0, n)?;
-    let side = layout.side(side);
-    for (cell, out) in (cell0..cell0 + n).zip(out.chunks_exact_mut(side.head_dim)) {
-        match location[cell] {
-            ABSENT => out.fill(0.0),
-            IN_PAGE => match pool::find(side, region, cell) {
-                Some(row) => pool::read_half(side.pool_row(region, row), out),
-                None => side.codec.decode(side.page(region, cell / layout.page()), cell % layout.page(), out),
-            },
-            slot => read_slot(side, region, slot as usize, out),
-        }
+    let (is_key, side) = (side == Side::Key, layout.side(side));
+    if is_key
+        && rotation.is_none()
+        && location[cell0..cell0 + n].iter().any(|location| location.slot().is_none() && location.turned != 0)
+    {
+        return Err(no_rotation());
     }
-    Ok(())
-}
-
-/// Replaces the key rows of those cells of `cell0..cell0 + changed.len()` for which `changed` is not 0: exact slots are
-/// overwritten, page rows are encoded again, with a new page header if no other row of the page is left. `rows` is
-/// `[n][head_dim_k]`.
-pub fn requantize_k_head(
-    layout: &Layout,
-    region: &mut [u8],
-    location: &[Location],
-    cell0: usize,
-    rows: &[f32],
-    changed: &[u8],
-) -> Result<()> {
-    check_location(layout, location, cell0, changed.len())?;
-    let side = layout.side(Side::Key);
-    let (mut at, mut packed, mut exact, mut channel_weights) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    read_moments(side.learned(region), &mut channel_weights);
-    let mut cell = cell0;
-    while cell < cell0 + changed.len() {
-        let page = cell / layout.page();
-        let end = ((page + 1) * layout.page()).min(cell0 + changed.len());
-        at.clear();
-        packed.clear();
-        exact.clear();
-        for i in cell..end {
-            let row = &rows[(i - cell0) * side.head_dim..][..side.head_dim];
-            match location[i] {
-                _ if changed[i - cell0] == 0 => {}
-                ABSENT => {}
-                IN_PAGE => {
-                    at.push((i % layout.page()) as u32);
-                    packed.extend(row.iter().map(|x| finite(*x)));
-                    let pooled = pool::find(side, region, i);
-                    exact.push(pooled.is_some());
-                    if let Some(pooled) = pooled {
-                        pool::write_half(side.pool_row_mut(region, pooled), &packed[packed.len() - side.head_dim..]);
-                    }
-                }
-                slot => write_slot(side, region, slot as usize, row),
+    rotation.filter(|_| is_key).map_or(Ok(()), |rotation| rotation.check(side.head_dim))?;
+    let mut angles = Angles::default();
+    for (cell, out) in (cell0..cell0 + n).zip(out.chunks_exact_mut(side.head_dim)) {
+        if let Some(slot) = location[cell].slot() {
+            read_slot(side, region, slot, out);
+        } else if !location[cell].in_page() {
+            out.fill(0.0);
+        } else if let Some(row) = pool::find(side, region, cell) {
+            pool::read_half(side.pool_row(region, row), out);
+        } else {
+            side.codec.decode(side.page(region, cell / layout.page()), cell % layout.page(), out);
+            if let Some(rotation) = rotation.filter(|_| is_key && location[cell].turned != 0) {
+                rotation.angles(location[cell].turned, &mut angles);
+                rotation.turn(out, &angles);
             }
         }
-        if !at.is_empty() {
-            let cells = page * layout.page()..((page + 1) * layout.page()).min(layout.n_cells());
-            let fresh = cells.filter(|i| location[*i] == IN_PAGE).count() == at.len();
-            let rows = SealRows {
-                at: &at,
-                rows: &mut packed,
-                fresh,
-                exact: &exact,
-                channel_weights: &channel_weights,
-                last_exponents: &mut [],
-                attention: &[],
-            };
-            seal_rows(side, region, page, rows);
-        }
-        cell = end;
     }
     Ok(())
 }

@@ -7,7 +7,8 @@
 //          all its own.
 //   pool   members (outlier tokens) that are in those pages.
 //
-// Payload: number of pages and of further cells; cells (page by page with is_exact, then the further ones); per layer K
+// Payload: number of pages and of further cells; cells (page by page with is_exact and by how much the packed row has
+// moved since it was encoded, then the further ones); per layer K
 // and V: pages and pool; per layer: rows of K and V, of exact cells of pages and of further cells.
 
 #include "kvq-state.h"
@@ -25,6 +26,7 @@ struct kvq_state_seq {
 
     std::vector<kvq_state_cell> cells;    // of pages, then the others; where they go once they are placed
     std::vector<uint8_t>        is_exact; // as cells
+    std::vector<int32_t>        turned;   // of the cells of pages
 
     std::vector<kvq_layout_ptr>       layouts; // of just these pages, by layer
     std::vector<kvq_state_memory>     memory;  // as layouts
@@ -46,7 +48,7 @@ kvq_layout_ptr llama_kvq_cache::pages_layout(size_t il, uint32_t n_pages) const 
 }
 
 void llama_kvq_cache::write_pages(kvq_state_writer & out, size_t il, uint32_t strm, const std::vector<uint32_t> & pages,
-        const std::vector<int32_t> & location) const {
+        const std::vector<kvq_location> & location) const {
     const uint32_t page   = kvq_recipe_page(recipe.get());
     const auto   * layout = layouts[il].get();
     const auto     own    = pages_layout(il, pages.size());
@@ -55,12 +57,12 @@ void llama_kvq_cache::write_pages(kvq_state_writer & out, size_t il, uint32_t st
 
     std::vector<uint32_t> from; // packed cells
     std::vector<uint32_t> to;
-    std::vector<int32_t>  kept(pages.size()*page, -1);
+    std::vector<kvq_location> kept(pages.size()*page);
 
     for (size_t i = 0; i < kept.size(); ++i) {
         const uint32_t cell = pages[i/page]*page + i%page;
-        if (location[cell] == -2) {
-            kept[i] = -2;
+        if (location[cell].places == KVQ_IN_PAGE) {
+            kept[i] = location[cell];
             from.push_back(cell);
             to.push_back(i);
         }
@@ -96,14 +98,14 @@ void llama_kvq_cache::state_write_seq(kvq_state_writer & out, llama_seq_id seq_i
     const uint32_t page = kvq_recipe_page(recipe.get());
     const auto   & src  = kv.v_cells[strm];
 
-    std::vector<int32_t> location(src.size());
+    std::vector<kvq_location> location(src.size());
     kvq_state_call(kvq_planner_locate(planner.get(), strm, location.data()), "planner");
 
     std::vector<uint8_t> is_own(src.size());
     for (uint32_t i = 0; i < src.size(); ++i) {
         is_own[i] = !src.is_empty(i) && src.seq_has(i, seq_id) &&
             !llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, src.pos_get(i), src.seq_pos_max(seq_id));
-        if (is_own[i] && location[i] == -1) {
+        if (is_own[i] && location[i].places == KVQ_NOWHERE) {
             throw std::runtime_error("kvq: a cell without its row");
         }
     }
@@ -115,13 +117,14 @@ void llama_kvq_cache::state_write_seq(kvq_state_writer & out, llama_seq_id seq_i
     for (uint32_t i = 0; i < src.size(); i += page) {
         const uint32_t end = std::min(i + page, src.size());
         const bool whole  = end - i == page && std::count(is_own.begin() + i, is_own.begin() + end, 1) == page;
-        const bool packed = std::count(location.begin() + i, location.begin() + end, -2) > 0;
+        const bool packed = std::any_of(location.begin() + i, location.begin() + end,
+                [](const kvq_location & l) { return l.places == KVQ_IN_PAGE; });
 
         if (whole && packed) {
             pages.push_back(i/page);
         }
         for (uint32_t j = i; j < end; ++j) {
-            if (whole && packed && location[j] >= 0) {
+            if (whole && packed && location[j].places & KVQ_IN_SLOT) {
                 exact.push_back(j);
             } else if (!(whole && packed) && is_own[j]) {
                 others.push_back(j);
@@ -135,7 +138,8 @@ void llama_kvq_cache::state_write_seq(kvq_state_writer & out, llama_seq_id seq_i
     for (uint32_t p : pages) {
         for (uint32_t i = p*page; i < (p + 1)*page; ++i) {
             kvq_state_write_cell(out, src, i, kv.has_cell_ext());
-            out.value<uint8_t>(location[i] >= 0);
+            out.value<uint8_t>((location[i].places & KVQ_IN_SLOT) != 0);
+            out.value<int32_t>(location[i].turned);
         }
     }
     for (uint32_t i : others) {
@@ -156,8 +160,8 @@ void llama_kvq_cache::state_write_seq(kvq_state_writer & out, llama_seq_id seq_i
         std::vector<ggml_fp16_t> f16(exact.size()*(n_k + n_v));
 
         for (size_t i = 0; i < exact.size(); ++i) {
-            kvq_state_call(kvq_dequantize(layouts[il].get(), k_mem, v_mem, location.data(), exact[i], 1, row.data(),
-                        row.data() + n_k), "rows");
+            kvq_state_call(kvq_dequantize(layouts[il].get(), k_mem, v_mem, location.data(), rotations[il].get(),
+                        exact[i], 1, row.data(), row.data() + n_k), "rows");
             ggml_fp32_to_fp16_row(row.data(), f16.data() + i*(n_k + n_v), n_k + n_v);
         }
         out.buffer((const uint8_t *) f16.data(), f16.size()*sizeof(ggml_fp16_t));
@@ -246,7 +250,12 @@ void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id)
         kvq_state_read_cell(in, cell, kv.has_cell_ext(), kv.get_can_shift());
         cell.seq_ids = { seq_id };
         saved.cells.push_back(cell);
-        saved.is_exact.push_back(i < (uint64_t) saved.n_pages*saved.page ? in.value<uint8_t>() != 0 : 1);
+        if (i < (uint64_t) saved.n_pages*saved.page) {
+            saved.is_exact.push_back(in.value<uint8_t>() != 0);
+            saved.turned  .push_back(in.value<int32_t>());
+        } else {
+            saved.is_exact.push_back(1);
+        }
         n_exact += saved.is_exact.back();
     }
 
@@ -281,9 +290,30 @@ void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id)
         throw std::runtime_error(format("kvq: no room for the %" PRIu64 " cells of the saved sequence", n_cells));
     }
 
+    // a planner of its own tries out what the rows of pages say of how far they have moved
+    kvq_planner * p = nullptr;
+    kvq_state_call(kvq_planner_new(recipe.get(), kv.get_size(), 1, kv.n_seq_max, &p), "planner");
+    adopt_pages(kvq_planner_ptr(p).get(), 0, saved);
+
     kv.seq_rm(seq_id, -1, -1);
     forget_if_empty(strm);
     restore(strm, saved);
+}
+
+// lets a planner know of the packed rows of pages that have a target
+void llama_kvq_cache::adopt_pages(kvq_planner * planner, uint32_t strm, const kvq_state_seq & saved) const {
+    std::vector<uint32_t> cells;
+    std::vector<int32_t>  turned;
+    for (size_t i = 0; i < saved.turned.size(); ++i) {
+        if (saved.targets[i/saved.page] != NO_PAGE && !saved.is_exact[i]) {
+            cells .push_back(saved.cells[i].cell);
+            turned.push_back(saved.turned[i]);
+        }
+    }
+    if (!cells.empty()) {
+        kvq_state_call(kvq_planner_adopt(planner, strm, cells.data(), turned.data(), cells.size()),
+                "the saved state is damaged");
+    }
 }
 
 void llama_kvq_cache::restore(uint32_t strm, const kvq_state_seq & saved) {
@@ -349,7 +379,7 @@ void llama_kvq_cache::restore_pages(uint32_t strm, const kvq_state_seq & saved) 
         llama_kvq_must(kvq_pool_adopt(layout, mem[0], mem[1], pools[0].data(), pools[1].data(),
                     from.data(), to.data(), to.size()), "restored outlier tokens");
     }
-    llama_kvq_must(kvq_planner_adopt(planner.get(), strm, to.data(), to.size()), "restored pages");
+    adopt_pages(planner.get(), strm, saved);
 }
 
 // everything that has not gone with its page
@@ -378,7 +408,10 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
     std::vector<int32_t> plan(kvq_planner_plan_len(planner.get(), ubatch.size()));
     plan_stream(strm, ubatch, plan.data(), plan.size());
 
-    const std::vector<int32_t> location(saved.n_pages*(size_t) saved.page, -2);
+    std::vector<kvq_location> location; // in the saved pages
+    for (const int32_t distance : saved.turned) {
+        location.push_back({ KVQ_IN_PAGE, 0, distance });
+    }
 
     for (size_t il = 0; il < layouts.size(); ++il) {
         const uint32_t id  = kv.layers[il].il;
@@ -395,7 +428,7 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
                 ggml_fp16_to_fp32_row(row + n_k, v.data() + i*n_v, n_v);
             } else {
                 llama_kvq_must(kvq_dequantize(saved.layouts[il].get(), saved.memory[il].side[0], saved.memory[il].side[1],
-                            location.data(), anew[i], 1, k.data() + i*n_k, v.data() + i*n_v), "restored rows");
+                            location.data(), rotations[il].get(), anew[i], 1, k.data() + i*n_k, v.data() + i*n_v), "restored rows");
             }
         }
 
@@ -412,6 +445,7 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
         args.v_mem          = (uint8_t *) kv.layers[il].v_stream[strm]->data;
         args.plan           = plan.data();
         args.plan_len       = plan.size();
+        args.rotation       = rotations[il].get();
         args.n_tokens       = ubatch.size();
 
         llama_kvq_must(kvq_store(layouts[il].get(), &args, 0, 1), "restored rows");

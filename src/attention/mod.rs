@@ -18,7 +18,8 @@ use crate::codec::Side;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::plan::{Plan, View};
-use crate::store::check_plan;
+use crate::rotation::Rotation;
+use crate::store::{check_plan, check_rotation};
 
 /// Rows of all heads: element `c` of head `h` of token `t` is `data[t * stride_token + h * stride_head + c]`.
 #[derive(Clone, Copy)]
@@ -74,6 +75,8 @@ pub struct AttendArgs<'a> {
     pub v_mem: &'a [u8],
     /// The planner's plan for this ubatch and stream.
     pub plan: Plan<'a>,
+    /// How keys turn when their positions move. `None`: no position has moved, the plan has no turns.
+    pub rotation: Option<&'a Rotation>,
     /// The mask.
     pub mask: Mask<'a>,
     /// Distance between rows of the mask, in elements.
@@ -118,6 +121,7 @@ impl AttendArgs<'_> {
             )));
         }
         check_plan(layout, &self.plan)?;
+        check_rotation(layout, &self.plan, self.rotation)?;
         self.q.check("q", self.n_tokens, n_heads, shape.head_dim_k as usize)?;
         if let Some((k, v)) = &self.current {
             k.check("k", self.n_tokens, n_kv_heads, shape.head_dim_k as usize)?;

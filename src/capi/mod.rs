@@ -16,6 +16,7 @@ mod learned;
 mod memory;
 mod planner;
 mod recipe;
+mod shift;
 mod status;
 mod store;
 mod version;

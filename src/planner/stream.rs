@@ -5,9 +5,11 @@
 #![forbid(unsafe_code)]
 
 mod snapshot;
+mod turns;
 
 use super::config::PlannerConfig;
 use super::Row;
+use crate::location::{Location, IN_PAGE, IN_SLOT};
 use crate::plan::{PlanWriter, Record, Source, View, CELLS_PER_WORD};
 
 /// Where the token of a cell is.
@@ -65,6 +67,10 @@ pub(super) struct StreamState {
     pages: Vec<PageState>,
     /// The sealed cells as page bits.
     sealed_bits: Vec<u32>,
+    /// For each cell by how much the rows of its page have moved since they were encoded.
+    turned: Vec<i32>,
+    /// The same as a plan has it.
+    turns: Vec<i32>,
     n_pinned: usize,
     next_stamp: u64,
 }
@@ -81,6 +87,8 @@ impl StreamState {
             windows: vec![Window { n_rows: 0, start: 0 }; config.n_seq_max],
             pages: vec![PageState::default(); config.n_pages()],
             sealed_bits: vec![0; config.n_pages() * (config.page / CELLS_PER_WORD)],
+            turned: vec![0; config.n_cells],
+            turns: Vec::new(),
             n_pinned: 0,
             next_stamp: 0,
         }
@@ -92,6 +100,8 @@ impl StreamState {
         self.order.clear();
         self.pages.fill(PageState::default());
         self.sealed_bits.fill(0);
+        self.turned.fill(0);
+        self.turns.clear();
         self.n_pinned = 0;
         self.next_stamp = 0;
     }
@@ -102,6 +112,8 @@ impl StreamState {
         self.order.clone_from(&other.order);
         self.pages.clone_from(&other.pages);
         self.sealed_bits.clone_from(&other.sealed_bits);
+        self.turned.clone_from(&other.turned);
+        self.turns.clone_from(&other.turns);
         self.n_pinned = other.n_pinned;
         self.next_stamp = other.next_stamp;
     }
@@ -111,6 +123,18 @@ impl StreamState {
         match self.held[cell] {
             Held::Exact(source) => self.exact[source as usize],
             _ => None,
+        }
+    }
+
+    /// Where the row of a cell is, between plans.
+    pub(super) fn location(&self, cell: usize) -> Location {
+        match self.held[cell] {
+            Held::Empty => Location::default(),
+            Held::Sealed => Location { places: IN_PAGE, slot: 0, turned: self.turned[cell] },
+            Held::Exact(slot) if self.exact_row(cell).is_some_and(|row| row.encoded) => {
+                Location { places: IN_SLOT | IN_PAGE, slot, turned: self.turned[cell] }
+            }
+            Held::Exact(slot) => Location { places: IN_SLOT, slot, turned: 0 },
         }
     }
 
@@ -282,6 +306,11 @@ impl StreamState {
         plan.set_page_bits(view, &self.sealed_bits);
     }
 
+    /// Writes how far the rows in pages have moved.
+    pub(super) fn write_turns(&self, plan: &mut PlanWriter) {
+        plan.set_turns(&self.turns);
+    }
+
     /// Makes an empty cell readable from its page.
     pub(super) fn seal(&mut self, cell: usize) {
         self.held[cell] = Held::Sealed;
@@ -296,6 +325,9 @@ impl StreamState {
     /// Records all exact rows of a page that are not pinned, and marks them encoded. In a fresh page the sealed cells,
     /// which are dead, lose their bytes.
     fn seal_page(&mut self, page: usize, fresh: bool, records: &mut Vec<Record>) {
+        if fresh {
+            self.forget_turns(page);
+        }
         for cell in self.page_cells(page) {
             match self.held[cell] {
                 Held::Sealed if fresh => self.unseal(cell),

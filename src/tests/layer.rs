@@ -112,6 +112,7 @@ impl Layer {
         let n_tokens = plan.n_tokens();
         let [q, k, v] = self.rows(ubatch);
         let args = AttendArgs {
+            rotation: None,
             q,
             current: Some((k, v)),
             k_mem: &self.memory[0],
@@ -145,7 +146,7 @@ impl Layer {
     pub(super) fn store(&mut self, ints: &[i32], ubatch: &Ubatch, lse: &[f32]) {
         let shape = self.layout.shape();
         let [q, k, v] = rows_of(&shape, ubatch);
-        let rows = StoreRows { k, v, q: Some(q), attended: Some(Attended { lse, scale: SCALE }) };
+        let rows = StoreRows { k, v, q: Some(q), attended: Some(Attended { lse, scale: SCALE }), rotation: None };
         let plan = Plan::new(ints).unwrap();
         let [keys, values] = &mut self.memory;
         let keys = keys.chunks_exact_mut(self.layout.head_bytes(Side::Key));

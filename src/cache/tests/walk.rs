@@ -9,6 +9,7 @@
 //! `KVQ_WALK_SEEDS` and `KVQ_WALK_OPS` set how far it goes; `KVQ_WALK_SEED` walks that one only.
 
 use super::*;
+use crate::location::{Location, IN_PAGE, IN_SLOT};
 use crate::plan::View;
 use crate::pool;
 use crate::recipe::presets::PRESETS;
@@ -282,7 +283,9 @@ impl Walk {
     /// A token's key as it is at its position.
     fn turned(&self, token: &Held) -> Vec<f32> {
         let mut k = token.k.clone();
-        self.rope.rotate(&mut k, &self.rope.angles(token.pos));
+        let (rotation, mut angles) = (self.rope.rotation().unwrap(), Default::default());
+        rotation.angles(token.pos, &mut angles);
+        rotation.turn(&mut k, &angles);
         k
     }
 
@@ -340,10 +343,12 @@ impl Walk {
     fn check_rows(&self, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f64> {
         let batch = self.cache.batch.as_ref().unwrap();
         let plan = Plan::new(&batch.plan).unwrap();
-        let mut location = vec![store::ABSENT; N_CELLS];
-        (0..N_CELLS).filter(|&cell| page_bit(&plan, cell)).for_each(|cell| location[cell] = store::IN_PAGE);
+        let mut location = vec![Location::default(); N_CELLS];
+        for cell in (0..N_CELLS).filter(|&cell| page_bit(&plan, cell)) {
+            location[cell] = Location { places: IN_PAGE, slot: 0, turned: plan.turned(cell) };
+        }
         for (slot, &cell) in plan.slot_cells(View::Before).iter().enumerate().filter(|(_, cell)| **cell >= 0) {
-            location[cell as usize] = slot as i32;
+            location[cell as usize] = Location { places: IN_SLOT, slot: slot as u32, turned: 0 };
         }
         let rows: Vec<usize> = plan.row_cells().iter().map(|cell| *cell as usize).collect();
         let mut held: Vec<Vec<f32>> = Vec::new();
@@ -352,10 +357,11 @@ impl Walk {
             let (dim, members) = (side_layout.head_dim, self.members(side));
             let mut found = vec![0f32; N_CELLS * dim];
             let layout = &self.cache.layers[0].layout;
-            store::dequantize_head(layout, side, region, &location, 0, N_CELLS, &mut found).unwrap();
+            let rotation = self.cache.rotation.as_ref();
+            store::dequantize_head(layout, side, region, &location, rotation, 0, N_CELLS, &mut found).unwrap();
             for (cell, token) in self.shadow.iter().enumerate() {
                 let (Some(token), false) = (token, rows.contains(&cell)) else { continue };
-                let is_exact = location[cell] >= 0 || members.contains(&cell);
+                let is_exact = location[cell].slot().is_some() || members.contains(&cell);
                 let truth = if side == Side::Key { self.turned(token) } else { token.v.clone() };
                 let turns = if side == Side::Key { token.turns } else { 0 };
                 self.check_row(
