@@ -71,7 +71,7 @@ void llama_kvq_cache::forget_if_empty(uint32_t strm) {
     const kvq_row none = {};
 
     last_plan.resize(kvq_planner_plan_len(planner.get(), 0));
-    llama_kvq_must(kvq_planner_plan(planner.get(), strm, &none, 0, cell_is_live, &kv.v_cells,
+    llama_kvq_must(kvq_planner_plan(planner.get(), strm, &none, 0, kvq_cell_is_live, &kv.v_cells,
                 last_plan.data(), last_plan.size()), "plan");
     last_streams  = { (llama_seq_id) strm };
     last_n_tokens = 0;
