@@ -21,7 +21,7 @@ use crate::store::check_location;
 ///
 /// [`crate::error::Status::InvalidArgument`] if `location` is not one of this layout's.
 pub fn erase_head(layout: &Layout, side: Side, region: &mut [u8], location: &[Location]) -> Result<()> {
-    check_location(layout, location, 0, layout.n_cells())?;
+    check_location(layout, location, &(0..layout.n_cells()))?;
     let in_page = |cell: usize| location[cell].in_page();
     erase_slots(layout, side, region, location);
     erase_pool(layout, side, region, &in_page);
@@ -129,7 +129,7 @@ mod tests {
         sides
             .map(|(side, memory)| {
                 let mut out = vec![0f32; N_CELLS * DIM];
-                dequantize_head(layout, side, memory, location, None, 0, N_CELLS, &mut out).unwrap();
+                dequantize_head(layout, side, memory, location, None, 0..N_CELLS, &mut out).unwrap();
                 out
             })
             .collect()

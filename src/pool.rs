@@ -251,7 +251,7 @@ mod tests {
         let mut out = vec![0f32; DIM];
         for side in [Side::Key, Side::Value] {
             let memory = &head.memory[side as usize];
-            crate::store::dequantize_head(&head.layout, side, memory, &location, None, 9, 1, &mut out).unwrap();
+            crate::store::dequantize_head(&head.layout, side, memory, &location, None, 9..10, &mut out).unwrap();
             assert!(out.iter().all(|x| (x.abs() - 0.1).abs() < 1e-4), "{out:?}");
         }
         // Removed and overwritten cells leave and make room.

@@ -1,6 +1,8 @@
 //! After attention: seal pages as the plan says, then keep the new rows exact. Also the way back, from bytes to rows.
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
+
 use crate::attention::Rows;
 use crate::codec::{SealRows, Side};
 use crate::error::{Error, Result};
@@ -225,10 +227,11 @@ pub(crate) fn check_plan(layout: &Layout, plan: &Plan) -> Result<()> {
     )))
 }
 
-pub(crate) fn check_location(layout: &Layout, location: &[Location], cell0: usize, n: usize) -> Result<()> {
-    let end = cell0.checked_add(n).filter(|end| *end <= layout.n_cells() && location.len() == layout.n_cells());
-    let end = end.ok_or_else(|| Error::invalid(format!("cells {cell0} and {n} more are not all in the cache")))?;
-    match location[cell0..end].iter().find(|location| !location.is_possible(layout.n_slots())) {
+pub(crate) fn check_location(layout: &Layout, location: &[Location], cells: &Range<usize>) -> Result<()> {
+    if cells.start > cells.end || cells.end > layout.n_cells() || location.len() != layout.n_cells() {
+        return Err(Error::invalid(format!("cells {cells:?} are not all in the cache")));
+    }
+    match location[cells.clone()].iter().find(|location| !location.is_possible(layout.n_slots())) {
         Some(location) => Err(Error::invalid(format!("{location:?} is not possible with {} slots", layout.n_slots()))),
         None => Ok(()),
     }
@@ -247,29 +250,28 @@ fn no_rotation() -> Error {
     Error::invalid("positions have moved since pages were encoded: give the rotation of the layer's keys")
 }
 
-/// Decodes the rows of cells `cell0..cell0 + n` of one head into `out`, `[n][head_dim]`; absent cells give zeros. Keys are
-/// turned to where their positions are now, which needs the layer's `rotation` if any has moved.
+/// Decodes the rows of some cells of one head into `out`, `[cells.len()][head_dim]`; absent cells give zeros. Keys are turned
+/// to where their positions are now, which needs the layer's `rotation` if any has moved.
 pub fn dequantize_head(
     layout: &Layout,
     side: Side,
     region: &[u8],
     location: &[Location],
     rotation: Option<&Rotation>,
-    cell0: usize,
-    n: usize,
+    cells: Range<usize>,
     out: &mut [f32],
 ) -> Result<()> {
-    check_location(layout, location, cell0, n)?;
+    check_location(layout, location, &cells)?;
     let (is_key, side) = (side == Side::Key, layout.side(side));
     if is_key
         && rotation.is_none()
-        && location[cell0..cell0 + n].iter().any(|location| location.slot().is_none() && location.turned != 0)
+        && location[cells.clone()].iter().any(|location| location.slot().is_none() && location.turned != 0)
     {
         return Err(no_rotation());
     }
     rotation.filter(|_| is_key).map_or(Ok(()), |rotation| rotation.check(side.head_dim))?;
     let mut angles = Angles::default();
-    for (cell, out) in (cell0..cell0 + n).zip(out.chunks_exact_mut(side.head_dim)) {
+    for (cell, out) in cells.zip(out.chunks_exact_mut(side.head_dim)) {
         if let Some(slot) = location[cell].slot() {
             read_slot(side, region, slot, out);
         } else if !location[cell].in_page() {

@@ -126,6 +126,7 @@ private:
     void state_write_seq(kvq_state_writer & out, llama_seq_id seq_id) const;
     void state_read_all(kvq_state_reader & in);
     void state_read_seq(kvq_state_reader & in, llama_seq_id seq_id);
+    void read_seq_cells(kvq_state_reader & in, llama_seq_id seq_id, kvq_state_seq & saved) const;
 
     kvq_layout_ptr pages_layout(size_t il, uint32_t n_pages) const;
     void write_pages(kvq_state_writer & out, size_t il, uint32_t strm, const std::vector<uint32_t> & pages,

@@ -1,15 +1,15 @@
 // Saved state of one sequence. Nothing of other sequences and of removed tokens is in it:
 //
-//   pages  that are all the sequence's own move byte for byte. Rows of them that are exact in the cache (window, sink
-//          tokens) are wiped from the page and follow as rows.
-//   rows   everything else, as f16: exact rows, and decoded rows of pages with cells that are not the sequence's (or
+//   pages  of which at least half is the sequence's own and the rest is free move byte for byte. Rows of them that are
+//          exact in the cache (window, sink tokens) are wiped from the page and follow as rows.
+//   rows   everything else, as f16: exact rows, and decoded rows of pages with cells that are another sequence's (or
 //          that its window has left). They are stored anew, as if they were a ubatch, side by side in pages that become
 //          all its own.
 //   pool   members (outlier tokens) that are in those pages.
 //
-// Payload: number of pages and of further cells; cells (page by page with is_exact and by how much the packed row has
-// moved since it was encoded, then the further ones); per layer K
-// and V: pages and pool; per layer: rows of K and V, of exact cells of pages and of further cells.
+// Payload: number of pages and of further cells; cells of pages, each behind what the page has of it, packed ones with
+// how far they have moved since they were encoded; the further cells; per layer K and V: pages and pool; per layer: rows
+// of K and V, of exact cells of pages and of further cells.
 
 #include "kvq-state.h"
 
@@ -19,14 +19,28 @@
 #include <cinttypes>
 #include <map>
 
+static const uint32_t NO_PAGE = UINT32_MAX;
+
+// what a state has of a cell
+enum saved_as : uint8_t {
+    SAVED_NOT, // of pages: free when they were saved
+    SAVED_PACKED,
+    SAVED_EXACT,
+};
+
 // a saved sequence on its way into the cache
 struct kvq_state_seq {
     uint32_t page;
     uint32_t n_pages;
 
-    std::vector<kvq_state_cell> cells;    // of pages, then the others; where they go once they are placed
-    std::vector<uint8_t>        is_exact; // as cells
-    std::vector<int32_t>        turned;   // of the cells of pages
+    std::vector<kvq_state_cell> cells;  // of pages, then the others; where they go once they are placed
+    std::vector<uint8_t>        as;     // as cells: saved_as
+    std::vector<int32_t>        turned; // of the cells of pages
+
+    // whether a row comes with its page
+    bool with_page(size_t i) const {
+        return as[i] == SAVED_PACKED && targets[i/page] != NO_PAGE;
+    }
 
     std::vector<kvq_layout_ptr>       layouts; // of just these pages, by layer
     std::vector<kvq_state_memory>     memory;  // as layouts
@@ -34,8 +48,6 @@ struct kvq_state_seq {
 
     std::vector<uint32_t> targets; // a page of the cache for each page; none: its rows are stored anew
 };
-
-static const uint32_t NO_PAGE = UINT32_MAX;
 
 kvq_layout_ptr llama_kvq_cache::pages_layout(size_t il, uint32_t n_pages) const {
     const uint32_t  id    = kv.layers[il].il;
@@ -116,18 +128,24 @@ void llama_kvq_cache::state_write_seq(kvq_state_writer & out, llama_seq_id seq_i
 
     for (uint32_t i = 0; i < src.size(); i += page) {
         const uint32_t end = std::min(i + page, src.size());
-        const bool whole  = end - i == page && std::count(is_own.begin() + i, is_own.begin() + end, 1) == page;
-        const bool packed = std::any_of(location.begin() + i, location.begin() + end,
-                [](const kvq_location & l) { return l.places == KVQ_IN_PAGE; });
 
-        if (whole && packed) {
+        uint32_t n_own = 0, n_free = 0, n_packed = 0;
+        for (uint32_t j = i; j < end; ++j) {
+            n_own    += is_own[j];
+            n_free   += src.is_empty(j);
+            n_packed += is_own[j] && location[j].places == KVQ_IN_PAGE;
+        }
+        const bool as_page = n_own + n_free == page && 2*n_own >= page && n_packed > 0;
+        if (as_page) {
             pages.push_back(i/page);
         }
         for (uint32_t j = i; j < end; ++j) {
-            if (whole && packed && location[j].places & KVQ_IN_SLOT) {
-                exact.push_back(j);
-            } else if (!(whole && packed) && is_own[j]) {
+            if (!is_own[j]) {
+                location[j] = {}; // of what was removed, and of others
+            } else if (!as_page) {
                 others.push_back(j);
+            } else if (location[j].places & KVQ_IN_SLOT) {
+                exact.push_back(j);
             }
         }
     }
@@ -137,9 +155,14 @@ void llama_kvq_cache::state_write_seq(kvq_state_writer & out, llama_seq_id seq_i
     out.value<uint32_t>(others.size());
     for (uint32_t p : pages) {
         for (uint32_t i = p*page; i < (p + 1)*page; ++i) {
-            kvq_state_write_cell(out, src, i, kv.has_cell_ext());
-            out.value<uint8_t>((location[i].places & KVQ_IN_SLOT) != 0);
-            out.value<int32_t>(location[i].turned);
+            const auto as = !is_own[i] ? SAVED_NOT : location[i].places & KVQ_IN_SLOT ? SAVED_EXACT : SAVED_PACKED;
+            out.value<uint8_t>(as);
+            if (as != SAVED_NOT) {
+                kvq_state_write_cell(out, src, i, kv.has_cell_ext());
+            }
+            if (as == SAVED_PACKED) {
+                out.value<int32_t>(location[i].turned);
+            }
         }
     }
     for (uint32_t i : others) {
@@ -194,31 +217,37 @@ static bool place(const std::vector<cell_use> & use, kvq_state_seq & saved) {
     }
     saved.targets.resize(saved.n_pages, NO_PAGE);
 
+    std::vector<size_t>  rest; // by position, so that neighbours share a page
+    std::vector<uint8_t> is_taken(use.size());
+    for (size_t i = 0; i < saved.cells.size(); ++i) {
+        const uint32_t target = i/page < saved.n_pages ? saved.targets[i/page] : NO_PAGE;
+        if (saved.as[i] == SAVED_NOT) {
+            continue;
+        }
+        if (target != NO_PAGE) {
+            saved.cells[i].cell = target*page + i%page;
+            is_taken[saved.cells[i].cell] = 1;
+        } else {
+            rest.push_back(i);
+        }
+    }
+
     // cells for the rest, best first
     std::vector<uint32_t> free[3];
     for (uint32_t i = 0; i < use.size(); ++i) {
         const uint32_t p = i/page;
-        if (p < of_page.size() && is_target[p]) {
+        if (is_taken[i]) {
             continue;
         }
         if (use[i] == CELL_LEFT) {
             free[2].push_back(i);
         } else if (use[i] == CELL_FREE) {
-            free[p < of_page.size() && of_page[p] == CELL_FREE ? 0 : 1].push_back(i);
+            free[p < of_page.size() && of_page[p] == CELL_FREE && !is_target[p] ? 0 : 1].push_back(i);
         }
     }
     free[0].insert(free[0].end(), free[1].begin(), free[1].end());
     free[0].insert(free[0].end(), free[2].begin(), free[2].end());
 
-    std::vector<size_t> rest; // by position, so that neighbours share a page
-    for (size_t i = 0; i < saved.cells.size(); ++i) {
-        const uint32_t target = i/page < saved.n_pages ? saved.targets[i/page] : NO_PAGE;
-        if (target != NO_PAGE) {
-            saved.cells[i].cell = target*page + i%page;
-        } else {
-            rest.push_back(i);
-        }
-    }
     if (rest.size() > free[0].size()) {
         return false;
     }
@@ -229,35 +258,52 @@ static bool place(const std::vector<cell_use> & use, kvq_state_seq & saved) {
     return true;
 }
 
+// all the cells, checked against what this context can hold before memory is taken for what follows
+void llama_kvq_cache::read_seq_cells(kvq_state_reader & in, llama_seq_id seq_id, kvq_state_seq & saved) const {
+    const uint64_t size = kv.get_size();
+
+    saved.page    = kvq_recipe_page(recipe.get());
+    saved.n_pages = in.value<uint32_t>();
+
+    const uint64_t of_pages = (uint64_t) saved.n_pages*saved.page;
+    const uint64_t others   = in.value<uint32_t>();
+
+    const auto check = [&](uint64_t n) {
+        if (n > size) {
+            throw std::runtime_error(format("kvq: the saved sequence has at least %" PRIu64 " cells, this context has %"
+                        PRIu64, n, size));
+        }
+    };
+    check(of_pages/2 + others); // of a page at least half of the cells are saved
+
+    uint64_t n_cells = 0;
+    for (uint64_t i = 0; i < of_pages + others; ++i) {
+        const uint8_t as = i < of_pages ? in.value<uint8_t>() : SAVED_EXACT;
+        if (as > SAVED_EXACT) {
+            throw std::runtime_error("kvq: the saved state is damaged (cells)");
+        }
+        kvq_state_cell cell = {};
+        if (as != SAVED_NOT) {
+            kvq_state_read_cell(in, cell, kv.has_cell_ext(), kv.get_can_shift());
+            n_cells++;
+        }
+        cell.seq_ids = { seq_id };
+        saved.cells .push_back(cell);
+        saved.as    .push_back(as);
+        saved.turned.push_back(as == SAVED_PACKED ? in.value<int32_t>() : 0);
+    }
+    saved.turned.resize(of_pages);
+    check(n_cells);
+}
+
 void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id) {
     const uint32_t strm  = kv.seq_to_stream.at(seq_id);
     auto         & cells = kv.v_cells[strm];
 
     kvq_state_seq saved;
+    read_seq_cells(in, seq_id, saved);
 
-    saved.page    = kvq_recipe_page(recipe.get());
-    saved.n_pages = in.value<uint32_t>();
-
-    const uint64_t n_cells = (uint64_t) saved.n_pages*saved.page + in.value<uint32_t>();
-    if (n_cells > cells.size()) {
-        throw std::runtime_error(format("kvq: the saved sequence has %" PRIu64 " cells, this context has %u",
-                    n_cells, cells.size()));
-    }
-
-    size_t n_exact = 0;
-    for (uint64_t i = 0; i < n_cells; ++i) {
-        kvq_state_cell cell;
-        kvq_state_read_cell(in, cell, kv.has_cell_ext(), kv.get_can_shift());
-        cell.seq_ids = { seq_id };
-        saved.cells.push_back(cell);
-        if (i < (uint64_t) saved.n_pages*saved.page) {
-            saved.is_exact.push_back(in.value<uint8_t>() != 0);
-            saved.turned  .push_back(in.value<int32_t>());
-        } else {
-            saved.is_exact.push_back(1);
-        }
-        n_exact += saved.is_exact.back();
-    }
+    const size_t n_exact = std::count(saved.as.begin(), saved.as.end(), SAVED_EXACT);
 
     for (size_t il = 0; il < layouts.size() && saved.n_pages > 0; ++il) {
         saved.layouts.push_back(pages_layout(il, saved.n_pages));
@@ -287,7 +333,8 @@ void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id)
         }
     }
     if (!place(use, saved)) {
-        throw std::runtime_error(format("kvq: no room for the %" PRIu64 " cells of the saved sequence", n_cells));
+        throw std::runtime_error(format("kvq: no room for the %zu cells of the saved sequence",
+                    saved.cells.size() - std::count(saved.as.begin(), saved.as.end(), SAVED_NOT)));
     }
 
     // a planner of its own tries out what the rows of pages say of how far they have moved
@@ -305,7 +352,7 @@ void llama_kvq_cache::adopt_pages(kvq_planner * planner, uint32_t strm, const kv
     std::vector<uint32_t> cells;
     std::vector<int32_t>  turned;
     for (size_t i = 0; i < saved.turned.size(); ++i) {
-        if (saved.targets[i/saved.page] != NO_PAGE && !saved.is_exact[i]) {
+        if (saved.with_page(i)) {
             cells .push_back(saved.cells[i].cell);
             turned.push_back(saved.turned[i]);
         }
@@ -321,8 +368,9 @@ void llama_kvq_cache::restore(uint32_t strm, const kvq_state_seq & saved) {
 
     // as llama_kv_cache::apply_ubatch: a sequence that loses a cell loses what came before it, too
     std::map<llama_seq_id, llama_pos> lost;
-    for (const auto & cell : saved.cells) {
-        if (!cells.is_empty(cell.cell)) {
+    for (size_t i = 0; i < saved.cells.size(); ++i) {
+        const auto & cell = saved.cells[i];
+        if (saved.as[i] != SAVED_NOT && !cells.is_empty(cell.cell)) {
             auto & pos = lost.emplace(cells.seq_get(cell.cell), -1).first->second;
             pos = std::max(pos, cells.pos_get(cell.cell));
             cells.rm(cell.cell);
@@ -333,9 +381,12 @@ void llama_kvq_cache::restore(uint32_t strm, const kvq_state_seq & saved) {
     }
 
     const kvq_state_cell * last = nullptr;
-    for (const auto & cell : saved.cells) {
-        kvq_state_put_cell(cells, cell);
-        last = !last || cell.pos >= last->pos ? &cell : last;
+    for (size_t i = 0; i < saved.cells.size(); ++i) {
+        const auto & cell = saved.cells[i];
+        if (saved.as[i] != SAVED_NOT) {
+            kvq_state_put_cell(cells, cell);
+            last = !last || cell.pos >= last->pos ? &cell : last;
+        }
     }
     if (last) {
         kv.v_heads[strm] = last->cell + 1;
@@ -348,8 +399,8 @@ void llama_kvq_cache::restore(uint32_t strm, const kvq_state_seq & saved) {
 void llama_kvq_cache::restore_pages(uint32_t strm, const kvq_state_seq & saved) {
     std::vector<uint32_t> from; // packed cells of pages that have a target
     std::vector<uint32_t> to;
-    for (size_t i = 0; i < saved.n_pages*(size_t) saved.page; ++i) {
-        if (saved.targets[i/saved.page] != NO_PAGE && !saved.is_exact[i]) {
+    for (size_t i = 0; i < saved.turned.size(); ++i) {
+        if (saved.with_page(i)) {
             from.push_back(i);
             to.push_back(saved.cells[i].cell);
         }
@@ -388,10 +439,10 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
     std::vector<size_t> source(saved.cells.size()); // of exact ones: which of the saved rows
 
     for (size_t i = 0, n = 0; i < saved.cells.size(); ++i) {
-        if (saved.is_exact[i]) {
+        if (saved.as[i] == SAVED_EXACT) {
             source[i] = n++;
         }
-        if (saved.is_exact[i] || saved.targets[i/saved.page] == NO_PAGE) {
+        if (saved.as[i] != SAVED_NOT && !saved.with_page(i)) {
             anew.push_back(i);
         }
     }
@@ -422,13 +473,14 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
         std::vector<float> v(anew.size()*n_v);
 
         for (size_t i = 0; i < anew.size(); ++i) {
-            if (saved.is_exact[anew[i]]) {
+            if (saved.as[anew[i]] == SAVED_EXACT) {
                 const auto * row = (const ggml_fp16_t *) saved.rows[il].data() + source[anew[i]]*(n_k + n_v);
                 ggml_fp16_to_fp32_row(row,       k.data() + i*n_k, n_k);
                 ggml_fp16_to_fp32_row(row + n_k, v.data() + i*n_v, n_v);
             } else {
-                llama_kvq_must(kvq_dequantize(saved.layouts[il].get(), saved.memory[il].side[0], saved.memory[il].side[1],
-                            location.data(), rotations[il].get(), anew[i], 1, k.data() + i*n_k, v.data() + i*n_v), "restored rows");
+                llama_kvq_must(kvq_dequantize(saved.layouts[il].get(), saved.memory[il].side[0],
+                            saved.memory[il].side[1], location.data(), rotations[il].get(), anew[i], 1,
+                            k.data() + i*n_k, v.data() + i*n_v), "restored rows");
             }
         }
 

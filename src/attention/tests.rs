@@ -236,7 +236,7 @@ fn oracle(
         for (side, mem, new, dim) in [(Side::Key, k_mem, k, dk), (Side::Value, v_mem, v, dv)] {
             let region = super::region(layout, side, mem, kv_head);
             let rows = &mut rows[side as usize];
-            dequantize_head(layout, side, region, &location, None, 0, n_cells, rows).unwrap();
+            dequantize_head(layout, side, region, &location, None, 0..n_cells, rows).unwrap();
             for (row, &cell) in args.plan.row_cells().iter().enumerate() {
                 let from = &new[(row * nkv + kv_head) * dim..][..dim];
                 let to = &mut rows[cell as usize * dim..][..dim];
@@ -432,7 +432,7 @@ fn kernels_read_what_the_page_says_and_nothing_else() {
     };
     layout.side(Side::Key).codec.seal(header, page, &mut seal);
     let mut out = vec![0f32; 128 * 128];
-    dequantize_head(&layout, Side::Key, &region, &[IN_ITS_PAGE; 256], None, 0, 128, &mut out).unwrap();
+    dequantize_head(&layout, Side::Key, &region, &[IN_ITS_PAGE; 256], None, 0..128, &mut out).unwrap();
     let truth: Vec<f64> = rows.iter().map(|x| f64::from(*x)).collect();
     let error = reference::nmse(&out, &truth);
     assert!(error <= 1e-4, "{error:.2e}");
@@ -466,7 +466,7 @@ fn hostile_values_do_not_spread() {
             },
         );
         let mut out = vec![0f32; 128 * 128];
-        dequantize_head(&layout, Side::Value, &region, &[IN_ITS_PAGE; 256], None, 0, 128, &mut out).unwrap();
+        dequantize_head(&layout, Side::Value, &region, &[IN_ITS_PAGE; 256], None, 0..128, &mut out).unwrap();
         out
     };
     let out = seal(&dirty);

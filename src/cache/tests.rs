@@ -117,7 +117,6 @@ impl Model {
                 max_bias: self.max_bias,
                 n_swa: self.n_swa[layer],
                 sink_logits: self.sink_logits.as_deref(),
-                ..Default::default()
             };
             self.cache.attend(layer, &q, &k, &v, &options, &mut out).unwrap();
             if self.unchecked {

@@ -259,7 +259,7 @@ fn read_rows(
     let (heads, dim) = head_shape(layout, side);
     let mut head_rows = vec![0.0; cells.len() * dim];
     for (head, region) in memory.chunks_exact(layout.head_bytes(side)).enumerate() {
-        store::dequantize_head(layout, side, region, location, rotation, cells.start, cells.len(), &mut head_rows)?;
+        store::dequantize_head(layout, side, region, location, rotation, cells.clone(), &mut head_rows)?;
         for (from, to) in head_rows.chunks_exact(dim).zip(out.chunks_exact_mut(heads * dim)) {
             to[head * dim..][..dim].copy_from_slice(from);
         }

@@ -74,10 +74,10 @@ fn read_and_rewrite(layer: &mut Layer, n_cells: usize) {
     let shape = layout.shape();
     let mut rows = vec![0f32; n_cells * shape.head_dim_v as usize];
     let region = &values[..layout.head_bytes(Side::Value)];
-    dequantize_head(layout, Side::Value, region, &location, None, 0, n_cells, &mut rows).unwrap();
+    dequantize_head(layout, Side::Value, region, &location, None, 0..n_cells, &mut rows).unwrap();
     let mut rows = vec![0f32; n_cells * shape.head_dim_k as usize];
     let region = &mut keys[..layout.head_bytes(Side::Key)];
-    dequantize_head(layout, Side::Key, region, &location, None, 0, n_cells, &mut rows).unwrap();
+    dequantize_head(layout, Side::Key, region, &location, None, 0..n_cells, &mut rows).unwrap();
     // Of a planner that is thrown away: the rows of the next steps have not moved.
     let moved: Vec<i32> = (0..n_cells).map(|cell| (cell % 7) as i32).collect();
     let shift = planner.clone().shift(0, &moved, &|_| true).unwrap();

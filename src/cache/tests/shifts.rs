@@ -71,7 +71,7 @@ impl Model {
                     continue;
                 }
                 let mut key = vec![0.0; dim];
-                dequantize_head(layout, Side::Key, region, &location, rotation, cell, 1, &mut key).unwrap();
+                dequantize_head(layout, Side::Key, region, &location, rotation, cell..cell + 1, &mut key).unwrap();
                 let token = self.tokens.iter().find(|token| token.pos == pos).unwrap();
                 let want = &rotated(token, 0, Some(ROPE))[head * dim..][..dim];
                 error += key.iter().zip(want).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();

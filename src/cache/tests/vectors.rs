@@ -46,7 +46,7 @@ fn contents(cache: &Cache) -> (Vec<(i32, u64)>, Vec<u32>) {
         for (side, memory) in [(Side::Key, layer.k.bytes()), (Side::Value, layer.v.bytes())] {
             for region in memory.chunks_exact(layer.layout.head_bytes(side)) {
                 let mut out = vec![0f32; location.len() * layer.layout.side(side).head_dim];
-                store::dequantize_head(&layer.layout, side, region, &location, rotation, 0, location.len(), &mut out)
+                store::dequantize_head(&layer.layout, side, region, &location, rotation, 0..location.len(), &mut out)
                     .unwrap();
                 rows.extend(out.into_iter().map(f32::to_bits));
             }

@@ -358,7 +358,7 @@ impl Walk {
             let mut found = vec![0f32; N_CELLS * dim];
             let layout = &self.cache.layers[0].layout;
             let rotation = self.cache.rotation.as_ref();
-            store::dequantize_head(layout, side, region, &location, rotation, 0, N_CELLS, &mut found).unwrap();
+            store::dequantize_head(layout, side, region, &location, rotation, 0..N_CELLS, &mut found).unwrap();
             for (cell, token) in self.shadow.iter().enumerate() {
                 let (Some(token), false) = (token, rows.contains(&cell)) else { continue };
                 let is_exact = location[cell].slot().is_some() || members.contains(&cell);
@@ -387,8 +387,7 @@ impl Walk {
             // Every turn of an exact key rounds once more, and so does its angle.
             let bound = 1e-5 * turns as f64;
             assert!(error <= bound, "{}: exact {row} differs, NMSE {error:.1e}, {turns} turns", self.what);
-        } else if turns == 0 {
-            // A shift may encode a key again in a page whose ranges are not its own (`kivi:paper`): it could as well be another.
+        } else {
             // Small keys among large ones may get lost; what must not be there is the row of another token.
             let error = found.iter().zip(&half).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
             let error = error / (POWER * found.len() as f64);
