@@ -331,16 +331,18 @@ static void test_shift(llama_model * model, const char * recipe, double limit) {
 }
 
 // Pages of a sequence that hold no other's rows come back byte for byte, moved or not, full or with holes, wherever a whole
-// page is free for each.
+// page is free for each. Of a page with rows of two sequences nothing but the own rows may be saved, not even the ranges
+// that all share: these are decoded and encoded again, which cannot give the same bits.
 static void test_sequence_state(llama_model * model, const char * recipe) {
     printf("state of a sequence\n");
 
-    struct { const char * what; llama_pos from, to, first_moved, delta; } ways[] = {
-        { "never moved",                  -1, -1,  -1,   0 },
-        { "moved as a whole",             -1, -1,   0,   7 },
-        { "without some of it",           60, 70,  -1,   0 },
-        { "moved over what was removed",  60, 70,  70, -10 },
-        { "moved by the half of a page", 100, 164, 164, -64 },
+    struct { const char * what; llama_pos from, to, first_moved, delta; bool shared; } ways[] = {
+        { "never moved",                  -1, -1,  -1,   0, false },
+        { "moved as a whole",             -1, -1,   0,   7, false },
+        { "without some of it",           60, 70,  -1,   0, false },
+        { "moved over what was removed",  60, 70,  70, -10, false },
+        { "moved by the half of a page", 100, 164, 164, -64, false },
+        { "moved, with another's token where some was removed: NMSE", 60, 70, 70, -10, true },
     };
     for (const auto & way : ways) {
         run r(model, { recipe, true, 2, 1024 });
@@ -356,16 +358,24 @@ static void test_sequence_state(llama_model * model, const char * recipe) {
         if (way.delta != 0) {
             llama_memory_seq_add(r.mem(), 0, way.first_moved, -1, way.delta);
         }
-        r.feed(1, 100, 1); // carries out the shift
+        // carries out the shift, with a token in the first cell that was freed
+        r.feed(way.shared, way.shared ? 100 : 363 + way.delta, 1);
+        const llama_pos next = 363 + way.delta + !way.shared;
 
         std::vector<uint8_t> seq(llama_state_seq_get_size(r.ctx, 0));
         llama_state_seq_get_data(r.ctx, seq.data(), seq.size(), 0);
-        const auto expected = r.feed(0, 363 + way.delta, 1);
+        const auto expected = r.feed(0, next, 1);
 
         run other(model, { recipe, false, 2, 2048 });
         other.feed(1, 0, 70);
-        const bool restored = llama_state_seq_set_data(other.ctx, seq.data(), seq.size(), 0) != 0;
-        check(restored && same(expected, other.feed(0, 363 + way.delta, 1)), way.what, seq.size());
+        if (llama_state_seq_set_data(other.ctx, seq.data(), seq.size(), 0) == 0) {
+            check(false, way.what);
+        } else if (const auto first = other.feed(0, next, 1); way.shared) {
+            const double e = nmse(expected, first);
+            check(e < 0.01, way.what, e);
+        } else {
+            check(same(expected, first), way.what, seq.size());
+        }
     }
 }
 
@@ -382,7 +392,7 @@ static void test_state(llama_model * model, const char * recipe) {
     if (llama_memory_can_shift(r.mem()) && llama_memory_seq_rm(r.mem(), 0, 60, 70)) {
         llama_memory_seq_add(r.mem(), 0, 70, -1, -10);
         next -= 10;
-        r.feed(1, 100, 1); // a state is saved after the shift, which the next decode carries out
+        r.feed(0, next++, 1); // a state is saved after the shift, which the next decode carries out
     }
 
     std::vector<uint8_t> all(llama_state_get_size(r.ctx));
