@@ -4,7 +4,7 @@
 //! What a page's other rows need stays: its mean, ranges and order were made from all rows that were sealed together.
 #![forbid(unsafe_code)]
 
-use crate::codec::{SealRows, Side};
+use crate::codec::page::{SealRows, Side};
 use crate::error::Result;
 use crate::layout::Layout;
 use crate::location::Location;
@@ -79,11 +79,11 @@ fn erase_page_rows(layout: &Layout, side: Side, region: &mut [u8], page: usize, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::Rows;
     use crate::location::IN_SLOT;
     use crate::plan::{plan_len, Plan};
     use crate::planner::{Planner, Row};
     use crate::recipe::Recipe;
+    use crate::rows::Rows;
     use crate::shape::Shape;
     use crate::store::{dequantize_head, store_head, StoreRows};
 

@@ -3,14 +3,14 @@
 
 use std::sync::Arc;
 
-use crate::codec::{PageCodec, PageRef, Side, HEADER_BYTES};
+use crate::codec::page::{bits_per_value, PageCodec, PageRef, Side, HEADER_BYTES};
 use crate::error::{Error, Result};
-use crate::learned::learned_bytes;
-use crate::pool::PoolParams;
-use crate::recent::ring_bytes;
-use crate::recipe::{Recipe, SideRecipe};
+use crate::plan::{Plan, View};
+use crate::recipe::{PoolParams, Recipe, SideRecipe};
 use crate::shape::Shape;
-use crate::simd::{kernels, IsaToken, Kernels};
+use crate::simd::exact::Kernels;
+use crate::simd::isa::IsaToken;
+use crate::simd::kernels;
 
 /// The layout and the codecs of one attention layer. Immutable; may be shared by threads.
 ///
@@ -269,9 +269,58 @@ impl Layout {
     }
 }
 
+/// Bytes of the ring of a KV head for a window of so many query tokens: how many there were (u32), then FP16 queries, each
+/// with an f32 logarithm.
+fn ring_bytes(window: usize, gqa_ratio: usize, head_dim: usize) -> usize {
+    match window * gqa_ratio {
+        0 => 0,
+        n => COUNT_BYTES + n * entry_bytes(head_dim),
+    }
+}
+
+/// Bytes in front of the ring: how many queries there were.
+pub(crate) const COUNT_BYTES: usize = 4;
+
+/// Bytes of one query of the ring.
+pub(crate) fn entry_bytes(head_dim: usize) -> usize {
+    2 * head_dim + 4
+}
+
+/// Numbers behind the moments: queries seen, and those of a [`KeyError`](crate::learned::KeyError).
+pub(crate) const COUNTERS: usize = 4;
+
+/// Bytes of what is learned, for keys of `dim` channels:
+///
+/// | part | bytes | |
+/// |---|---|---|
+/// | moments | `4 * head_dim` | f32: mean square of the queries, by channel |
+/// | seen | 4 | f32: how many queries that mean stands for |
+/// | key error | 12 | f32: noise, signal, rows of a [`KeyError`](crate::learned::KeyError) |
+/// | exponents | `head_dim` | of the page sealed last; see [`crate::codec::smooth`] |
+fn learned_bytes(dim: usize) -> usize {
+    4 * (dim + COUNTERS) + dim
+}
+
+/// Fails unless the plan was made for this layout.
+pub(crate) fn check_plan(layout: &Layout, plan: &Plan) -> Result<()> {
+    if plan.n_cells() == layout.n_cells() && plan.n_slots() == layout.n_slots() && plan.page() == layout.page() {
+        debug_assert!(plan.slot_cells(View::Before).len() == layout.n_slots());
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "the plan is for {} cells, {} slots and pages of {}, the layout for {}, {} and {}",
+        plan.n_cells(),
+        plan.n_slots(),
+        plan.page(),
+        layout.n_cells(),
+        layout.n_slots(),
+        layout.page()
+    )))
+}
+
 impl SideLayout {
     fn bits(&self, page: usize) -> f64 {
-        (self.page_bytes + HEADER_BYTES) as f64 * 8.0 / (page * self.head_dim) as f64
+        bits_per_value(self.page_bytes, page, self.head_dim)
     }
 
     /// A page of a head region.

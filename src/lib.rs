@@ -29,6 +29,7 @@ pub mod recent;
 pub mod recipe;
 pub mod reference;
 pub mod rotation;
+pub mod rows;
 pub mod shape;
 pub mod shift;
 pub mod simd;

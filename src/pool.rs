@@ -10,38 +10,11 @@
 //! counts among the `outliers`.
 #![forbid(unsafe_code)]
 
-use half::f16;
-use half::slice::HalfFloatSliceExt;
-
-use crate::codec::Side;
+use crate::codec::page::Side;
 use crate::layout::{Layout, SideLayout};
 use crate::plan::{Plan, View, CELLS_PER_WORD};
-use crate::shape::MAX_HEAD_DIM;
-
-/// Sizes of the pool. The default is the published one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PoolParams {
-    /// Tokens that compete for a place.
-    pub outliers: usize,
-    /// Room for members that lost their place.
-    pub extra: usize,
-    /// First layers without a pool, where the pattern does not show.
-    pub skip_layers: usize,
-}
-
-impl PoolParams {
-    /// Most rows of a pool: one block of exact rows.
-    pub const MAX_ROWS: usize = 128;
-
-    /// Rows in a layer's pool.
-    pub(crate) fn rows(&self, layer: usize) -> usize {
-        if self.outliers == 0 || layer < self.skip_layers {
-            0
-        } else {
-            self.outliers + self.extra
-        }
-    }
-}
+use crate::recipe::PoolParams;
+use crate::rows::read_half;
 
 /// The cell of each row of a pool.
 pub(crate) fn cells<'a>(side: &SideLayout, region: &'a [u8]) -> impl ExactSizeIterator<Item = Option<usize>> + use<'a> {
@@ -153,31 +126,15 @@ pub(crate) fn adopt(layout: &Layout, side: Side, region: &mut [u8], saved: &[u8]
     }
 }
 
-/// Writes an FP16 row.
-pub(crate) fn write_half(to: &mut [u8], row: &[f32]) {
-    let mut halves = [f16::ZERO; MAX_HEAD_DIM as usize];
-    let halves = &mut halves[..row.len()];
-    halves.convert_from_f32_slice(row);
-    to.chunks_exact_mut(2).zip(halves).for_each(|(to, x)| to.copy_from_slice(&x.to_le_bytes()));
-}
-
-/// Reads an FP16 row.
-pub(crate) fn read_half(from: &[u8], row: &mut [f32]) {
-    let mut halves = [f16::ZERO; MAX_HEAD_DIM as usize];
-    let halves = &mut halves[..row.len()];
-    halves.iter_mut().zip(from.chunks_exact(2)).for_each(|(x, from)| *x = f16::from_le_bytes([from[0], from[1]]));
-    halves.convert_to_f32_slice(row);
-}
-
 #[cfg(test)]
 mod tests {
     use std::ops::Range;
 
     use super::*;
-    use crate::attention::Rows;
     use crate::plan::{plan_len, Plan};
     use crate::planner::{Planner, Row};
     use crate::recipe::Recipe;
+    use crate::rows::Rows;
     use crate::shape::Shape;
     use crate::store::{store_head, StoreRows};
 

@@ -7,28 +7,11 @@
 //! that they may belong to other sequences is not looked at. Soft caps and ALiBi are left out of these weights.
 #![forbid(unsafe_code)]
 
-use crate::attention::Rows;
+use crate::codec::page::Side;
 use crate::codec::quantizer::dot;
-use crate::codec::Side;
-use crate::layout::Layout;
-use crate::pool::{read_half, write_half};
+use crate::layout::{entry_bytes, Layout, COUNT_BYTES};
+use crate::rows::{finite, read_float, read_half, write_half, Rows};
 use crate::shape::MAX_HEAD_DIM;
-use crate::store::{finite, read_float};
-
-/// Bytes of the ring of a KV head for a window of so many query tokens: how many there were (u32), then FP16 queries, each
-/// with an f32 logarithm.
-pub(crate) fn ring_bytes(window: usize, gqa_ratio: usize, head_dim: usize) -> usize {
-    match window * gqa_ratio {
-        0 => 0,
-        n => COUNT_BYTES + n * entry_bytes(head_dim),
-    }
-}
-
-const COUNT_BYTES: usize = 4;
-
-fn entry_bytes(head_dim: usize) -> usize {
-    2 * head_dim + 4
-}
 
 /// Queries of a ubatch, as attention saw them.
 #[derive(Clone, Copy)]

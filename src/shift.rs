@@ -5,39 +5,16 @@
 //! by more different distances than a plan can say ([`crate::plan::MAX_TURNS`]) is encoded again.
 #![forbid(unsafe_code)]
 
-use crate::codec::{SealRows, Side};
+use crate::codec::page::{SealRows, Side};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::learned::read_moments;
+use crate::planner::{Recoded, Shift};
 use crate::pool;
 use crate::rotation::{Angles, Rotation};
+use crate::rows::{read_half, write_half};
 use crate::shape::MAX_HEAD_DIM;
 use crate::store::{read_slot, seal_rows, write_slot};
-
-/// One shift of a stream, alike for all layers and heads. [`crate::planner::Planner::shift`] makes it; each layer carries
-/// it out once.
-#[derive(Clone, Debug)]
-pub struct Shift {
-    pub(crate) n_slots: usize,
-    pub(crate) page: usize,
-    /// Exact slots and by how much their rows move.
-    pub(crate) slots: Vec<(usize, i32)>,
-    /// By how much the page row of each cell moves, so that its exact copy in an outlier pool moves likewise; 0 for cells
-    /// whose page does not hold their row.
-    pub(crate) moved: Vec<i32>,
-    /// The live rows of each page to be encoded again, ascending.
-    pub(crate) recoded: Vec<Vec<Recoded>>,
-}
-
-/// One row to be encoded again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Recoded {
-    pub(crate) cell: usize,
-    /// The slot that holds the row as well, moved already.
-    pub(crate) slot: Option<usize>,
-    /// By how much the page row has moved, this shift included.
-    pub(crate) turned: i32,
-}
 
 /// A rotation with the angles of the distance that was last asked for: shifts mostly have one.
 struct Turner<'a> {
@@ -83,9 +60,9 @@ pub fn shift_head(layout: &Layout, region: &mut [u8], shift: &Shift, rotation: &
         let cell = pool::cells(side, region).nth(index).flatten();
         let distance = cell.and_then(|cell| shift.moved.get(cell)).copied().unwrap_or(0);
         if distance != 0 {
-            pool::read_half(side.pool_row(region, index), row);
+            read_half(side.pool_row(region, index), row);
             turner.turn(row, distance);
-            pool::write_half(side.pool_row_mut(region, index), row);
+            write_half(side.pool_row_mut(region, index), row);
         }
     }
     for page in &shift.recoded {
@@ -107,7 +84,7 @@ fn recode_page(layout: &Layout, region: &mut [u8], page: &[Recoded], turner: &mu
         let pooled = pool::find(side, region, from.cell);
         *exact = pooled.is_some();
         match (pooled, from.slot) {
-            (Some(row), _) => pool::read_half(side.pool_row(region, row), to),
+            (Some(row), _) => read_half(side.pool_row(region, row), to),
             (None, Some(slot)) => read_slot(side, region, slot, to),
             (None, None) => {
                 side.codec.decode(side.page(region, index), from.cell % layout.page(), to);

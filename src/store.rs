@@ -3,39 +3,29 @@
 
 use std::ops::Range;
 
-use crate::attention::Rows;
-use crate::codec::{SealRows, Side};
+use crate::codec::page::{SealRows, Side};
 use crate::error::{Error, Result};
-use crate::layout::{Layout, SideLayout};
+use crate::layout::{check_plan, Layout, SideLayout};
 use crate::learned::{exponents, learn_queries, read_moments, KeyError, Sample};
 use crate::location::Location;
-use crate::plan::{Plan, Record, Source, View};
+use crate::plan::{Plan, Record, Source};
 use crate::pool;
 use crate::recent::{self, Attended};
 use crate::rotation::{Angles, Rotation};
+use crate::rows::{finite, read_half, write_half, Rows};
 use crate::shape::MAX_HEAD_DIM;
-
-/// Keys and values are kept within the range of FP16; NaN counts as 0.
-#[inline(always)]
-pub(crate) fn finite(x: f32) -> f32 {
-    if x.is_nan() {
-        0.0
-    } else {
-        x.clamp(-65504.0, 65504.0)
-    }
-}
 
 /// Writes a row to an exact slot.
 pub(crate) fn write_slot(side: &SideLayout, region: &mut [u8], slot: usize, row: &[f32]) {
     let mut kept = [0f32; MAX_HEAD_DIM as usize];
     let kept = &mut kept[..row.len()];
     kept.iter_mut().zip(row).for_each(|(to, x)| *to = finite(*x));
-    pool::write_half(side.slot_mut(region, slot), kept);
+    write_half(side.slot_mut(region, slot), kept);
 }
 
 /// Reads a row from an exact slot.
 pub(crate) fn read_slot(side: &SideLayout, region: &[u8], slot: usize, out: &mut [f32]) {
-    pool::read_half(side.slot(region, slot), out);
+    read_half(side.slot(region, slot), out);
     out.iter_mut().for_each(|x| *x = finite(*x));
 }
 
@@ -164,7 +154,7 @@ fn seal_page(layout: &Layout, head: usize, regions: &mut [&mut [u8]; 2], rows: &
         }
         for (i, row) in pooled.iter().enumerate() {
             let Some(row) = *row else { continue };
-            pool::write_half(side_layout.pool_row_mut(region, row), &gathered[i * dim..][..dim]);
+            write_half(side_layout.pool_row_mut(region, row), &gathered[i * dim..][..dim]);
             pool::set_cell(side_layout, region, row, Some(records[i].cell));
         }
         if let Some(rotation) = rows.rotation.filter(|_| side == Side::Key) {
@@ -195,10 +185,6 @@ fn turn_back(rotation: &Rotation, turned: &[i32], keys: &mut [f32]) {
     }
 }
 
-pub(crate) fn read_float(bytes: &[u8]) -> f32 {
-    f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
-}
-
 /// Encodes rows into page `index`, which goes on from the factors of the page sealed before it.
 pub(crate) fn seal_rows(side: &SideLayout, region: &mut [u8], index: usize, rows: SealRows) {
     let mut kept = [0u8; MAX_HEAD_DIM as usize];
@@ -208,23 +194,6 @@ pub(crate) fn seal_rows(side: &SideLayout, region: &mut [u8], index: usize, rows
     let (header, bytes) = side.page_mut(region, index);
     side.codec.seal(header, bytes, &mut SealRows { last_exponents: kept, ..rows });
     exponents(side.learned_mut(region)).copy_from_slice(kept);
-}
-
-/// Fails unless the plan was made for this layout.
-pub(crate) fn check_plan(layout: &Layout, plan: &Plan) -> Result<()> {
-    if plan.n_cells() == layout.n_cells() && plan.n_slots() == layout.n_slots() && plan.page() == layout.page() {
-        debug_assert!(plan.slot_cells(View::Before).len() == layout.n_slots());
-        return Ok(());
-    }
-    Err(Error::invalid(format!(
-        "the plan is for {} cells, {} slots and pages of {}, the layout for {}, {} and {}",
-        plan.n_cells(),
-        plan.n_slots(),
-        plan.page(),
-        layout.n_cells(),
-        layout.n_slots(),
-        layout.page()
-    )))
 }
 
 pub(crate) fn check_location(layout: &Layout, location: &[Location], cells: &Range<usize>) -> Result<()> {
@@ -277,7 +246,7 @@ pub fn dequantize_head(
         } else if !location[cell].in_page() {
             out.fill(0.0);
         } else if let Some(row) = pool::find(side, region, cell) {
-            pool::read_half(side.pool_row(region, row), out);
+            read_half(side.pool_row(region, row), out);
         } else {
             side.codec.decode(side.page(region, cell / layout.page()), cell % layout.page(), out);
             if let Some(rotation) = rotation.filter(|_| is_key && location[cell].turned != 0) {

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::{AttendArgs, Mask};
-use crate::codec::MAX_PAGE;
+use crate::codec::page::MAX_PAGE;
 use crate::plan::CELLS_PER_WORD;
 
 /// Exact rows that are processed together.

@@ -1,16 +1,21 @@
 //! Attention of every recipe and instruction set against the 64-bit oracle on the rows that the cache really holds.
 #![forbid(unsafe_code)]
 
+use super::args::alibi_slope;
 use super::*;
+use crate::codec::page::Side;
 use crate::layout::Layout;
 use crate::location::{Location, IN_PAGE, IN_SLOT};
+use crate::plan::{Plan, View};
 use crate::planner::{Planner, Row};
 use crate::recent::Attended;
 use crate::recipe::Recipe;
 use crate::reference;
+use crate::rows::finite;
+use crate::rows::Rows;
 use crate::shape::Shape;
-use crate::simd::{Isa, IsaToken};
-use crate::store::{dequantize_head, finite, store_head, StoreRows};
+use crate::simd::isa::{Isa, IsaToken};
+use crate::store::{dequantize_head, store_head, StoreRows};
 
 const IN_ITS_PAGE: Location = Location { places: IN_PAGE, slot: 0, turned: 0 };
 
@@ -234,7 +239,7 @@ fn oracle(
     for kv_head in 0..nkv {
         let mut rows = [vec![0f32; n_cells * dk], vec![0f32; n_cells * dv]];
         for (side, mem, new, dim) in [(Side::Key, k_mem, k, dk), (Side::Value, v_mem, v, dv)] {
-            let region = super::region(layout, side, mem, kv_head);
+            let region = crate::attention::args::region(layout, side, mem, kv_head);
             let rows = &mut rows[side as usize];
             dequantize_head(layout, side, region, &location, None, 0..n_cells, rows).unwrap();
             for (row, &cell) in args.plan.row_cells().iter().enumerate() {
@@ -421,7 +426,7 @@ fn kernels_read_what_the_page_says_and_nothing_else() {
     let rows = rng.rows(128, 128);
     let at: Vec<u32> = (0..128).collect();
     let (header, page) = layout.side(Side::Key).page_mut(&mut region, 0);
-    let mut seal = crate::codec::SealRows {
+    let mut seal = crate::codec::page::SealRows {
         at: &at,
         rows: &mut rows.clone(),
         fresh: true,
@@ -455,7 +460,7 @@ fn hostile_values_do_not_spread() {
         layout.side(Side::Value).codec.seal(
             header,
             page,
-            &mut crate::codec::SealRows {
+            &mut crate::codec::page::SealRows {
                 at: &at,
                 rows: &mut rows,
                 fresh: true,

@@ -9,14 +9,15 @@ use super::blocks::{
     Visible, EXACT_BLOCK,
 };
 use super::partial::finish;
-use super::{alibi_slope, region, AttendArgs};
+use super::AttendArgs;
+use crate::attention::args::{alibi_slope, region};
+use crate::codec::page::Side;
 use crate::codec::query::{Probabilities, Query};
-use crate::codec::Side;
 use crate::layout::Layout;
 use crate::plan::MAX_TURNS;
 use crate::pool;
 use crate::rotation::Angles;
-use crate::simd::{ExactRows, Logits, State};
+use crate::simd::exact::{ExactRows, Logits, State};
 
 /// Query rows (tokens times query heads of a KV head) of a tile: enough to pay for unpacking a page, few enough that
 /// scores and outputs stay in the first-level cache.

@@ -19,8 +19,9 @@ pub use rope::Rope;
 
 use std::sync::{Mutex, PoisonError};
 
-use crate::attention::{self, AttendArgs, Rows};
-use crate::codec::Side;
+use crate::attention;
+use crate::attention::AttendArgs;
+use crate::codec::page::Side;
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
 use crate::parallel;
@@ -29,6 +30,7 @@ use crate::planner::{Planner, Row};
 use crate::recent::Attended;
 use crate::recipe::Recipe;
 use crate::rotation::Rotation;
+use crate::rows::Rows;
 use crate::shape::Shape;
 use crate::store::{self, StoreRows};
 

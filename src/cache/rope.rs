@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::{Cache, STREAM};
-use crate::codec::Side;
+use crate::codec::page::Side;
 use crate::error::{Error, Result};
 use crate::parallel;
 use crate::rotation::Rotation;

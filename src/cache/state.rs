@@ -22,7 +22,7 @@ use std::io::{self, Write};
 use super::cells::Cells;
 use super::checksum::Checksum;
 use super::{Cache, Layer, STREAM};
-use crate::codec::Side;
+use crate::codec::page::Side;
 use crate::erase::erase_head;
 use crate::error::{Error, Result, Status};
 use crate::location::Location;

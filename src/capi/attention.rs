@@ -5,10 +5,12 @@ use std::ffi::c_void;
 use super::layout::kvq_layout;
 use super::shift::kvq_rotation;
 use super::{check, check_len, check_part, guard, guard_or, product, shared, slice};
-use crate::attention::{self, AttendArgs, Mask, Rows};
+use crate::attention;
+use crate::attention::{AttendArgs, Mask};
 use crate::error::{Error, Result, Status};
 use crate::plan::Plan;
 use crate::rotation::Rotation;
+use crate::rows::Rows;
 
 /// What kvq_attend reads and writes: one layer, one stream. All strides count elements.
 #[repr(C)]

@@ -2,7 +2,7 @@
 
 use super::layout::kvq_layout;
 use super::{check, guard, output, shared, slice};
-use crate::codec::Side;
+use crate::codec::page::Side;
 use crate::error::Status;
 use crate::learned::KeyError;
 

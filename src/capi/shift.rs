@@ -5,10 +5,11 @@ use std::ffi::c_void;
 use super::layout::kvq_layout;
 use super::planner::{kvq_is_live_fn, kvq_planner};
 use super::{check_part, exclusive, guard, output, release, shared, slice};
-use crate::codec::Side;
+use crate::codec::page::Side;
 use crate::error::{Error, Result, Status};
+use crate::planner::Shift;
 use crate::rotation::Rotation;
-use crate::shift::{shift_head, Shift};
+use crate::shift::shift_head;
 
 /// How the keys of a layer turn with their positions (RoPE).
 ///

@@ -4,8 +4,7 @@ use super::attention::{optional, rotation, rows};
 use super::layout::kvq_layout;
 use super::shift::kvq_rotation;
 use super::{check, check_part, guard, product, shared, slice, slice_mut};
-use crate::attention::Rows;
-use crate::codec::Side;
+use crate::codec::page::Side;
 use crate::erase::erase_head;
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
@@ -14,6 +13,7 @@ use crate::plan::Plan;
 use crate::pool;
 use crate::recent::Attended;
 use crate::rotation::Rotation;
+use crate::rows::Rows;
 use crate::store::{self, StoreRows};
 
 /// What kvq_store reads and writes: one layer, one stream. All strides count elements.

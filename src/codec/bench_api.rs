@@ -5,10 +5,13 @@
 use std::sync::Arc;
 
 use super::query::{Probabilities, Query};
-use super::{CodecInfo, PageCodec, PageRef, SealRows, Side, REGISTRY};
+use super::{CodecInfo, REGISTRY};
+use crate::codec::page::{PageCodec, PageRef, SealRows, Side};
 use crate::error::Result;
 use crate::recipe::Recipe;
-use crate::simd::{kernels, ExactRows, IsaToken, Kernels, Logits, State};
+use crate::simd::exact::{ExactRows, Kernels, Logits, State};
+use crate::simd::isa::IsaToken;
+use crate::simd::kernels;
 
 /// One side's codec with the buffers that its kernels need.
 pub struct PageBench {

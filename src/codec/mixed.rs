@@ -12,7 +12,7 @@ pub(crate) mod avx512;
 
 use super::quantizer::{self, Quantizer};
 use super::tile::{LANE_BLOCK, QUAD};
-use super::MAX_PAGE;
+use crate::codec::page::MAX_PAGE;
 use crate::shape::MAX_HEAD_DIM;
 
 /// Codes of consecutive depth that share a width: one word of 2-bit fields.

@@ -4,10 +4,58 @@
 //! are kept in [`LANES`] partial sums (element `i` goes to sum `i % LANES`) added in order at the end.
 #![forbid(unsafe_code)]
 
+use std::fmt;
+
 use super::float8::{e4m3_decode, e4m3_encode, inverse_power, power, scale_decode, scale_encode};
-use super::group::Clip;
+use crate::error::{Error, Result, Status};
 
 const LANES: usize = 16;
+
+/// How the range that the codes cover is chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Clip {
+    /// Symmetric: the uniform step that is best for a Gaussian of the group's root mean square. Affine: [`Clip::affine`].
+    Auto,
+    /// This part of the largest distance from the middle of the range.
+    Factor(f32),
+    /// The range is cut into as many cells as there are codes, which stand for the cells' middles.
+    Cells,
+}
+
+impl Clip {
+    /// Parses the `clip` key of a recipe.
+    pub fn parse(text: &str) -> Result<Self> {
+        match (text, text.parse::<f32>()) {
+            ("auto", _) => Ok(Clip::Auto),
+            ("cells", _) => Ok(Clip::Cells),
+            (_, Ok(x)) if (0.3..=1.0).contains(&x) => Ok(Clip::Factor(x)),
+            _ => Err(Error::new(Status::Recipe, format!("clip={text}: use auto, cells or a number from 0.3 to 1"))),
+        }
+    }
+
+    /// The part of the half-range that affine codes reach: more levels want less clipping.
+    pub fn affine(self, levels: u32) -> f32 {
+        match (self, levels) {
+            (Clip::Factor(x), _) => x,
+            (Clip::Cells, _) => (levels - 1) as f32 / levels as f32,
+            (Clip::Auto, 3) => 0.7,
+            (Clip::Auto, 4) => 0.8,
+            (Clip::Auto, 8) => 0.9,
+            // Two levels stand for a sign, whatever their distance.
+            (Clip::Auto, _) => 1.0,
+        }
+    }
+}
+
+impl fmt::Display for Clip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Clip::Auto => f.write_str("auto"),
+            Clip::Cells => f.write_str("cells"),
+            Clip::Factor(x) => write!(f, "{x}"),
+        }
+    }
+}
 
 /// Codes from 0 to `levels - 1` about zero (`symmetric`) or about a mid-point.
 #[derive(Clone, Copy, Debug)]

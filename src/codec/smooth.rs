@@ -12,14 +12,12 @@
 
 use half::f16;
 
+use super::float8::{factor, MAX_EXPONENT};
 use super::quantizer::{mean_row, subtract};
-use super::SealRows;
+use crate::codec::page::SealRows;
 use crate::shape::MAX_HEAD_DIM;
 
 const MAX_DIM: usize = MAX_HEAD_DIM as usize;
-
-/// Largest exponent of a factor, either way.
-const MAX_EXPONENT: i32 = 24;
 
 /// A page keeps the factors of the page sealed before it unless its own would make the error this many times smaller: a
 /// query is prepared anew wherever factors change.
@@ -104,12 +102,6 @@ impl Smooth {
         self.read_mean(part, &mut mean[..dim]);
         row.iter_mut().zip(&mean).for_each(|(x, m)| *x += m);
     }
-}
-
-/// `2^exponent`, also for exponents that no seal writes.
-#[inline(always)]
-pub(crate) fn factor(exponent: i32) -> f32 {
-    f32::from_bits(((exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT) + 127) as u32) << 23)
 }
 
 /// Writes the exponents for rows whose mean has been taken off: those of the page before or, where that pays, their own.

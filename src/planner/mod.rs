@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod shift;
 mod state;
 mod stream;
 #[cfg(test)]
@@ -12,6 +13,8 @@ mod tests;
 
 pub use config::{n_slots, PlannerConfig};
 pub(crate) use config::{sequences_per_stream, UNSEALED_SHARE};
+pub(crate) use shift::Recoded;
+pub use shift::Shift;
 pub use state::CellState;
 
 use crate::error::{Error, Result};

@@ -15,11 +15,10 @@ use std::sync::Arc;
 use crate::codec::adaptive::{AdaptiveCodec, AdaptiveParams};
 use crate::codec::channel::{ChannelCodec, ChannelParams};
 use crate::codec::group::{GroupCodec, GroupParams};
-use crate::codec::{PageCodec, Side};
+use crate::codec::page::{PageCodec, Side};
 use crate::error::{Error, Result, Status};
 use crate::planner::{sequences_per_stream, PlannerConfig};
-use crate::pool::PoolParams;
-use crate::simd::IsaToken;
+use crate::simd::isa::IsaToken;
 
 /// Cells in a page unless the recipe says otherwise.
 pub const DEFAULT_PAGE: usize = 128;
@@ -54,6 +53,31 @@ impl SideRecipe {
             SideRecipe::Channel(params) => Arc::new(ChannelCodec::new(params, head_dim, page, token)?),
             SideRecipe::Adaptive(params) => Arc::new(AdaptiveCodec::new(params, side, head_dim, page, token)?),
         })
+    }
+}
+
+/// Sizes of the pool. The default is the published one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolParams {
+    /// Tokens that compete for a place.
+    pub outliers: usize,
+    /// Room for members that lost their place.
+    pub extra: usize,
+    /// First layers without a pool, where the pattern does not show.
+    pub skip_layers: usize,
+}
+
+impl PoolParams {
+    /// Most rows of a pool: one block of exact rows.
+    pub const MAX_ROWS: usize = 128;
+
+    /// Rows in a layer's pool.
+    pub(crate) fn rows(&self, layer: usize) -> usize {
+        if self.outliers == 0 || layer < self.skip_layers {
+            0
+        } else {
+            self.outliers + self.extra
+        }
     }
 }
 

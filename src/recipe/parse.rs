@@ -7,11 +7,12 @@ use super::presets::{expand, is_off, items};
 use super::{help, Recipe, SideRecipe, DEFAULT_PAGE, MIN_PAGE};
 use crate::codec::adaptive::{AdaptiveParams, MAX_OUTLIERS};
 use crate::codec::channel::ChannelParams;
-use crate::codec::group::{Clip, GroupParams, GroupSize};
+use crate::codec::group::{GroupParams, GroupSize};
+use crate::codec::page::MAX_PAGE;
+use crate::codec::quantizer::Clip;
 use crate::codec::tile::Width;
-use crate::codec::MAX_PAGE;
 use crate::error::{Error, Result, Status};
-use crate::pool::PoolParams;
+use crate::recipe::PoolParams;
 
 /// The methods a specification may start with, one row each.
 pub const METHODS: &[Method] = &[

@@ -2,7 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use super::{ExactRows, Isa, IsaToken, Kernels, Logits, State};
+use crate::simd::exact::{ExactRows, Kernels, Logits, State};
+use crate::simd::isa::{Isa, IsaToken};
 
 static KERNELS: Kernels = Kernels {
     // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.

@@ -3,9 +3,10 @@
 use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
 
-use super::{ExactRows, Isa, IsaToken, Kernels, Logits, State};
+use crate::rows::finite;
 use crate::shape::MAX_HEAD_DIM;
-use crate::store::finite;
+use crate::simd::exact::{ExactRows, Kernels, Logits, State};
+use crate::simd::isa::{Isa, IsaToken};
 
 static KERNELS: Kernels = Kernels {
     // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.

@@ -1,8 +1,8 @@
 //! The specification of the kernels that do not depend on a codec.
 #![forbid(unsafe_code)]
 
-use super::{ExactRows, Kernels, Logits, State};
-use crate::store::finite;
+use crate::rows::finite;
+use crate::simd::exact::{ExactRows, Kernels, Logits, State};
 
 pub(super) static KERNELS: Kernels = Kernels { exact_scores, exact_accumulate, softmax, f16_to_f32, copy_finite };
 

@@ -4,14 +4,15 @@
 #![forbid(unsafe_code)]
 
 use super::layer::{recipes, Layer, Rng};
-use crate::attention::{attend, combine, AttendArgs, Mask, Rows};
-use crate::codec::Side;
+use crate::attention::{attend, combine, AttendArgs, Mask};
+use crate::codec::page::Side;
 use crate::error::Status;
 use crate::plan::Plan;
 use crate::rotation::Rotation;
+use crate::rows::Rows;
 use crate::shape::Shape;
 use crate::shift::shift_head;
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 use crate::store::dequantize_head;
 
 #[test]

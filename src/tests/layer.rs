@@ -3,16 +3,17 @@
 
 use std::ops::Range;
 
-use crate::attention::{attend, combine, AttendArgs, Mask, Rows};
-use crate::codec::Side;
+use crate::attention::{attend, combine, AttendArgs, Mask};
+use crate::codec::page::Side;
 use crate::layout::Layout;
 use crate::plan::{plan_len, Plan};
 use crate::planner::{Planner, Row};
 use crate::recent::Attended;
 use crate::recipe::presets::PRESETS;
 use crate::recipe::{Recipe, METHODS};
+use crate::rows::Rows;
 use crate::shape::Shape;
-use crate::simd::IsaToken;
+use crate::simd::isa::IsaToken;
 use crate::store::{store_head, StoreRows};
 
 /// Small deterministic generator (xorshift).

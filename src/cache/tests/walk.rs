@@ -14,7 +14,8 @@ use crate::plan::View;
 use crate::pool;
 use crate::recipe::presets::PRESETS;
 use crate::recipe::METHODS;
-use crate::store::{self, finite};
+use crate::rows::finite;
+use crate::store;
 
 const N_CELLS: usize = 320;
 const N_SEQS: usize = 4;

@@ -8,12 +8,12 @@ use crate::codec::float8::avx2::{e4m3_decode, step_decode};
 use crate::codec::hadamard;
 use crate::codec::mixed::avx2::{add_products, by_levels_and_rows, dot};
 use crate::codec::mixed::{Segments, SEGMENT};
+use crate::codec::page::MAX_PAGE;
 use crate::codec::tile::avx2::{Coefficients, MAX_ROWS, STRIP};
 use crate::codec::tile::LANE_BLOCK;
-use crate::codec::MAX_PAGE;
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::avx2::{dot_floats, f16_to_f32, load_bytes, prefetch_next, store};
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 static KERNELS: AdaptiveKernels = AdaptiveKernels {
     // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.

@@ -13,7 +13,7 @@ use crate::codec::tile::LANE_BLOCK;
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::avx2::prefetch_next_from;
 use crate::simd::avx512::{dot_floats, f16_to_f32, load, load_bytes, load_half, store};
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 static KERNELS: AdaptiveKernels = AdaptiveKernels {
     // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.

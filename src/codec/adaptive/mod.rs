@@ -17,15 +17,15 @@ pub(crate) mod avx512;
 #[cfg(test)]
 mod tests;
 
-use super::group::Clip;
 use super::mixed::{MixedTile, MAX_BITS, SEGMENT};
 use super::quantizer::Quantizer;
 use super::query::{Probabilities, Query, QueryForm};
 use super::smooth::Smooth;
 use super::tile::LANE_BLOCK;
-use super::{PageCodec, PageRef, SealRows, Side};
+use crate::codec::page::{PageCodec, PageRef, SealRows, Side};
+use crate::codec::quantizer::Clip;
 use crate::error::{Error, Result, Status};
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 /// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
 pub const FORMAT_VERSION: u32 = 3;

@@ -9,9 +9,9 @@ use super::{AdaptiveCodec, AdaptiveKernels, PageRef, Probabilities, Query, SealR
 use crate::codec::float8::{e4m3_base, e4m3_decode, power, scale_base};
 use crate::codec::hadamard;
 use crate::codec::mixed::{self, MixedPage, Segments, MAX_BITS, SEGMENT};
+use crate::codec::page::{Side, MAX_PAGE};
 use crate::codec::quantizer::{self, sum};
 use crate::codec::tile::LANE_BLOCK;
-use crate::codec::{Side, MAX_PAGE};
 use crate::shape::MAX_HEAD_DIM;
 
 const MAX_DIM: usize = MAX_HEAD_DIM as usize;

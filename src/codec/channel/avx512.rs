@@ -4,7 +4,7 @@
 use super::{scalar, ChannelCodec, ChannelKernels, PageRef, Query, SealRows};
 use crate::codec::mixed::avx512::add_products;
 use crate::simd::avx2::prefetch_next_from;
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 static KERNELS: ChannelKernels = ChannelKernels {
     // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.

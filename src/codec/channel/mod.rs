@@ -16,12 +16,12 @@ pub(crate) mod avx512;
 #[cfg(test)]
 mod tests;
 
-use super::group::Clip;
 use super::mixed::{MixedTile, SEGMENT};
 use super::query::{Probabilities, Query, QueryForm};
-use super::{PageCodec, PageRef, SealRows};
+use crate::codec::page::{PageCodec, PageRef, SealRows};
+use crate::codec::quantizer::Clip;
 use crate::error::{Error, Result, Status};
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 /// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
 pub const FORMAT_VERSION: u32 = 1;

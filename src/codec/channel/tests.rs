@@ -3,11 +3,11 @@
 
 use super::ChannelCodec;
 use crate::codec::group::tests::{near, normal};
-use crate::codec::{PageCodec, PageRef, SealRows};
+use crate::codec::page::{PageCodec, PageRef, SealRows};
 use crate::layout::Layout;
 use crate::recipe::{Recipe, SideRecipe};
 use crate::shape::Shape;
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 const DIM: usize = 128;
 const PAGE: usize = 128;

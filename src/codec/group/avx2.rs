@@ -7,13 +7,13 @@ use std::arch::x86_64::*;
 use super::{scalar, GroupCodec, GroupKernels, PageRef, Probabilities, Query, QueryForm, NMSE};
 use crate::codec::float8::avx2::{e4m3_decode, step_decode};
 use crate::codec::hadamard;
+use crate::codec::page::MAX_PAGE;
 use crate::codec::query::{allowed, is_coarse, PLANE, REST};
 use crate::codec::tile::avx2::{by_width_and_rows, dot, join_planes, planes, put_pairs, Coefficients, MAX_ROWS, STRIP};
 use crate::codec::tile::Width;
-use crate::codec::MAX_PAGE;
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::avx2::{dot_floats, f16_to_f32, load, load_bytes, prefetch_next, reduce_add, reduce_max, store};
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 static KERNELS: GroupKernels = GroupKernels {
     // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.

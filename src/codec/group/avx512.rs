@@ -7,16 +7,16 @@ use std::arch::x86_64::*;
 use super::{scalar, GroupCodec, GroupKernels, PageRef, Probabilities, Query, QueryForm, NMSE};
 use crate::codec::float8::avx512::{e4m3_decode, step_decode};
 use crate::codec::hadamard;
+use crate::codec::page::MAX_PAGE;
 use crate::codec::query::{allowed, is_coarse, PLANE, REST};
 use crate::codec::tile::avx512::{by_width_and_rows, dot, float_sum, Codes, Coefficients, MAX_ROWS};
 use crate::codec::tile::{Width, LANE_BLOCK};
-use crate::codec::MAX_PAGE;
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::avx2::prefetch_next_from;
 use crate::simd::avx512::{
     dot_floats, f16_to_f32, load, load_bytes, pack_bytes, pack_unsigned_bytes, store, store_bytes,
 };
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 static KERNELS: GroupKernels = GroupKernels {
     // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.

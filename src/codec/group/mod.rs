@@ -18,13 +18,14 @@ pub(super) mod tests;
 
 use std::fmt;
 
+pub use super::quantizer::Clip;
 use super::quantizer::Quantizer;
 use super::query::{Probabilities, Query, QueryForm};
 use super::smooth::Smooth;
 use super::tile::{Tile, Width};
-use super::{PageCodec, PageRef, SealRows, Side};
+use crate::codec::page::{PageCodec, PageRef, SealRows, Side};
 use crate::error::{Error, Result, Status};
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 /// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
 pub const FORMAT_VERSION: u32 = 2;
@@ -59,52 +60,6 @@ impl fmt::Display for GroupSize {
         match self {
             GroupSize::Channels(n) => write!(f, "{n}"),
             GroupSize::Head => f.write_str("head"),
-        }
-    }
-}
-
-/// How the range that the codes cover is chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Clip {
-    /// Symmetric: the uniform step that is best for a Gaussian of the group's root mean square. Affine: [`Clip::affine`].
-    Auto,
-    /// This part of the largest distance from the middle of the range.
-    Factor(f32),
-    /// The range is cut into as many cells as there are codes, which stand for the cells' middles.
-    Cells,
-}
-
-impl Clip {
-    /// Parses the `clip` key of a recipe.
-    pub fn parse(text: &str) -> Result<Self> {
-        match (text, text.parse::<f32>()) {
-            ("auto", _) => Ok(Clip::Auto),
-            ("cells", _) => Ok(Clip::Cells),
-            (_, Ok(x)) if (0.3..=1.0).contains(&x) => Ok(Clip::Factor(x)),
-            _ => Err(Error::new(Status::Recipe, format!("clip={text}: use auto, cells or a number from 0.3 to 1"))),
-        }
-    }
-
-    /// The part of the half-range that affine codes reach: more levels want less clipping.
-    pub fn affine(self, levels: u32) -> f32 {
-        match (self, levels) {
-            (Clip::Factor(x), _) => x,
-            (Clip::Cells, _) => (levels - 1) as f32 / levels as f32,
-            (Clip::Auto, 3) => 0.7,
-            (Clip::Auto, 4) => 0.8,
-            (Clip::Auto, 8) => 0.9,
-            // Two levels stand for a sign, whatever their distance.
-            (Clip::Auto, _) => 1.0,
-        }
-    }
-}
-
-impl fmt::Display for Clip {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Clip::Auto => f.write_str("auto"),
-            Clip::Cells => f.write_str("cells"),
-            Clip::Factor(x) => write!(f, "{x}"),
         }
     }
 }

@@ -4,8 +4,8 @@
 use super::{GroupCodec, GroupKernels, PageRef, Probabilities, Query, SealRows};
 use crate::codec::float8::{e4m3_base, e4m3_decode, power, scale_base};
 use crate::codec::hadamard;
+use crate::codec::page::{PageCodec, Side};
 use crate::codec::quantizer::{dot, Quantizer};
-use crate::codec::{PageCodec, Side};
 use crate::shape::MAX_HEAD_DIM;
 
 pub(super) static KERNELS: GroupKernels = GroupKernels {

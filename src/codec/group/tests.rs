@@ -1,11 +1,11 @@
 //! Codec `group` against published and measured values.
 #![forbid(unsafe_code)]
 
-use crate::codec::{PageCodec, SealRows, Side};
+use crate::codec::page::{PageCodec, SealRows, Side};
 use crate::layout::Layout;
 use crate::recipe::{Recipe, SideRecipe};
 use crate::shape::Shape;
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 const DIM: usize = 128;
 const PAGE: usize = 128;
@@ -47,7 +47,7 @@ fn round_trip(spec: &str, offset: f32) -> (f64, f64) {
         );
         let mut out = [0f32; DIM];
         for (row, truth) in truth.chunks_exact(DIM).enumerate() {
-            codec.decode(crate::codec::PageRef { header: &header, bytes: &bytes }, row, &mut out);
+            codec.decode(crate::codec::page::PageRef { header: &header, bytes: &bytes }, row, &mut out);
             for (a, b) in out.iter().zip(truth) {
                 let (a, b) = (f64::from(*a), f64::from(*b));
                 error += (a - b).powi(2);

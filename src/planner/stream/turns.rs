@@ -8,7 +8,7 @@ use super::super::Planner;
 use super::{Held, StreamState};
 use crate::error::{Error, Result};
 use crate::plan::{turn_ints, CELLS_PER_WORD, MAX_TURNS};
-use crate::shift::{Recoded, Shift};
+use crate::planner::{Recoded, Shift};
 
 impl Planner {
     /// Takes note that the positions of a stream's tokens move: that of cell `i` by `moved[i]`. Gives what each layer has to

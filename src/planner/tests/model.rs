@@ -4,8 +4,7 @@
 
 use super::rng::Rng;
 use crate::plan::{plan_len, Plan, Source, View};
-use crate::planner::{CellState, Planner, PlannerConfig, Row};
-use crate::shift::Shift;
+use crate::planner::{CellState, Planner, PlannerConfig, Row, Shift};
 
 /// What a cell of the host holds.
 #[derive(Clone, Copy, Debug)]
