@@ -10,6 +10,7 @@ pub mod channel;
 pub mod float8;
 pub mod group;
 pub mod hadamard;
+pub(crate) mod kernels;
 pub mod mixed;
 pub mod page;
 pub(crate) mod quantizer;

@@ -10,15 +10,9 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 
 use exact::Kernels;
-use isa::{Isa, IsaToken};
+use isa::IsaToken;
 
 /// The kernels of an instruction set.
 pub(crate) fn kernels(token: IsaToken) -> &'static Kernels {
-    match token.isa() {
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::kernels(token),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => avx512::kernels(token),
-        _ => &scalar::KERNELS,
-    }
+    isa::kernels_of!(token)
 }

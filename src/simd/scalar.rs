@@ -4,7 +4,7 @@
 use crate::rows::finite;
 use crate::simd::exact::{ExactRows, Kernels, Logits, State};
 
-pub(super) static KERNELS: Kernels = Kernels { exact_scores, exact_accumulate, softmax, f16_to_f32, copy_finite };
+pub(super) const KERNELS: Kernels = Kernels { exact_scores, exact_accumulate, softmax, f16_to_f32, copy_finite };
 
 fn exact_scores(q: &[f32], rows: ExactRows, scores: &mut [f32], columns: usize) {
     for (q, scores) in q.chunks_exact(rows.dim).zip(scores.chunks_exact_mut(columns)) {

@@ -18,6 +18,7 @@ pub(super) mod tests;
 
 use std::fmt;
 
+use super::kernels::Kernels;
 pub use super::quantizer::Clip;
 use super::quantizer::Quantizer;
 use super::query::{Probabilities, Query, QueryForm};
@@ -25,7 +26,7 @@ use super::smooth::Smooth;
 use super::tile::{Tile, Width};
 use crate::codec::page::{PageCodec, PageRef, SealRows, Side};
 use crate::error::{Error, Result, Status};
-use crate::simd::isa::{Isa, IsaToken};
+use crate::simd::isa::{kernels_of, IsaToken};
 
 /// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
 pub const FORMAT_VERSION: u32 = 2;
@@ -109,29 +110,7 @@ pub struct GroupCodec {
     pub(crate) group: usize,
     pub(crate) n_groups: usize,
     pub(crate) tile: Tile,
-    kernels: &'static GroupKernels,
-}
-
-/// One row of the kernel table.
-#[derive(Debug)]
-pub(crate) struct GroupKernels {
-    seal: fn(&GroupCodec, &mut [u8], &mut [u8], &mut SealRows),
-    prepare: fn(&mut Query, &QueryForm),
-    untransform: fn(&mut [f32]),
-    scores: fn(&GroupCodec, PageRef, &Query, &mut [f32]),
-    accumulate: fn(&GroupCodec, PageRef, &mut Probabilities, &mut [f32]),
-}
-
-impl GroupKernels {
-    fn of(token: IsaToken) -> &'static GroupKernels {
-        match token.isa() {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::kernels(token),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => avx512::kernels(token),
-            _ => &scalar::KERNELS,
-        }
-    }
+    kernels: &'static Kernels<GroupCodec>,
 }
 
 impl GroupCodec {
@@ -157,7 +136,7 @@ impl GroupCodec {
         params.mean &= side == Side::Key;
         params.smooth &= side == Side::Key;
         let n_groups = head_dim / group;
-        Ok(Self { params, side, head_dim, page, group, n_groups, tile, kernels: GroupKernels::of(token) })
+        Ok(Self { params, side, head_dim, page, group, n_groups, tile, kernels: kernels_of!(token) })
     }
 
     pub(crate) fn steps_offset(&self) -> usize {
