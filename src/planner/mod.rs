@@ -6,10 +6,12 @@
 
 mod config;
 mod shift;
+mod snapshot;
 mod state;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod turns;
 
 pub use config::{n_slots, PlannerConfig};
 pub(crate) use config::{sequences_per_stream, UNSEALED_SHARE};

@@ -4,9 +4,6 @@
 //! be encoded as well: its page holds it, the slot overrides it, and leaving the window costs nothing.
 #![forbid(unsafe_code)]
 
-mod snapshot;
-mod turns;
-
 use super::config::PlannerConfig;
 use super::Row;
 use crate::location::{Location, IN_PAGE, IN_SLOT};
@@ -37,42 +34,42 @@ pub(super) struct ExactRow {
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct PageState {
+pub(super) struct PageState {
     /// Exact cells of the page.
-    n_exact: usize,
+    pub(super) n_exact: usize,
     /// Stamp of the latest row placed in the page. That row may have died, but not while the page is all exact.
-    newest: u64,
+    pub(super) newest: u64,
 }
 
 /// The window of a sequence, among its exact rows that are not pinned.
 #[derive(Clone, Copy, Debug)]
-struct Window {
-    n_rows: usize,
+pub(super) struct Window {
+    pub(super) n_rows: usize,
     /// Stamp of its oldest row: what is older has left it.
-    start: u64,
+    pub(super) start: u64,
 }
 
 /// The cells, slots and pages of one stream.
 #[derive(Clone, Debug)]
 pub(super) struct StreamState {
-    config: PlannerConfig,
-    n_slots: usize,
+    pub(super) config: PlannerConfig,
+    pub(super) n_slots: usize,
     pub(super) held: Vec<Held>,
     /// By source: slots, and while a plan is made the ubatch's rows behind them.
     pub(super) exact: Vec<Option<ExactRow>>,
     /// Sources of the exact rows that are not pinned, oldest first.
-    order: Vec<u32>,
+    pub(super) order: Vec<u32>,
     /// By sequence: see [`StreamState::set_windows`].
-    windows: Vec<Window>,
-    pages: Vec<PageState>,
+    pub(super) windows: Vec<Window>,
+    pub(super) pages: Vec<PageState>,
     /// The sealed cells as page bits.
-    sealed_bits: Vec<u32>,
+    pub(super) sealed_bits: Vec<u32>,
     /// For each cell by how much the rows of its page have moved since they were encoded.
-    turned: Vec<i32>,
+    pub(super) turned: Vec<i32>,
     /// The same as a plan has it.
-    turns: Vec<i32>,
-    n_pinned: usize,
-    next_stamp: u64,
+    pub(super) turns: Vec<i32>,
+    pub(super) n_pinned: usize,
+    pub(super) next_stamp: u64,
 }
 
 impl StreamState {
@@ -317,7 +314,7 @@ impl StreamState {
         self.sealed_bits[cell / CELLS_PER_WORD] |= 1 << (cell % CELLS_PER_WORD);
     }
 
-    fn unseal(&mut self, cell: usize) {
+    pub(super) fn unseal(&mut self, cell: usize) {
         self.held[cell] = Held::Empty;
         self.sealed_bits[cell / CELLS_PER_WORD] &= !(1 << (cell % CELLS_PER_WORD));
     }
@@ -371,7 +368,7 @@ impl StreamState {
         self.order.retain(|&source| self.exact[source as usize].is_some());
     }
 
-    fn page_cells(&self, page: usize) -> std::ops::Range<usize> {
+    pub(super) fn page_cells(&self, page: usize) -> std::ops::Range<usize> {
         let first = page * self.config.page;
         first..(first + self.config.page).min(self.config.n_cells)
     }

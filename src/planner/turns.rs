@@ -4,8 +4,8 @@
 //! it, so that it meets the page's parameters as the rows beside it did. A page encoded afresh starts from 0.
 #![forbid(unsafe_code)]
 
-use super::super::Planner;
-use super::{Held, StreamState};
+use super::stream::{Held, StreamState};
+use super::Planner;
 use crate::error::{Error, Result};
 use crate::plan::{turn_ints, CELLS_PER_WORD, MAX_TURNS};
 use crate::planner::{Recoded, Shift};

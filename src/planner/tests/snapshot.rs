@@ -1,7 +1,7 @@
-use super::super::super::{Planner, PlannerConfig, Row};
 use crate::error::Status;
 use crate::location::{IN_PAGE, IN_SLOT, NOWHERE};
 use crate::plan::plan_len;
+use crate::planner::{Planner, PlannerConfig, Row};
 
 const CONFIG: PlannerConfig = PlannerConfig {
     n_cells: 200,

@@ -2,8 +2,8 @@
 //! [`Planner::export`] it keeps slots, arrival numbers and the rows of removed tokens.
 #![forbid(unsafe_code)]
 
-use super::super::Planner;
-use super::{ExactRow, Held, StreamState};
+use super::stream::{ExactRow, Held, StreamState};
+use super::Planner;
 use crate::error::{Error, Result, Status};
 use crate::plan::CELLS_PER_WORD;
 
@@ -175,5 +175,5 @@ fn malformed(text: &str) -> Error {
 }
 
 #[cfg(test)]
-#[path = "snapshot_tests.rs"]
+#[path = "tests/snapshot.rs"]
 mod tests;
