@@ -6,6 +6,7 @@
 
 use crate::codec::page::{SealRows, Side};
 use crate::error::Result;
+use crate::head::HeadMut;
 use crate::layout::Layout;
 use crate::location::Location;
 use crate::pool;
@@ -23,39 +24,39 @@ use crate::store::check_location;
 pub fn erase_head(layout: &Layout, side: Side, region: &mut [u8], location: &[Location]) -> Result<()> {
     check_location(layout, location, &(0..layout.n_cells()))?;
     let in_page = |cell: usize| location[cell].in_page();
-    erase_slots(layout, side, region, location);
-    erase_pool(layout, side, region, &in_page);
+    let mut head = HeadMut::new(layout, side, region);
+    erase_slots(layout, &mut head, location);
+    erase_pool(layout, &mut head, &in_page);
     for page in 0..layout.n_pages() {
-        erase_page_rows(layout, side, region, page, &in_page);
+        erase_page_rows(layout, &mut head, page, &in_page);
     }
     Ok(())
 }
 
-fn erase_slots(layout: &Layout, side: Side, region: &mut [u8], location: &[Location]) {
+fn erase_slots(layout: &Layout, head: &mut HeadMut, location: &[Location]) {
     let mut is_used = vec![false; layout.n_slots()];
     location.iter().filter_map(Location::slot).for_each(|slot| is_used[slot] = true);
     for slot in (0..layout.n_slots()).filter(|slot| !is_used[*slot]) {
-        layout.side(side).slot_mut(region, slot).fill(0);
+        head.slot_mut(slot).fill(0);
     }
 }
 
-fn erase_pool(layout: &Layout, side: Side, region: &mut [u8], in_page: &dyn Fn(usize) -> bool) {
-    let side = layout.side(side);
-    let members: Vec<Option<usize>> = pool::cells(side, region).take(layout.pool_rows()).collect();
+fn erase_pool(layout: &Layout, head: &mut HeadMut, in_page: &dyn Fn(usize) -> bool) {
+    let members: Vec<Option<usize>> = pool::cells(head.as_ref()).collect();
     for (row, cell) in members.into_iter().enumerate() {
         if !cell.is_some_and(|cell| cell < layout.n_cells() && in_page(cell)) {
-            side.pool_row_mut(region, row).fill(0);
-            pool::set_cell(side, region, row, None);
+            head.pool_row_mut(row).fill(0);
+            pool::set_cell(head, row, None);
         }
     }
 }
 
-fn erase_page_rows(layout: &Layout, side: Side, region: &mut [u8], page: usize, in_page: &dyn Fn(usize) -> bool) {
-    let side = layout.side(side);
+fn erase_page_rows(layout: &Layout, head: &mut HeadMut, page: usize, in_page: &dyn Fn(usize) -> bool) {
     let (first, n) = (page * layout.page(), layout.page());
     let keeps = |row: &u32| first + (*row as usize) < layout.n_cells() && in_page(first + *row as usize);
     let at: Vec<u32> = (0..n as u32).filter(|row| !keeps(row)).collect();
-    let (header, bytes) = side.page_mut(region, page);
+    let side = head.layout;
+    let (header, bytes) = head.page_mut(page);
     if at.len() == n {
         header.fill(0);
         bytes.fill(0);
@@ -162,7 +163,7 @@ mod tests {
                 foreign.iter().for_each(|&cell| location[cell] = Location::default());
                 erase(&layout, &mut memory, &location);
                 // What was learned is the stream's, not a row.
-                layout.side(Side::Key).learned_mut(&mut memory[0]).fill(0);
+                HeadMut::new(&layout, Side::Key, &mut memory[0]).learned_mut().fill(0);
                 memory
             });
             assert!(a == b, "{spec}");
@@ -179,7 +180,8 @@ mod tests {
             kept[70] = Location::default();
             let mut overwritten = memory.clone();
             for (side, memory) in [Side::Key, Side::Value].into_iter().zip(&mut overwritten) {
-                let (header, bytes) = layout.side(side).page_mut(memory, 1);
+                let mut head = HeadMut::new(&layout, side, memory);
+                let (header, bytes) = head.page_mut(1);
                 let mut rows: Vec<f32> = (0..DIM).map(|i| (i * 37 % 11) as f32 - 5.0).collect();
                 let (at, none): (_, &[f32]) = (&[6], &[]);
                 let mut rows = SealRows {

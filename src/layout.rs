@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 
-use crate::codec::page::{bits_per_value, PageCodec, PageRef, Side, HEADER_BYTES};
+use crate::codec::page::{bits_per_value, PageCodec, Side, HEADER_BYTES};
+use crate::codec::CodecParams;
 use crate::error::{Error, Result};
 use crate::plan::{Plan, View};
-use crate::recipe::{PoolParams, Recipe, SideRecipe};
+use crate::recipe::{PoolParams, Recipe};
 use crate::shape::Shape;
 use crate::simd::exact::Kernels;
 use crate::simd::isa::IsaToken;
@@ -47,16 +48,16 @@ pub struct Layout {
 pub(crate) struct SideLayout {
     pub(crate) codec: Arc<dyn PageCodec>,
     pub(crate) head_dim: usize,
-    pool: usize,
-    pool_table: usize,
-    pool_table_end: usize,
-    learned: usize,
-    learned_end: usize,
-    recent: usize,
-    recent_end: usize,
-    headers: usize,
-    pages: usize,
-    page_bytes: usize,
+    pub(crate) pool: usize,
+    pub(crate) pool_table: usize,
+    pub(crate) pool_table_end: usize,
+    pub(crate) learned: usize,
+    pub(crate) learned_end: usize,
+    pub(crate) recent: usize,
+    pub(crate) recent_end: usize,
+    pub(crate) headers: usize,
+    pub(crate) pages: usize,
+    pub(crate) page_bytes: usize,
     head_bytes: usize,
 }
 
@@ -89,9 +90,9 @@ impl Layout {
         }
         let n_pages = n_cells.div_ceil(recipe.page);
         let pool_rows = recipe.pool.map_or(0, |pool| pool.rows(layer));
-        let side = |side, head_dim: u32, side_recipe: &SideRecipe| -> Result<SideLayout> {
+        let side = |side, head_dim: u32, params: &CodecParams| -> Result<SideLayout> {
             let head_dim = head_dim as usize;
-            let codec = side_recipe.codec(side, head_dim, recipe.page, token)?;
+            let codec = params.build(side, head_dim, recipe.page, token)?;
             let pool = (n_slots * head_dim * 2).next_multiple_of(64);
             let pool_table = pool + (pool_rows * head_dim * 2).next_multiple_of(64);
             let pool_table_end = pool_table + pool_rows * 4;
@@ -321,86 +322,5 @@ pub(crate) fn check_plan(layout: &Layout, plan: &Plan) -> Result<()> {
 impl SideLayout {
     fn bits(&self, page: usize) -> f64 {
         bits_per_value(self.page_bytes, page, self.head_dim)
-    }
-
-    /// A page of a head region.
-    pub(crate) fn page<'a>(&self, region: &'a [u8], page: usize) -> PageRef<'a> {
-        PageRef {
-            header: &region[self.headers + page * HEADER_BYTES..][..HEADER_BYTES],
-            bytes: &region[self.pages + page * self.page_bytes..][..self.page_bytes],
-        }
-    }
-
-    /// Header and bytes of a page, to write to.
-    pub(crate) fn page_mut<'a>(&self, region: &'a mut [u8], page: usize) -> (&'a mut [u8], &'a mut [u8]) {
-        let (front, pages) = region.split_at_mut(self.pages);
-        let header = &mut front[self.headers + page * HEADER_BYTES..][..HEADER_BYTES];
-        (header, &mut pages[page * self.page_bytes..][..self.page_bytes])
-    }
-
-    /// The FP16 row of an exact slot.
-    pub(crate) fn slot<'a>(&self, region: &'a [u8], slot: usize) -> &'a [u8] {
-        &region[slot * self.head_dim * 2..][..self.head_dim * 2]
-    }
-
-    /// The FP16 rows of `n` exact slots from `first`.
-    pub(crate) fn slots<'a>(&self, region: &'a [u8], first: usize, n: usize) -> &'a [u8] {
-        &region[first * self.head_dim * 2..][..n * self.head_dim * 2]
-    }
-
-    /// The FP16 row of a member of the outlier pool.
-    pub(crate) fn pool_row<'a>(&self, region: &'a [u8], row: usize) -> &'a [u8] {
-        self.pool_rows(region, row + 1).split_at(row * self.head_dim * 2).1
-    }
-
-    /// The first `n` FP16 rows of the outlier pool.
-    pub(crate) fn pool_rows<'a>(&self, region: &'a [u8], n: usize) -> &'a [u8] {
-        &region[self.pool..][..n * self.head_dim * 2]
-    }
-
-    /// The FP16 row of a member of the outlier pool, to write to.
-    pub(crate) fn pool_row_mut<'a>(&self, region: &'a mut [u8], row: usize) -> &'a mut [u8] {
-        &mut region[self.pool + row * self.head_dim * 2..][..self.head_dim * 2]
-    }
-
-    /// The cells of the outlier pool, as the layout has them.
-    pub(crate) fn pool_table<'a>(&self, region: &'a [u8]) -> &'a [u8] {
-        &region[self.pool_table..self.pool_table_end]
-    }
-
-    /// [`SideLayout::pool_table`], to write to.
-    pub(crate) fn pool_table_mut<'a>(&self, region: &'a mut [u8]) -> &'a mut [u8] {
-        &mut region[self.pool_table..self.pool_table_end]
-    }
-
-    /// All that a stream's tokens leave beside their rows, to be forgotten with the last of them: who is in the outlier
-    /// pool, what was learned, recent queries.
-    pub(crate) fn remembered_mut<'a>(&self, region: &'a mut [u8]) -> &'a mut [u8] {
-        &mut region[self.pool_table..self.recent_end]
-    }
-
-    /// What the store step has learned, as [`crate::learned`] has it; empty for values.
-    pub(crate) fn learned<'a>(&self, region: &'a [u8]) -> &'a [u8] {
-        &region[self.learned..self.learned_end]
-    }
-
-    /// [`SideLayout::learned`], to write to.
-    pub(crate) fn learned_mut<'a>(&self, region: &'a mut [u8]) -> &'a mut [u8] {
-        &mut region[self.learned..self.learned_end]
-    }
-
-    /// The ring of recent queries, as the layout has it; empty if the recipe has no attention window.
-    pub(crate) fn recent<'a>(&self, region: &'a [u8]) -> &'a [u8] {
-        &region[self.recent..self.recent_end]
-    }
-
-    /// [`SideLayout::recent`], to write to.
-    pub(crate) fn recent_mut<'a>(&self, region: &'a mut [u8]) -> &'a mut [u8] {
-        &mut region[self.recent..self.recent_end]
-    }
-
-    /// The FP16 row of an exact slot, to write to.
-    pub(crate) fn slot_mut<'a>(&self, region: &'a mut [u8], slot: usize) -> &'a mut [u8] {
-        &mut region[slot * self.head_dim * 2..][..self.head_dim * 2]
     }
 }

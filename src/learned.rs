@@ -2,9 +2,9 @@
 //! factors its last page was smoothed with, and how far packed keys are off. It lies in the head's key region.
 #![forbid(unsafe_code)]
 
-use crate::layout::{Layout, COUNTERS};
+use crate::layout::COUNTERS;
 use crate::rows::{finite, read_float, Rows};
-use crate::shape::MAX_HEAD_DIM;
+use crate::shape::{Shape, MAX_HEAD_DIM};
 
 /// Queries that the mean of their squares remembers: older ones fade.
 const MOMENT_MEMORY: f32 = 4096.0;
@@ -22,8 +22,8 @@ pub(crate) fn read_moments(learned: &[u8], out: &mut Vec<f32>) {
 }
 
 /// Adds the squares of the ubatch's queries of a KV head to its moments.
-pub(crate) fn learn_queries(layout: &Layout, head: usize, learned: &mut [u8], q: &Rows, n_tokens: usize) {
-    let (dim, gqa) = (layout.shape().head_dim_k as usize, layout.shape().gqa_ratio());
+pub(crate) fn learn_queries(shape: Shape, head: usize, learned: &mut [u8], q: &Rows, n_tokens: usize) {
+    let (dim, gqa) = (shape.head_dim_k as usize, shape.gqa_ratio());
     let mut squares = [0f32; MAX_HEAD_DIM as usize];
     for token in 0..n_tokens {
         for q_head in head * gqa..(head + 1) * gqa {

@@ -13,11 +13,14 @@
 //! * `capi`: the C boundary behind `include/kvq.h`.
 
 pub mod attention;
+#[doc(hidden)]
+pub mod bench_api;
 pub mod cache;
 mod capi;
 pub mod codec;
 pub mod erase;
 pub mod error;
+mod head;
 pub mod layout;
 pub mod learned;
 pub mod location;

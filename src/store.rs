@@ -5,29 +5,15 @@ use std::ops::Range;
 
 use crate::codec::page::{SealRows, Side};
 use crate::error::{Error, Result};
-use crate::layout::{check_plan, Layout, SideLayout};
-use crate::learned::{exponents, learn_queries, read_moments, KeyError, Sample};
+use crate::head::{Head, HeadMut};
+use crate::layout::{check_plan, Layout};
+use crate::learned::{learn_queries, read_moments, KeyError, Sample};
 use crate::location::Location;
 use crate::plan::{Plan, Record, Source};
 use crate::pool;
 use crate::recent::{self, Attended};
 use crate::rotation::{Angles, Rotation};
-use crate::rows::{finite, read_half, write_half, Rows};
-use crate::shape::MAX_HEAD_DIM;
-
-/// Writes a row to an exact slot.
-pub(crate) fn write_slot(side: &SideLayout, region: &mut [u8], slot: usize, row: &[f32]) {
-    let mut kept = [0f32; MAX_HEAD_DIM as usize];
-    let kept = &mut kept[..row.len()];
-    kept.iter_mut().zip(row).for_each(|(to, x)| *to = finite(*x));
-    write_half(side.slot_mut(region, slot), kept);
-}
-
-/// Reads a row from an exact slot.
-pub(crate) fn read_slot(side: &SideLayout, region: &[u8], slot: usize, out: &mut [f32]) {
-    read_half(side.slot(region, slot), out);
-    out.iter_mut().for_each(|x| *x = finite(*x));
-}
+use crate::rows::{finite, write_half, Rows};
 
 /// What a layer's store step takes in, `[n_tokens][heads][head_dim]`.
 #[derive(Clone, Copy)]
@@ -46,32 +32,26 @@ pub struct StoreRows<'a> {
 }
 
 /// Executes a plan for one KV head of one layer: encodes the rows that leave the exact part, then writes the ubatch's rows
-/// that stay exact to their slots. `regions` are that head's key and value regions ([`Layout::head_bytes`]).
+/// that stay exact to their slots. `[k, v]` are that head's key and value regions ([`Layout::head_bytes`]).
 ///
 /// # Errors
 ///
 /// [`crate::error::Status::InvalidArgument`] if the plan was made for other sizes.
-pub fn store_head(
-    layout: &Layout,
-    head: usize,
-    mut regions: [&mut [u8]; 2],
-    rows: &StoreRows,
-    plan: &Plan,
-) -> Result<()> {
+pub fn store_head(layout: &Layout, head: usize, [k, v]: [&mut [u8]; 2], rows: &StoreRows, plan: &Plan) -> Result<()> {
     check_plan(layout, plan)?;
     check_rotation(layout, plan, rows.rotation)?;
+    let mut heads = [HeadMut::new(layout, Side::Key, k), HeadMut::new(layout, Side::Value, v)];
     if plan.starts_anew() {
-        forget(layout, &mut regions);
+        forget(&mut heads);
     }
     if let Some(q) = &rows.q {
-        let learned = layout.side(Side::Key).learned_mut(regions[0]);
-        learn_queries(layout, head, learned, q, plan.n_tokens());
+        learn_queries(layout.shape(), head, heads[0].learned_mut(), q, plan.n_tokens());
         if let Some(attended) = rows.attended.as_ref().filter(|_| layout.attn_window() > 0) {
-            recent::remember(layout, head, regions[0], q, attended, plan.n_tokens());
+            recent::remember(layout, head, &mut heads[0], q, attended, plan.n_tokens());
         }
     }
     if layout.pool().is_some() {
-        pool::drop_stale(layout, &mut regions, plan);
+        pool::drop_stale(&mut heads, plan);
     }
     let mut page = SealedPage::default();
     let mut records = plan.records().peekable();
@@ -83,26 +63,21 @@ pub fn store_head(
         }
         page.turned.clear();
         page.turned.extend(page.records.iter().map(|record| if record.fresh { 0 } else { plan.turned(record.cell) }));
-        seal_page(layout, head, &mut regions, rows, &mut page);
+        seal_page(layout, head, &mut heads, rows, &mut page);
     }
-    for (side, current) in [(Side::Key, &rows.k), (Side::Value, &rows.v)] {
-        let side_layout = layout.side(side);
+    for (to, current) in heads.iter_mut().zip([&rows.k, &rows.v]) {
         for (row, &slot) in plan.row_slots().iter().enumerate().filter(|(_, slot)| **slot >= 0) {
-            let row = current.row(row, head, side_layout.head_dim);
-            write_slot(side_layout, regions[side as usize], slot as usize, row);
+            to.write_slot(slot as usize, current.row(row, head, to.layout.head_dim));
         }
     }
     Ok(())
 }
 
 /// Makes a head as new, but for what is known of the model rather than of its tokens: how far packed keys are off.
-fn forget(layout: &Layout, regions: &mut [&mut [u8]; 2]) {
-    let key = layout.side(Side::Key);
-    let error = KeyError::read(key.learned(regions[0]));
-    for side in [Side::Key, Side::Value] {
-        layout.side(side).remembered_mut(regions[side as usize]).fill(0);
-    }
-    error.write(key.learned_mut(regions[0]));
+fn forget(heads: &mut [HeadMut; 2]) {
+    let error = KeyError::read(heads[0].as_ref().learned());
+    heads.iter_mut().for_each(|head| head.remembered_mut().fill(0));
+    error.write(heads[0].learned_mut());
 }
 
 /// One page on its way, with its buffers.
@@ -121,24 +96,24 @@ struct SealedPage {
 }
 
 /// Encodes the records of one page, keys first: they decide which tokens enter the outlier pool.
-fn seal_page(layout: &Layout, head: usize, regions: &mut [&mut [u8]; 2], rows: &StoreRows, page: &mut SealedPage) {
-    let SealedPage { records, turned, at, rows: gathered, pooled, exact, channel_weights, attention } = page;
-    let (index, fresh) = (records[0].cell / layout.page(), records[0].fresh);
+fn seal_page(layout: &Layout, index: usize, heads: &mut [HeadMut; 2], rows: &StoreRows, sealed: &mut SealedPage) {
+    let SealedPage { records, turned, at, rows: gathered, pooled, exact, channel_weights, attention } = sealed;
+    let (page, fresh) = (records[0].cell / layout.page(), records[0].fresh);
     at.clear();
     at.extend(records.iter().map(|record| (record.cell % layout.page()) as u32));
     if fresh && layout.pool().is_some() {
-        pool::give_back(layout, regions, index);
+        pool::give_back(heads, page * layout.page()..(page + 1) * layout.page());
     }
     for (side, current) in [(Side::Key, &rows.k), (Side::Value, &rows.v)] {
-        let (side_layout, region) = (layout.side(side), &mut *regions[side as usize]);
-        let dim = side_layout.head_dim;
+        let head = &mut heads[side as usize];
+        let dim = head.layout.head_dim;
         gathered.clear();
         gathered.resize(records.len() * dim, 0.0);
         for (record, to) in records.iter().zip(gathered.chunks_exact_mut(dim)) {
             match record.source {
-                Source::Slot(slot) => read_slot(side_layout, region, slot, to),
+                Source::Slot(slot) => head.as_ref().read_slot(slot, to),
                 Source::Row(row) => {
-                    to.iter_mut().zip(current.row(row, head, dim)).for_each(|(t, x)| *t = finite(*x));
+                    to.iter_mut().zip(current.row(row, index, dim)).for_each(|(t, x)| *t = finite(*x));
                 }
             }
         }
@@ -146,30 +121,30 @@ fn seal_page(layout: &Layout, head: usize, regions: &mut [&mut [u8]; 2], rows: &
             pooled.clear();
             // Rows that join a page whose range is fixed are too few to tell an outlier among.
             if let Some(pool) = layout.pool().filter(|_| fresh) {
-                pooled.extend(pool::trace(layout, pool, region, gathered));
+                pooled.extend(pool::trace(pool, head.as_ref(), gathered));
             }
             exact.clear();
             exact.extend(pooled.iter().map(Option::is_some));
-            recent::attention(layout, region, gathered, attention);
+            recent::attention(layout, head.as_ref(), gathered, attention);
         }
         for (i, row) in pooled.iter().enumerate() {
             let Some(row) = *row else { continue };
-            write_half(side_layout.pool_row_mut(region, row), &gathered[i * dim..][..dim]);
-            pool::set_cell(side_layout, region, row, Some(records[i].cell));
+            write_half(head.pool_row_mut(row), &gathered[i * dim..][..dim]);
+            pool::set_cell(head, row, Some(records[i].cell));
         }
         if let Some(rotation) = rows.rotation.filter(|_| side == Side::Key) {
             turn_back(rotation, turned, gathered);
         }
-        read_moments(side_layout.learned(region), channel_weights);
+        read_moments(head.as_ref().learned(), channel_weights);
         let sample = (side == Side::Key).then(|| Sample::take(gathered, dim, exact));
         let rows = SealRows { at, rows: gathered, fresh, exact, channel_weights, last_exponents: &mut [], attention };
-        seal_rows(side_layout, region, index, rows);
+        head.seal(page, rows);
         if let Some(sample) = sample {
-            let page = side_layout.page(region, index);
-            let error = sample.error(channel_weights, |i, out| side_layout.codec.decode(page, at[i] as usize, out));
-            let mut known = KeyError::read(side_layout.learned(region));
+            let sealed = head.as_ref();
+            let error = sample.error(channel_weights, |i, out| sealed.decode(page, at[i] as usize, out));
+            let mut known = KeyError::read(sealed.learned());
             known.add(&error);
-            known.write(side_layout.learned_mut(region));
+            known.write(head.learned_mut());
         }
     }
 }
@@ -183,17 +158,6 @@ fn turn_back(rotation: &Rotation, turned: &[i32], keys: &mut [f32]) {
             rotation.turn_back(key, &angles);
         }
     }
-}
-
-/// Encodes rows into page `index`, which goes on from the factors of the page sealed before it.
-pub(crate) fn seal_rows(side: &SideLayout, region: &mut [u8], index: usize, rows: SealRows) {
-    let mut kept = [0u8; MAX_HEAD_DIM as usize];
-    let last = exponents(side.learned_mut(region));
-    let kept = &mut kept[..last.len()];
-    kept.copy_from_slice(last);
-    let (header, bytes) = side.page_mut(region, index);
-    side.codec.seal(header, bytes, &mut SealRows { last_exponents: kept, ..rows });
-    exponents(side.learned_mut(region)).copy_from_slice(kept);
 }
 
 pub(crate) fn check_location(layout: &Layout, location: &[Location], cells: &Range<usize>) -> Result<()> {
@@ -231,24 +195,24 @@ pub fn dequantize_head(
     out: &mut [f32],
 ) -> Result<()> {
     check_location(layout, location, &cells)?;
-    let (is_key, side) = (side == Side::Key, layout.side(side));
+    let (is_key, head) = (side == Side::Key, Head::new(layout, side, region));
     if is_key
         && rotation.is_none()
         && location[cells.clone()].iter().any(|location| location.slot().is_none() && location.turned != 0)
     {
         return Err(no_rotation());
     }
-    rotation.filter(|_| is_key).map_or(Ok(()), |rotation| rotation.check(side.head_dim))?;
+    rotation.filter(|_| is_key).map_or(Ok(()), |rotation| rotation.check(head.layout.head_dim))?;
     let mut angles = Angles::default();
-    for (cell, out) in cells.zip(out.chunks_exact_mut(side.head_dim)) {
+    for (cell, out) in cells.zip(out.chunks_exact_mut(head.layout.head_dim)) {
         if let Some(slot) = location[cell].slot() {
-            read_slot(side, region, slot, out);
+            head.read_slot(slot, out);
         } else if !location[cell].in_page() {
             out.fill(0.0);
-        } else if let Some(row) = pool::find(side, region, cell) {
-            read_half(side.pool_row(region, row), out);
+        } else if let Some(row) = pool::find(head, cell) {
+            head.read_pooled(row, out);
         } else {
-            side.codec.decode(side.page(region, cell / layout.page()), cell % layout.page(), out);
+            head.decode(cell / layout.page(), cell % layout.page(), out);
             if let Some(rotation) = rotation.filter(|_| is_key && location[cell].turned != 0) {
                 rotation.angles(location[cell].turned, &mut angles);
                 rotation.turn(out, &angles);

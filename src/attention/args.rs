@@ -1,7 +1,6 @@
 //! What attention reads, and whether it fits together.
 #![forbid(unsafe_code)]
 
-use crate::codec::page::Side;
 use crate::error::{Error, Result};
 use crate::layout::{check_plan, Layout};
 use crate::plan::{Plan, View};
@@ -103,12 +102,6 @@ impl AttendArgs<'_> {
         }
         Ok(())
     }
-}
-
-/// Region of one KV head in a stream's buffer.
-pub(super) fn region<'a>(layout: &Layout, side: Side, mem: &'a [u8], head: usize) -> &'a [u8] {
-    let bytes = layout.head_bytes(side);
-    &mem[head * bytes..(head + 1) * bytes]
 }
 
 /// ALiBi slope of a query head, as ggml computes it.

@@ -4,6 +4,7 @@
 use super::args::alibi_slope;
 use super::*;
 use crate::codec::page::Side;
+use crate::head::HeadMut;
 use crate::layout::Layout;
 use crate::location::{Location, IN_PAGE, IN_SLOT};
 use crate::plan::{Plan, View};
@@ -239,7 +240,8 @@ fn oracle(
     for kv_head in 0..nkv {
         let mut rows = [vec![0f32; n_cells * dk], vec![0f32; n_cells * dv]];
         for (side, mem, new, dim) in [(Side::Key, k_mem, k, dk), (Side::Value, v_mem, v, dv)] {
-            let region = crate::attention::args::region(layout, side, mem, kv_head);
+            let bytes = layout.head_bytes(side);
+            let region = &mem[kv_head * bytes..][..bytes];
             let rows = &mut rows[side as usize];
             dequantize_head(layout, side, region, &location, None, 0..n_cells, rows).unwrap();
             for (row, &cell) in args.plan.row_cells().iter().enumerate() {
@@ -425,8 +427,7 @@ fn kernels_read_what_the_page_says_and_nothing_else() {
     let mut rng = Rng(99);
     let rows = rng.rows(128, 128);
     let at: Vec<u32> = (0..128).collect();
-    let (header, page) = layout.side(Side::Key).page_mut(&mut region, 0);
-    let mut seal = crate::codec::page::SealRows {
+    let seal = crate::codec::page::SealRows {
         at: &at,
         rows: &mut rows.clone(),
         fresh: true,
@@ -435,7 +436,7 @@ fn kernels_read_what_the_page_says_and_nothing_else() {
         last_exponents: &mut [],
         attention: &[],
     };
-    layout.side(Side::Key).codec.seal(header, page, &mut seal);
+    HeadMut::new(&layout, Side::Key, &mut region).seal(0, seal);
     let mut out = vec![0f32; 128 * 128];
     dequantize_head(&layout, Side::Key, &region, &[IN_ITS_PAGE; 256], None, 0..128, &mut out).unwrap();
     let truth: Vec<f64> = rows.iter().map(|x| f64::from(*x)).collect();
@@ -455,12 +456,10 @@ fn hostile_values_do_not_spread() {
     let seal = |rows: &[f32]| {
         let mut region = vec![0u8; layout.head_bytes(Side::Value)];
         let at: Vec<u32> = (0..128).collect();
-        let (header, page) = layout.side(Side::Value).page_mut(&mut region, 0);
         let mut rows: Vec<f32> = rows.iter().map(|x| finite(*x)).collect();
-        layout.side(Side::Value).codec.seal(
-            header,
-            page,
-            &mut crate::codec::page::SealRows {
+        HeadMut::new(&layout, Side::Value, &mut region).seal(
+            0,
+            crate::codec::page::SealRows {
                 at: &at,
                 rows: &mut rows,
                 fresh: true,

@@ -4,15 +4,16 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use super::args::alibi_slope;
 use super::blocks::{
     blocks, cell_mask, current_cells, is_in_page, mask_columns, page_mask, seen_rows, slot_cells, Block, PageRows,
     Visible, EXACT_BLOCK,
 };
 use super::partial::finish;
 use super::AttendArgs;
-use crate::attention::args::{alibi_slope, region};
 use crate::codec::page::Side;
 use crate::codec::query::{Probabilities, Query};
+use crate::head::Head;
 use crate::layout::Layout;
 use crate::plan::MAX_TURNS;
 use crate::pool;
@@ -67,18 +68,16 @@ pub(super) fn run(
     work: &mut Workspace,
     emit: &mut dyn FnMut(usize, &[f32]),
 ) {
-    let (key, value) = (layout.side(Side::Key), layout.side(Side::Value));
+    let key = Head::of_stream(layout, Side::Key, args.k_mem, head);
+    let value = Head::of_stream(layout, Side::Value, args.v_mem, head);
     prepare(layout, args, head, tokens.clone(), work);
     let n_rows = work.slopes.len();
     work.query_turned = 0;
-    key.codec.begin_query(&work.q, &mut work.query);
-    work.state.reset(n_rows, value.head_dim);
-    let k_region = region(layout, Side::Key, args.k_mem, head);
-    let v_region = region(layout, Side::Value, args.v_mem, head);
+    key.layout.codec.begin_query(&work.q, &mut work.query);
+    work.state.reset(n_rows, value.layout.head_dim);
     work.pooled.clear();
     work.pooled.extend(
-        pool::cells(key, k_region)
-            .map(|cell| cell.filter(|cell| is_in_page(args, *cell)).map_or(-1, |cell| cell as i32)),
+        pool::cells(key).map(|cell| cell.filter(|cell| is_in_page(args, *cell)).map_or(-1, |cell| cell as i32)),
     );
     for block in blocks(args, split, layout.pool_rows() > 0) {
         match block {
@@ -89,22 +88,22 @@ pub(super) fn run(
                     continue;
                 }
                 work.probabilities.resize(n_rows, columns);
-                page_scores(layout, args, k_region, page, visible, work);
+                page_scores(layout, args, key, page, visible, work);
                 softmax(layout, args, visible, columns, work);
-                value.codec.accumulate(value.page(v_region, page), &mut work.probabilities, &mut work.state.packed);
+                value.layout.codec.accumulate(value.page(page), &mut work.probabilities, &mut work.state.packed);
             }
             Block::Slots(first) => {
                 let cells = slot_cells(args, first);
                 exact_block(layout, args, cells, tokens.clone(), work, |side, n, work| {
-                    let (side, region) = if side == Side::Key { (key, k_region) } else { (value, v_region) };
-                    (layout.kernels().f16_to_f32)(side.slots(region, first, n), &mut work.exact);
+                    let head = if side == Side::Key { key } else { value };
+                    (layout.kernels().f16_to_f32)(head.slots(first, n), &mut work.exact);
                 });
             }
             Block::Pool => {
                 let cells = std::mem::take(&mut work.pooled);
                 exact_block(layout, args, &cells, tokens.clone(), work, |side, n, work| {
-                    let (side, region) = if side == Side::Key { (key, k_region) } else { (value, v_region) };
-                    (layout.kernels().f16_to_f32)(side.pool_rows(region, n), &mut work.exact);
+                    let head = if side == Side::Key { key } else { value };
+                    (layout.kernels().f16_to_f32)(head.pool_rows(n), &mut work.exact);
                 });
                 work.pooled = cells;
             }
@@ -112,7 +111,8 @@ pub(super) fn run(
                 let Some((k, v)) = args.current else { continue };
                 let cells = current_cells(args, first);
                 exact_block(layout, args, cells, tokens.clone(), work, |side, n, work| {
-                    let (rows, dim) = if side == Side::Key { (k, key.head_dim) } else { (v, value.head_dim) };
+                    let (rows, dim) =
+                        if side == Side::Key { (k, key.layout.head_dim) } else { (v, value.layout.head_dim) };
                     for (i, out) in work.exact.chunks_exact_mut(dim).take(n).enumerate() {
                         (layout.kernels().copy_finite)(rows.row(first + i, head, dim), out);
                     }
@@ -153,13 +153,12 @@ fn prepare(layout: &Layout, args: &AttendArgs, head: usize, tokens: Range<usize>
 
 /// Scores of all query rows against the keys of a page. Where its rows have moved since they were encoded, the query is
 /// turned back by the same distance; rows that moved by different ones are scored one distance after the other.
-fn page_scores(layout: &Layout, args: &AttendArgs, region: &[u8], page: usize, visible: Visible, work: &mut Workspace) {
-    let key = layout.side(Side::Key);
-    let (page_ref, columns) = (key.page(region, page), layout.page());
+fn page_scores(layout: &Layout, args: &AttendArgs, key: Head, page: usize, visible: Visible, work: &mut Workspace) {
+    let (codec, page_ref, columns) = (&key.layout.codec, key.page(page), layout.page());
     let mut turns = args.plan.turns(page).peekable();
     if turns.peek().is_none() {
         turn_query(layout, args, 0, work);
-        key.codec.scores(page_ref, &mut work.query, &mut work.probabilities.p);
+        codec.scores(page_ref, &mut work.query, &mut work.probabilities.p);
         return;
     }
     let seen = seen_rows(visible, &work.mask, columns);
@@ -176,12 +175,12 @@ fn page_scores(layout: &Layout, args: &AttendArgs, region: &[u8], page: usize, v
     for (distance, rows) in groups.iter().filter(|(_, rows)| !rows.is_empty()) {
         turn_query(layout, args, *distance, work);
         if is_first {
-            key.codec.scores(page_ref, &mut work.query, &mut work.probabilities.p);
+            codec.scores(page_ref, &mut work.query, &mut work.probabilities.p);
             is_first = false;
             continue;
         }
         work.scores.resize(work.probabilities.p.len(), 0.0);
-        key.codec.scores(page_ref, &mut work.query, &mut work.scores);
+        codec.scores(page_ref, &mut work.query, &mut work.scores);
         let scores = work.probabilities.p.chunks_exact_mut(columns).zip(work.scores.chunks_exact(columns));
         for (to, from) in scores.take(work.slopes.len()) {
             rows.iter().for_each(|row| to[row] = from[row]);

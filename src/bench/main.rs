@@ -12,10 +12,10 @@ mod shift;
 
 use std::hint::black_box;
 
-use kvq::codec::bench_api::{ExactBench, PageBench};
-use kvq::codec::{Side, HEADER_BYTES};
+use kvq::bench_api::{ExactBench, PageBench};
+use kvq::codec::page::{Side, HEADER_BYTES};
 use kvq::recipe::Recipe;
-use kvq::simd::{Isa, IsaToken};
+use kvq::simd::isa::{Isa, IsaToken};
 
 const PAGE: usize = 128;
 const SAMPLES: usize = 15;

@@ -1,12 +1,13 @@
 //! A K-shift of a long context: CPU time of one layer, beside the attention of a token before and after.
 
-use kvq::attention::{attend, AttendArgs, Mask, Rows};
-use kvq::codec::Side;
+use kvq::attention::{attend, AttendArgs, Mask};
+use kvq::codec::page::Side;
 use kvq::layout::Layout;
 use kvq::plan::{plan_len, Plan};
 use kvq::planner::{Planner, Row};
 use kvq::recipe::Recipe;
 use kvq::rotation::Rotation;
+use kvq::rows::Rows;
 use kvq::shape::Shape;
 use kvq::shift::shift_head;
 use kvq::store::{store_head, StoreRows};
@@ -45,7 +46,7 @@ impl Filled {
     fn plan(&mut self, n: usize) -> Vec<i32> {
         let config = *self.planner.config();
         let first = self.n_held;
-        let rows: Vec<Row> = (first..first + n).map(|i| Row { cell: i as u32, pos: i as i32 }).collect();
+        let rows: Vec<Row> = (first..first + n).map(|i| Row { cell: i as u32, pos: i as i32, seq: 0 }).collect();
         let mut plan = vec![0; plan_len(n, self.planner.n_slots(), config.n_cells, config.page)];
         self.planner.plan(0, &rows, &|cell| cell < first, &mut plan).expect("a plan");
         plan

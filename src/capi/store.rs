@@ -7,6 +7,7 @@ use super::{check, check_part, guard, product, shared, slice, slice_mut};
 use crate::codec::page::Side;
 use crate::erase::erase_head;
 use crate::error::{Error, Result, Status};
+use crate::head::HeadMut;
 use crate::layout::Layout;
 use crate::location::Location;
 use crate::plan::Plan;
@@ -206,7 +207,8 @@ pub unsafe extern "C" fn kvq_pool_adopt(
             let saved = unsafe { slice(saved, heads * n_saved, name) }?;
             for (head, saved) in saved.chunks_exact(n_saved).enumerate() {
                 // SAFETY: the memory holds a region per head, which nobody else uses, as the header requires.
-                pool::adopt(layout, side, unsafe { head_region(layout, side, head, memory) }?, saved, from, to);
+                let region = unsafe { head_region(layout, side, head, memory) }?;
+                pool::adopt(&mut HeadMut::new(layout, side, region), saved, from, to);
             }
         }
         Ok(())

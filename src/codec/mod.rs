@@ -4,8 +4,6 @@
 //! must agree with it: the same sealed bytes, and scores and outputs within the codec's `nmse` bound.
 
 pub mod adaptive;
-#[doc(hidden)]
-pub mod bench_api;
 pub mod channel;
 pub mod float8;
 pub mod group;
@@ -17,6 +15,16 @@ pub(crate) mod quantizer;
 pub(crate) mod query;
 pub(crate) mod smooth;
 pub mod tile;
+
+use std::sync::Arc;
+
+use adaptive::{AdaptiveCodec, AdaptiveParams};
+use channel::{ChannelCodec, ChannelParams};
+use group::{GroupCodec, GroupParams};
+use page::{PageCodec, Side};
+
+use crate::error::{Error, Result, Status};
+use crate::simd::isa::IsaToken;
 
 /// One row of the registry.
 #[derive(Clone, Copy, Debug)]
@@ -37,3 +45,34 @@ pub const REGISTRY: &[CodecInfo] = &[
     // As above, since rotation can be turned off.
     CodecInfo { name: "adaptive", format_version: adaptive::FORMAT_VERSION, nmse: mixed::NMSE },
 ];
+
+/// How one side (keys or values) of a cache is encoded: a codec and its numbers. The one place that makes a codec.
+#[derive(Clone, Debug, PartialEq)]
+pub enum CodecParams {
+    /// Per token, groups of channels inside a head (SKVQ).
+    Group(GroupParams),
+    /// Per channel over the tokens of a page (KIVI, OTT). Keys only.
+    Channel(ChannelParams),
+    /// Per token, each with a width of its own (QAQ).
+    Adaptive(AdaptiveParams),
+}
+
+impl CodecParams {
+    /// The codec of this side for heads of `head_dim` channels.
+    pub(crate) fn build(
+        &self,
+        side: Side,
+        head_dim: usize,
+        page: usize,
+        token: IsaToken,
+    ) -> Result<Arc<dyn PageCodec>> {
+        Ok(match self {
+            CodecParams::Group(params) => Arc::new(GroupCodec::new(params, side, head_dim, page, token)?),
+            CodecParams::Channel(_) if side == Side::Value => {
+                return Err(Error::new(Status::Recipe, "values cannot be quantized per channel"));
+            }
+            CodecParams::Channel(params) => Arc::new(ChannelCodec::new(params, head_dim, page, token)?),
+            CodecParams::Adaptive(params) => Arc::new(AdaptiveCodec::new(params, side, head_dim, page, token)?),
+        })
+    }
+}

@@ -56,7 +56,7 @@ fn bits(spec: &str) -> Result<[String; 2]> {
     for (cell, dim) in cells.iter_mut().zip(HEAD_DIMS) {
         let [k, v] = [(Side::Key, &recipe.key), (Side::Value, &recipe.value)].map(|(side, of_side)| {
             of_side
-                .codec(side, dim, recipe.page, token)
+                .build(side, dim, recipe.page, token)
                 .map(|codec| bits_per_value(codec.page_bytes(), recipe.page, dim))
         });
         *cell = format!("{:.2} / {:.2}", k?, v?);

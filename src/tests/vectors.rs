@@ -139,7 +139,7 @@ fn seal(codec: &dyn PageCodec, page: usize, dim: usize) -> Sealed {
 fn codec_of(case: &Case, token: IsaToken) -> (Arc<dyn PageCodec>, usize) {
     let recipe = Recipe::parse(&case.spec).unwrap();
     let side = if case.side == Side::Key { &recipe.key } else { &recipe.value };
-    (side.codec(case.side, case.dim, recipe.page, token).unwrap(), recipe.page)
+    (side.build(case.side, case.dim, recipe.page, token).unwrap(), recipe.page)
 }
 
 /// A line of a file: which page, and what became of it.

@@ -102,7 +102,7 @@ fn memory_of(cache: &Cache) -> Vec<Vec<u8>> {
         Ok(())
     };
     cache.for_each_live_memory(&mut keep).unwrap();
-    layout.side(Side::Key).learned_mut(&mut memories[0]).fill(0);
+    crate::head::HeadMut::new(layout, Side::Key, &mut memories[0]).learned_mut().fill(0);
     memories
 }
 

@@ -9,6 +9,7 @@
 //! `KVQ_WALK_SEEDS` and `KVQ_WALK_OPS` set how far it goes; `KVQ_WALK_SEED` walks that one only.
 
 use super::*;
+use crate::head::Head;
 use crate::location::{Location, IN_PAGE, IN_SLOT};
 use crate::plan::View;
 use crate::pool;
@@ -329,15 +330,15 @@ impl Walk {
     }
 
     fn members(&self, side: Side) -> Vec<usize> {
-        let (side, region) = self.region(side);
-        pool::cells(side, region).flatten().collect()
+        let (layout, region) = self.region(side);
+        pool::cells(Head::new(layout, side, region)).flatten().collect()
     }
 
     /// The only head of the only layer.
-    fn region(&self, side: Side) -> (&crate::layout::SideLayout, &[u8]) {
+    fn region(&self, side: Side) -> (&crate::layout::Layout, &[u8]) {
         let layer = &self.cache.layers[0];
         let region = if side == Side::Key { layer.k.bytes() } else { layer.v.bytes() };
-        (layer.layout.side(side), region)
+        (&layer.layout, region)
     }
 
     /// Compares the rows that the cache holds with the shadow's and gives what the oracle makes of them.
@@ -354,10 +355,9 @@ impl Walk {
         let rows: Vec<usize> = plan.row_cells().iter().map(|cell| *cell as usize).collect();
         let mut held: Vec<Vec<f32>> = Vec::new();
         for (side, new) in [(Side::Key, k), (Side::Value, v)] {
-            let (side_layout, region) = self.region(side);
-            let (dim, members) = (side_layout.head_dim, self.members(side));
+            let (layout, region) = self.region(side);
+            let (dim, members) = (layout.side(side).head_dim, self.members(side));
             let mut found = vec![0f32; N_CELLS * dim];
-            let layout = &self.cache.layers[0].layout;
             let rotation = self.cache.rotation.as_ref();
             store::dequantize_head(layout, side, region, &location, rotation, 0..N_CELLS, &mut found).unwrap();
             for (cell, token) in self.shadow.iter().enumerate() {

@@ -2,8 +2,9 @@
 #![forbid(unsafe_code)]
 
 use crate::codec::page::{PageCodec, SealRows, Side};
+use crate::codec::CodecParams;
 use crate::layout::Layout;
-use crate::recipe::{Recipe, SideRecipe};
+use crate::recipe::Recipe;
 use crate::shape::Shape;
 use crate::simd::isa::{Isa, IsaToken};
 
@@ -23,7 +24,7 @@ pub(in crate::codec) fn normal(n: usize) -> Vec<f32> {
 /// Seals pages of standard normal rows (plus `offset`) and gives the mean squared error and the slope of the reconstruction.
 fn round_trip(spec: &str, offset: f32) -> (f64, f64) {
     let recipe = Recipe::parse(spec).unwrap();
-    let SideRecipe::Group(params) = &recipe.value else { panic!("{spec} has no groups") };
+    let CodecParams::Group(params) = &recipe.value else { panic!("{spec} has no groups") };
     let token = IsaToken::new(Isa::Scalar).unwrap();
     let codec = super::GroupCodec::new(params, Side::Value, DIM, PAGE, token).unwrap();
     let at: Vec<u32> = (0..PAGE as u32).collect();
