@@ -83,6 +83,7 @@ for isa in scalar avx2 avx512; do
 done
 step "cargo test, debug assertions and overflow checks" cargo test
 
+step "imports of src/" c_tests/floors.py
 step "C tests: build" c_tests plain
 step "C tests" ctest --test-dir "$cmake_dir/plain" --output-on-failure -LE valgrind
 step "C tests: valgrind" ctest --test-dir "$cmake_dir/plain" --output-on-failure -L valgrind --no-tests=error

