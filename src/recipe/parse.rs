@@ -484,7 +484,7 @@ mod tests {
             ("", "'' asks for no compressed cache"),
             ("none", "'none' asks for no compressed cache"),
             ("off:window=64", "unknown recipe 'off'"),
-            ("on:colour=3", "kivi has no key 'colour'"),
+            ("on:colour=3", "ott has no key 'colour'"),
             ("2:window=1,window=2", "key 'window' is given twice"),
             ("skvq:k=5", "k=5: '5' is not a width: use 1.6, 2, 3, 4 or 8"),
             ("skvq:bits=2", "skvq has no key 'bits'"),
