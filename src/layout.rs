@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use crate::codec::{PageCodec, PageRef, Side, HEADER_BYTES};
+use crate::cuda::desc::SideDesc;
 use crate::error::{Error, Result};
 use crate::learned::learned_bytes;
 use crate::pool::PoolParams;
@@ -270,6 +271,23 @@ impl Layout {
 }
 
 impl SideLayout {
+    /// The same for device code.
+    pub(crate) fn describe(&self) -> SideDesc {
+        let offset = |bytes: usize| bytes as u64;
+        SideDesc {
+            head_bytes: offset(self.head_bytes),
+            pool: offset(self.pool),
+            pool_table: offset(self.pool_table),
+            learned: offset(self.learned),
+            learned_end: offset(self.learned_end),
+            recent: offset(self.recent),
+            recent_end: offset(self.recent_end),
+            headers: offset(self.headers),
+            pages: offset(self.pages),
+            ..SideDesc::of_codec(&*self.codec, self.head_dim)
+        }
+    }
+
     fn bits(&self, page: usize) -> f64 {
         (self.page_bytes + HEADER_BYTES) as f64 * 8.0 / (page * self.head_dim) as f64
     }

@@ -9,12 +9,14 @@
 //! * [`attention`] and [`store`]: what a layer does with a plan.
 //! * [`codec`]: how a page becomes bytes; [`simd`]: instruction sets and their tables.
 //! * [`reference`]: the same in 64-bit floats, short and slow; the oracle of all tests.
+//! * [`cuda`]: the same attention on a GPU.
 //! * `capi`: the C boundary behind `include/kvq.h`.
 
 pub mod attention;
 pub mod cache;
 mod capi;
 pub mod codec;
+pub mod cuda;
 pub mod erase;
 pub mod error;
 pub mod layout;

@@ -18,6 +18,7 @@ pub mod tile;
 
 use std::fmt::Debug;
 
+use crate::cuda::desc::SideDesc;
 use query::{Probabilities, Query};
 
 /// Which of the two halves of the cache.
@@ -109,4 +110,7 @@ pub(crate) trait PageCodec: Debug + Send + Sync {
 
     /// Undoes the transform on one accumulated output row.
     fn untransform(&self, row: &mut [f32]);
+
+    /// Fills in what device code has to know of a page.
+    fn describe(&self, desc: &mut SideDesc);
 }

@@ -1,6 +1,7 @@
 //! Tests of promises that no single module can keep.
 
 mod boundary;
+mod device;
 mod header;
 mod hostile_memory;
 mod layer;
