@@ -123,7 +123,7 @@ pub unsafe extern "C" fn kvq_store_enqueue(
         let (_device, _layout, args) =
             unsafe { (shared(device, "device")?, shared(layout, "layout")?, shared(args, "args")?) };
         check_workspace(workspace, "workspace")?;
-        let _ = (workspace_bytes, stream.is_null());
+        let _ = (workspace_bytes, stream);
         Err(unsupported(format!("storing {} rows on a device is not possible yet: store on the CPU", args.n_tokens)))
     })
 }
@@ -191,5 +191,10 @@ fn attend_params(args: &kvq_attend_args) -> Result<AttendParams> {
         n_tokens: args.n_tokens,
         n_splits: 1,
         view: 0,
+        n_warps: 0,
+        shared_warps: 0,
+        shared_warp: 0,
+        coefficient_bytes: 0,
+        weight_bytes: 0,
     })
 }

@@ -106,8 +106,12 @@ struct ExactRows {
         return stored(p.layer.v, p.v_mem, head, i, c);
     }
     __device__ float stored(const SideDesc &side, const uint8_t *mem, uint32_t head, uint32_t i, uint32_t c) const {
+        return finite(half_to_float(half_row(side, mem, head, i)[c]));
+    }
+    // A row of a slot or of the pool, FP16.
+    __device__ const uint16_t *half_row(const SideDesc &side, const uint8_t *mem, uint32_t head, uint32_t i) const {
         const uint8_t *rows = mem + head * side.head_bytes + (kind == POOL ? side.pool : 0);
-        return finite(half_to_float(reinterpret_cast<const uint16_t *>(rows)[size_t(first + i) * side.head_dim + c]));
+        return reinterpret_cast<const uint16_t *>(rows) + size_t(first + i) * side.head_dim;
     }
 };
 

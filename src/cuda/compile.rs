@@ -121,12 +121,8 @@ pub fn for_emulation() {
         run(command.arg("-c").arg(&source).arg("-o").arg(&object));
         objects.push(object);
     }
-    let archive = out.join("libkvq_emulated.a");
-    let _ = fs::remove_file(&archive);
-    run(Command::new("ar").arg("crs").arg(&archive).args(&objects));
-    println!("cargo:rustc-link-search=native={}", out.display());
-    // Kernels register themselves, so nothing refers to them by name.
-    println!("cargo:rustc-link-lib=static:+whole-archive=kvq_emulated");
+    let library = out.join("libkvq_emulated.so");
+    run(Command::new(&cxx).arg("-shared").args(&objects).arg("-o").arg(&library));
 }
 
 fn run(command: &mut Command) {

@@ -231,6 +231,16 @@ pub struct AttendParams {
     pub n_splits: u32,
     /// 0: the view before the store, 1: after.
     pub view: u32,
+    /// Warps of a block; this and all that follows: for the kernels that let it vary.
+    pub n_warps: u32,
+    /// Shared memory: bytes before that of the first warp.
+    pub shared_warps: u32,
+    /// Shared memory of a warp.
+    pub shared_warp: u32,
+    /// Of that, bytes of a query row's coefficients for keys.
+    pub coefficient_bytes: u32,
+    /// And for values.
+    pub weight_bytes: u32,
 }
 
 const _: () = assert!(std::mem::size_of::<LayerDesc>() == LAYER_DESC_BYTES);
