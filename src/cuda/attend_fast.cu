@@ -51,6 +51,11 @@ struct Words {
         if (rest == 2) return ONE_BIT_PAIR;
         return 4 * group + 4 <= low ? TWO_BITS : ONE_BIT;
     }
+    // What a bit of a word is shifted down by when it is read.
+    __device__ float lift(uint32_t word, uint32_t bit) const {
+        const Reading r = reading(word / 4);
+        return power(127 + (r == ONE_BIT_SINGLE ? bit / 2 * 2 : r == ONE_BIT_PAIR ? bit / 4 * 4 : 0));
+    }
     // Bytes of a row of coefficients before those of a word: 8 for each field.
     __device__ uint32_t at(uint32_t word) const {
         if (native) return 16 * word;
@@ -170,19 +175,22 @@ template <int ROWS, int DIM_V> struct Fast {
             put(row, 8 * q, first, second);
         } else if (segment < w.four) {
             const uint32_t field = 2 * (q % 2);
-            halves_of(q % 2 ? 1.f / 16.f : 1.f, first, second);
-            put_field(q / 2, field, first, second);
-            put_field(q / 2, field + 1, first, second);
+#pragma unroll
+            for (uint32_t i = 0; i < 2; i++) {
+                halves_of((q % 2 ? 1.f / 16.f : 1.f) * w.lift(q / 2, 2 * (field + i)), first, second);
+                put_field(q / 2, field + i, first, second);
+            }
         } else {
             const bool has_low = segment < w.four + w.three + w.two, has_bit = !has_low || segment < w.four + w.three;
             if (has_low) {
-                halves_of(power(127 - 2 * (q % 4)), first, second);
+                halves_of(power(127 - 2 * (q % 4)) * w.lift(w.four + segment, 2 * (q % 4)), first, second);
                 put_field(w.four + segment, q % 4, first, second);
             }
             if (has_bit) {
                 const uint32_t odd = segment - w.four - (has_low ? 0 : w.two), bit = odd % 2 * 4 + q % 4;
-                halves_of(power(127 + (has_low ? 2 : 0) - bit), first, second);
-                put(row, w.at(w.low + odd / 2) + 8 * bit, first, second);
+                const uint32_t word = w.low + odd / 2;
+                halves_of(power(127 + (has_low ? 2 : 0) - bit) * w.lift(word, bit), first, second);
+                put(row, w.at(word) + 8 * bit, first, second);
             }
         }
     }
@@ -732,32 +740,51 @@ template <int ROWS, int DIM_V> struct Fast {
         }
     }
 
+    // The exact rows that this warp takes first, from the last warp on.
+    __device__ uint32_t first_exact() const { return tile.split + (n_warps - 1 - warp) * p.n_splits; }
+
+    // Exact rows come from main memory, and late: asks for the first ones.
+    __device__ void prefetch_exact() {
+        const uint32_t row = first_exact() * PIECE + lane % PIECE;
+        if (row >= layer.n_slots) return;
+        const ExactRows slots{ExactRows::SLOTS, 0, layer.n_slots};
+        const SideDesc &side = lane < PIECE ? k : v;
+        const uint16_t *from = slots.half_row(side, lane < PIECE ? p.k_mem : p.v_mem, tile.head, row);
+        for (uint32_t c = 0; c < side.head_dim; c += 64) prefetch(from + c);
+        if (lane == 0) prefetch(p.plan + p.plan_at.slot_cells[p.view] + row);
+    }
+
     __device__ void run() {
         const uint32_t stride = p.n_splits * n_warps, first = tile.split * n_warps + warp;
         // The first page is fetched before it is known that anybody sees it.
-        if (first < layer.n_pages) fetch(k_page, k_region, k, first);
+        const bool has_first = first < layer.n_pages && first * PAGE < p.n_kv;
+        if (has_first) fetch(k_page, k_region, k, first);
         copy_commit();
-        if (first < layer.n_pages) fetch(v_page, v_region, v, first);
+        if (has_first) fetch(v_page, v_region, v, first);
         copy_commit();
+        const Pieces pieces = Pieces::of(p);
+        Look at{};
+        if (has_first) look(first, at);
+        prefetch_exact();
         load_query();
         __syncthreads();
-        const Pieces pieces = Pieces::of(p);
-        uint32_t page = next_page(first, pieces.pages, stride);
-        Look at{};
-        if (page != ~0u) look(page, at);
-        if (page != ~0u && page != first) {
-            copy_wait<0>();
-            fetch(k_page, k_region, k, page);
-            copy_commit();
-            fetch(v_page, v_region, v, page);
-            copy_commit();
+        uint32_t page = first;
+        if (!(first < pieces.pages && __any_sync(FULL, at.bits != 0))) {
+            page = next_page(first + stride, pieces.pages, stride);
+            if (page != ~0u) {
+                look(page, at);
+                copy_wait<0>();
+                fetch(k_page, k_region, k, page);
+                copy_commit();
+                fetch(v_page, v_region, v, page);
+                copy_commit();
+            }
         }
-        // Exact rows, from the last warp on.
-        const uint32_t per = EXACT_ROWS / PIECE, n_exact = pieces.exact() * per;
-        for (uint32_t i = tile.split + (n_warps - 1 - warp) * p.n_splits; i < n_exact; i += stride) {
-            const ExactRows rows = ExactRows::of(p, pieces, i / per);
-            const uint32_t first = i % per * PIECE;
-            if (first < rows.n) attend_exact(rows, first, min(PIECE, rows.n - first));
+        constexpr uint32_t PER = EXACT_ROWS / PIECE;
+        for (uint32_t i = first_exact(); i < pieces.exact() * PER; i += stride) {
+            const ExactRows rows = ExactRows::of(p, pieces, i / PER);
+            const uint32_t from = i % PER * PIECE;
+            if (from < rows.n) attend_exact(rows, from, min(PIECE, rows.n - from));
         }
         while (page != ~0u) page = attend_page(page, at, pieces.pages, stride);
         leave();

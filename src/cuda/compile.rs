@@ -49,7 +49,7 @@ fn sources() -> Vec<PathBuf> {
     let mut all = files(&source_dir());
     all.sort();
     let is = |path: &Path, ends: &[&str]| path.extension().is_some_and(|e| ends.iter().any(|end| e == *end));
-    for path in all.iter().filter(|path| is(path, &["cu", "cuh", "h"])) {
+    for path in all.iter().filter(|path| is(path, &["cu", "cuh", "h", "cpp"])) {
         println!("cargo:rerun-if-changed={}", path.display());
     }
     all.retain(|path| is(path, &["cu"]));
@@ -103,7 +103,7 @@ pub fn for_emulation() {
     println!("cargo:rerun-if-env-changed=CXX");
     let cxx = env::var_os("CXX").unwrap_or("g++".into());
     let (out, mut objects) = (out_dir(), Vec::new());
-    for source in sources() {
+    for source in sources().into_iter().chain([source_dir().join("emulate.cpp")]) {
         let object = out.join(format!("{}.emulated.o", stem(&source)));
         let mut command = Command::new(&cxx);
         command.args([
