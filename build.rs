@@ -1,11 +1,14 @@
-//! Renders the C header from `src/capi` into OUT_DIR. It writes nothing into the source tree: a test compares the
-//! result with the committed `include/kvq.h`.
+//! Renders the C header from `src/capi` into OUT_DIR and compiles the GPU's kernels, if their feature is on. It writes
+//! nothing into the source tree: a test compares the header with the committed `include/kvq.h`.
+
+#[path = "src/cuda/compile.rs"]
+mod compile;
 
 use std::env;
 use std::path::PathBuf;
 
 /// Sources of the header, in the order in which their functions appear in it.
-const HEADER_SOURCES: [&str; 15] = [
+const HEADER_SOURCES: [&str; 16] = [
     "src/capi/version.rs",
     "src/error.rs",
     "src/capi/status.rs",
@@ -21,6 +24,7 @@ const HEADER_SOURCES: [&str; 15] = [
     "src/learned.rs",
     "src/capi/learned.rs",
     "src/capi/cache.rs",
+    "src/capi/device.rs",
 ];
 
 fn main() {
@@ -34,6 +38,14 @@ fn main() {
         println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libkvq.so");
     }
     render_header();
+    println!("cargo:rerun-if-changed=src/cuda/compile.rs");
+    compile::render_desc();
+    if env::var_os("CARGO_FEATURE_CUDA").is_some() {
+        compile::with_nvcc();
+    }
+    if env::var_os("CARGO_FEATURE_CUDA_EMULATION").is_some() {
+        compile::for_emulation();
+    }
 }
 
 fn render_header() {

@@ -97,6 +97,11 @@ typedef uint32_t kvq_status;
 // made from.
 typedef struct kvq_cache kvq_cache;
 
+// A GPU and the kernels for it.
+//
+// It never changes after kvq_device_new, so threads may share it. It outlives every call that is enqueued with it.
+typedef struct kvq_device kvq_device;
+
 // Where everything lies in the memory of one attention layer: sizes, offsets, codecs.
 //
 // It never changes after kvq_layout_new, so threads may share it. It does not refer to the recipe it was made from.
@@ -725,6 +730,48 @@ kvq_status kvq_cache_save_memory(const kvq_cache *cache, uint8_t *buf, size_t bu
 // Loads what kvq_cache_save_memory or kvq_cache_save_file wrote from the `buf_size` bytes at `buf`. As
 // kvq_cache_load_file otherwise.
 kvq_status kvq_cache_load_memory(kvq_cache *cache, const uint8_t *buf, size_t buf_size);
+
+// Opens a device: "cuda:0" is the first that the CUDA driver lists, with its primary context, which the CUDA runtime
+// uses as well. The kernels are loaded into it. Without a driver, or in a library built without CUDA,
+// KVQ_STATUS_UNSUPPORTED; for names of no device KVQ_STATUS_INVALID_ARGUMENT. Free the result with kvq_device_free.
+kvq_status kvq_device_new(const char *name, kvq_device **out);
+
+// Frees a device once everything enqueued with it has finished. NULL is ignored.
+void kvq_device_free(kvq_device *device);
+
+// Bytes of device memory that kvq_attend_enqueue needs as workspace for `n_tokens` query rows and `n_kv` columns of the
+// mask. Zero it once when it is made (256-byte aligned): every call leaves it ready for the next one, of any layer for
+// which it is large enough. Calls that may run at the same time need a workspace each.
+kvq_status kvq_attend_workspace(const kvq_layout *layout,
+                                const kvq_device *device,
+                                uint32_t n_tokens,
+                                uint32_t n_kv,
+                                size_t *bytes);
+
+// Enqueues kvq_attend for a layer whose memory is on `device`, on a CUDA stream (a cudaStream_t or CUstream; NULL: the
+// default stream). Every pointer in `args` is a device pointer, `plan` included, and `n_splits` is 1: the result is
+// final. The host reads nothing of them, allocates nothing and does not wait, so the call can be captured in a CUDA
+// graph; `args` itself is read during the call only. The plan is trusted: it must come from kvq_planner_plan.
+//
+// What no kernel can do is refused with KVQ_STATUS_UNSUPPORTED before anything is enqueued.
+kvq_status kvq_attend_enqueue(const kvq_device *device,
+                              const kvq_layout *layout,
+                              const kvq_attend_args *args,
+                              void *workspace,
+                              size_t workspace_bytes,
+                              void *stream);
+
+// Bytes of device memory that kvq_store_enqueue needs as workspace for `n_tokens` rows; as kvq_attend_workspace.
+kvq_status kvq_store_workspace(const kvq_layout *layout, const kvq_device *device, uint32_t n_tokens, size_t *bytes);
+
+// Enqueues kvq_store for a layer whose memory is on `device`; pointers, workspace and stream as for
+// kvq_attend_enqueue, after which it is enqueued on the same stream.
+kvq_status kvq_store_enqueue(const kvq_device *device,
+                             const kvq_layout *layout,
+                             const kvq_store_args *args,
+                             void *workspace,
+                             size_t workspace_bytes,
+                             void *stream);
 
 #ifdef __cplusplus
 }  // extern "C"

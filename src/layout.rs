@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::codec::page::{bits_per_value, PageCodec, Side, HEADER_BYTES};
 use crate::codec::CodecParams;
+use crate::cuda::desc::{LayerDesc, SideDesc, ABSENT};
 use crate::error::{Error, Result};
 use crate::plan::{Plan, View};
 use crate::recipe::{PoolParams, Recipe};
@@ -270,6 +271,43 @@ impl Layout {
     }
 }
 
+impl Layout {
+    /// The layer for device code.
+    pub fn describe(&self) -> LayerDesc {
+        let shape = self.shape();
+        LayerDesc {
+            n_heads: shape.n_heads,
+            n_kv_heads: shape.n_kv_heads,
+            gqa_ratio: shape.gqa_ratio() as u32,
+            n_cells: self.n_cells() as u32,
+            n_slots: self.n_slots() as u32,
+            page: self.page() as u32,
+            n_pages: self.n_pages() as u32,
+            pool_rows: self.pool_rows() as u32,
+            pool_outliers: self.pool().map_or(0, |pool| pool.outliers) as u32,
+            attn_window: self.attn_window() as u32,
+            k: self.side(Side::Key).describe(),
+            v: self.side(Side::Value).describe(),
+        }
+    }
+}
+
+/// What all codecs have in common; the parts that a codec has, it fills in.
+fn describe_codec(codec: &dyn PageCodec, head_dim: usize) -> SideDesc {
+    let absent = SideDesc {
+        mids: ABSENT,
+        mean: ABSENT,
+        exponents: ABSENT,
+        order: ABSENT,
+        outliers: ABSENT,
+        ..SideDesc::default()
+    };
+    let dim = head_dim as u32;
+    let mut desc = SideDesc { page_bytes: codec.page_bytes() as u32, head_dim: dim, group: dim, n_groups: 1, ..absent };
+    codec.describe(&mut desc);
+    desc
+}
+
 /// Bytes of the ring of a KV head for a window of so many query tokens: how many there were (u32), then FP16 queries, each
 /// with an f32 logarithm.
 fn ring_bytes(window: usize, gqa_ratio: usize, head_dim: usize) -> usize {
@@ -320,6 +358,23 @@ pub(crate) fn check_plan(layout: &Layout, plan: &Plan) -> Result<()> {
 }
 
 impl SideLayout {
+    /// The same for device code.
+    pub(crate) fn describe(&self) -> SideDesc {
+        let offset = |bytes: usize| bytes as u64;
+        SideDesc {
+            head_bytes: offset(self.head_bytes),
+            pool: offset(self.pool),
+            pool_table: offset(self.pool_table),
+            learned: offset(self.learned),
+            learned_end: offset(self.learned_end),
+            recent: offset(self.recent),
+            recent_end: offset(self.recent_end),
+            headers: offset(self.headers),
+            pages: offset(self.pages),
+            ..describe_codec(&*self.codec, self.head_dim)
+        }
+    }
+
     fn bits(&self, page: usize) -> f64 {
         bits_per_value(self.page_bytes, page, self.head_dim)
     }

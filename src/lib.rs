@@ -10,6 +10,7 @@
 //!   move.
 //! * [`codec`]: how a page becomes bytes; [`simd`]: instruction sets and their tables.
 //! * [`reference`]: the same in 64-bit floats, short and slow; the oracle of all tests.
+//! * [`cuda`]: the same attention on a GPU.
 //! * `capi`: the C boundary behind `include/kvq.h`.
 
 pub mod attention;
@@ -18,6 +19,7 @@ pub mod bench_api;
 pub mod cache;
 mod capi;
 pub mod codec;
+pub mod cuda;
 pub mod erase;
 pub mod error;
 mod head;

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use crate::cuda::desc::PlanDesc;
 use crate::error::{Error, Result};
 
 /// Version of the layout described on [`Plan`]; the first int of every plan.
@@ -21,6 +22,10 @@ pub(crate) const MAX_SOURCES: usize = FRESH as usize;
 pub const MAX_TURNS: usize = 4;
 /// Ints of the header that are zero.
 const RESERVED: [Range<usize>; 2] = [9..10, 11..STARTS_ANEW];
+/// Int of the header that holds the number of records.
+const N_RECORDS: usize = 6;
+/// Ints of the header that hold [`Plan::n_pages`] of both views.
+const N_PAGES: usize = 7;
 /// Int of the header that holds [`Plan::starts_anew`].
 const STARTS_ANEW: usize = HEADER_INTS - 1;
 
@@ -150,6 +155,22 @@ impl Extent {
     }
 }
 
+/// Where the arrays of a plan of these sizes lie, for device code. The sizes must fit an `i32`.
+pub(crate) fn describe(n_tokens: usize, n_slots: usize, n_cells: usize, page: usize) -> PlanDesc {
+    let extent = Extent::new(n_tokens, n_slots, n_cells, page);
+    let at = |range: Range<usize>| range.start as u32;
+    PlanDesc {
+        slot_cells: [View::Before, View::After].map(|view| at(extent.slot_cells(view))),
+        row_cells: at(extent.row_cells()),
+        row_slots: at(extent.row_slots()),
+        page_bits: [View::Before, View::After].map(|view| at(extent.page_bits(view))),
+        records: at(extent.records()),
+        n_records: N_RECORDS as u32,
+        n_pages: [N_PAGES as u32, N_PAGES as u32 + 1],
+        starts_anew: STARTS_ANEW as u32,
+    }
+}
+
 fn range(start: usize, len: usize) -> Range<usize> {
     start..start + len
 }
@@ -184,9 +205,9 @@ impl<'a> Plan<'a> {
         };
         let (n_tokens, n_slots) = (size(2, "tokens")?, size(3, "slots")?);
         let (n_cells, page) = (size(4, "cells")?, size(5, "cells per page")?);
-        let (stream, n_records) = (size(1, "as its stream")?, size(6, "records")?);
+        let (stream, n_records) = (size(1, "as its stream")?, size(N_RECORDS, "records")?);
         let n_turns = size(10, "turns")?;
-        let n_pages = [size(7, "pages to scan before")?, size(8, "pages to scan after")?];
+        let n_pages = [size(N_PAGES, "pages to scan before")?, size(N_PAGES + 1, "pages to scan after")?];
         if n_cells == 0 || page == 0 || !page.is_multiple_of(CELLS_PER_WORD) {
             return Err(Error::invalid(format!("plan has {n_cells} cells in pages of {page}")));
         }
@@ -409,7 +430,7 @@ impl<'a> PlanWriter<'a> {
         }
         let words_per_page = self.extent.page / CELLS_PER_WORD;
         let last = words.iter().rposition(|&word| word != 0);
-        self.ints[7 + view as usize] = last.map_or(0, |word| word / words_per_page + 1) as i32;
+        self.ints[N_PAGES + view as usize] = last.map_or(0, |word| word / words_per_page + 1) as i32;
     }
 
     /// Sets the records, which must be sorted by cell.
@@ -425,7 +446,7 @@ impl<'a> PlanWriter<'a> {
             ints[1] = index as i32 | if record.fresh { FRESH } else { 0 };
         }
         unused.fill(0);
-        self.ints[6] = records.len() as i32;
+        self.ints[N_RECORDS] = records.len() as i32;
     }
 
     /// Sets the turns, which are as [`Plan`] describes them.

@@ -11,6 +11,7 @@
 
 mod attention;
 mod cache;
+mod device;
 mod layout;
 mod learned;
 mod memory;

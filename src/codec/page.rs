@@ -4,6 +4,7 @@
 use std::fmt::Debug;
 
 use super::query::{Probabilities, Query};
+use crate::cuda::desc::SideDesc;
 
 /// Which of the two halves of the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -79,4 +80,7 @@ pub(crate) trait PageCodec: Debug + Send + Sync {
 
     /// Undoes the transform on one accumulated output row.
     fn untransform(&self, row: &mut [f32]);
+
+    /// Fills in what device code has to know of a page.
+    fn describe(&self, desc: &mut SideDesc);
 }

@@ -7,6 +7,7 @@
 use std::fmt;
 
 use super::float8::{e4m3_decode, e4m3_encode, inverse_power, power, scale_decode, scale_encode};
+use crate::cuda::desc::{SideDesc, CLIP_AUTO, CLIP_CELLS, CLIP_FACTOR};
 use crate::error::{Error, Result, Status};
 
 const LANES: usize = 16;
@@ -283,5 +284,19 @@ pub(crate) fn mean_row(rows: &[f32], out: &mut [f32]) {
 pub(crate) fn subtract(rows: &mut [f32], mean: &[f32]) {
     for row in rows.chunks_exact_mut(mean.len()) {
         row.iter_mut().zip(mean).for_each(|(x, m)| *x -= m);
+    }
+}
+
+impl SideDesc {
+    /// Fills in how codes are chosen.
+    pub(crate) fn describe_quantizer(&mut self, quantizer: &Quantizer, rotate: bool) {
+        let Quantizer { normal, symmetric, clip, refit, .. } = *quantizer;
+        (self.normal, self.symmetric, self.refit) = (normal.into(), symmetric.into(), refit.into());
+        self.rotate = rotate.into();
+        (self.clip, self.clip_factor) = match clip {
+            Clip::Auto => (CLIP_AUTO, 0.0),
+            Clip::Factor(factor) => (CLIP_FACTOR, factor),
+            Clip::Cells => (CLIP_CELLS, 0.0),
+        };
     }
 }

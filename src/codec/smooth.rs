@@ -15,6 +15,7 @@ use half::f16;
 use super::float8::{factor, MAX_EXPONENT};
 use super::quantizer::{mean_row, subtract};
 use crate::codec::page::SealRows;
+use crate::cuda::desc::SideDesc;
 use crate::shape::MAX_HEAD_DIM;
 
 const MAX_DIM: usize = MAX_HEAD_DIM as usize;
@@ -141,6 +142,19 @@ fn choose(rows: &mut SealRows, exponents: &mut [u8]) {
 #[inline(always)]
 fn eighths_of_octaves(x: f32) -> i32 {
     (x.max(f32::MIN_POSITIVE).to_bits() >> 20) as i32 - (127 << 3)
+}
+
+impl SideDesc {
+    /// Fills in mean and factors, which lie at `at` in a page.
+    pub(crate) fn describe_smooth(&mut self, smooth: Smooth, at: usize) {
+        let dim = self.head_dim as usize;
+        if smooth.mean {
+            self.mean = at as u32;
+        }
+        if smooth.factors {
+            self.exponents = (at + smooth.bytes(dim) - dim) as u32;
+        }
+    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,11 @@ use std::borrow::Cow;
 /// The presets, one row each. What a row stands for may change with what is measured; its name says how many bits.
 pub const PRESETS: &[Preset] = &[
     Preset { name: "on", spec: "ott:k=3,v=3,window=256", about: "what to take first" },
-    Preset { name: "2", spec: "ott:k=2.5,window=256,outliers=8,pool=56", about: "the smallest that still keeps a model's answers" },
+    Preset {
+        name: "2",
+        spec: "ott:k=2.5,window=256,outliers=8,pool=56",
+        about: "the smallest that still keeps a model's answers",
+    },
     Preset { name: "3", spec: "ott:k=3,v=3", about: "small, with little loss" },
     Preset { name: "4", spec: "ott:k=4,v=4", about: "nearly no loss" },
 ];

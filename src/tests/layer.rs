@@ -157,7 +157,7 @@ impl Layer {
         }
     }
 
-    fn rows<'a>(&self, ubatch: &'a Ubatch) -> [Rows<'a>; 3] {
+    pub(super) fn rows<'a>(&self, ubatch: &'a Ubatch) -> [Rows<'a>; 3] {
         rows_of(&self.layout.shape(), ubatch)
     }
 }

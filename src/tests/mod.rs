@@ -1,6 +1,8 @@
 //! Tests of promises that no single module can keep.
 
 mod boundary;
+mod desc;
+mod device;
 mod header;
 mod hostile_memory;
 mod layer;

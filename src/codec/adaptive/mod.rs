@@ -25,6 +25,7 @@ use super::smooth::Smooth;
 use super::tile::LANE_BLOCK;
 use crate::codec::page::{PageCodec, PageRef, SealRows, Side};
 use crate::codec::quantizer::Clip;
+use crate::cuda::desc::{SideDesc, CODEC_ADAPTIVE};
 use crate::error::{Error, Result, Status};
 use crate::simd::isa::{kernels_of, IsaToken};
 
@@ -235,5 +236,28 @@ impl PageCodec for AdaptiveCodec {
         if self.params.rotate {
             (self.kernels.untransform)(row);
         }
+    }
+
+    fn describe(&self, desc: &mut SideDesc) {
+        desc.codec = CODEC_ADAPTIVE;
+        match self.side {
+            // Tiles of the runs of one width.
+            Side::Key => (desc.budget, desc.tile_bytes) = (self.budget as u32, self.codes_bytes() as u32),
+            Side::Value => desc.describe_mixed(&self.value_tile()),
+        }
+        (desc.segment, desc.n_segments) = (self.segment() as u32, self.n_segments() as u32);
+        desc.steps = self.steps_offset() as u32;
+        if !self.params.symmetric {
+            desc.mids = self.mids_offset() as u32;
+        }
+        desc.describe_smooth(self.smooth(), self.smooth_offset());
+        if self.params.adaptive {
+            desc.order = self.order_offset() as u32;
+        }
+        if self.params.outliers > 0 {
+            (desc.outliers, desc.n_outliers) = (self.outliers_offset() as u32, self.params.outliers as u32);
+        }
+        (desc.min_bits, desc.attention) = (self.params.min_bits as u32, self.params.attention.into());
+        desc.describe_quantizer(&self.quantizer(1), self.params.rotate);
     }
 }

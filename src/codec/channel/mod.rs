@@ -18,9 +18,11 @@ mod tests;
 
 use super::kernels::Kernels;
 use super::mixed::{MixedTile, SEGMENT};
+use super::quantizer::Quantizer;
 use super::query::{Probabilities, Query, QueryForm};
 use crate::codec::page::{PageCodec, PageRef, SealRows};
 use crate::codec::quantizer::Clip;
+use crate::cuda::desc::{SideDesc, CODEC_CHANNEL};
 use crate::error::{Error, Result, Status};
 use crate::simd::isa::{kernels_of, IsaToken};
 
@@ -140,4 +142,16 @@ impl PageCodec for ChannelCodec {
     }
 
     fn untransform(&self, _row: &mut [f32]) {}
+
+    fn describe(&self, desc: &mut SideDesc) {
+        let ChannelParams { adaptive, clip, refit, half, .. } = self.params;
+        desc.codec = CODEC_CHANNEL;
+        desc.describe_mixed(&self.tile);
+        (desc.steps, desc.mids) = (self.steps_offset() as u32, self.mids_offset() as u32);
+        if adaptive {
+            desc.order = self.order_offset() as u32;
+        }
+        desc.half = half.into();
+        desc.describe_quantizer(&Quantizer { levels: 0, normal: false, symmetric: false, clip, refit }, false);
+    }
 }

@@ -25,6 +25,7 @@ use super::query::{Probabilities, Query, QueryForm};
 use super::smooth::Smooth;
 use super::tile::{Tile, Width};
 use crate::codec::page::{PageCodec, PageRef, SealRows, Side};
+use crate::cuda::desc::{SideDesc, CODEC_GROUP};
 use crate::error::{Error, Result, Status};
 use crate::simd::isa::{kernels_of, IsaToken};
 
@@ -229,5 +230,17 @@ impl PageCodec for GroupCodec {
         if self.params.rotate {
             (self.kernels.untransform)(row);
         }
+    }
+
+    fn describe(&self, desc: &mut SideDesc) {
+        desc.codec = CODEC_GROUP;
+        (desc.group, desc.n_groups) = (self.group as u32, self.n_groups as u32);
+        desc.describe_tile(&self.tile);
+        desc.steps = self.steps_offset() as u32;
+        if !self.params.symmetric {
+            desc.mids = self.mids_offset() as u32;
+        }
+        desc.describe_smooth(self.smooth(), self.smooth_offset());
+        desc.describe_quantizer(&self.quantizer(), self.params.rotate);
     }
 }

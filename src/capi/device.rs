@@ -1,0 +1,200 @@
+//! Devices: attention and storing where the memory is a GPU's.
+
+use std::ffi::{c_char, c_void, CStr};
+
+use super::attention::kvq_attend_args;
+use super::layout::kvq_layout;
+use super::store::kvq_store_args;
+use super::{check, guard, output, release, shared};
+use crate::cuda::attend::{self, Workspace};
+use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc};
+use crate::cuda::{unsupported, Device};
+use crate::error::{Error, Result, Status};
+
+/// A GPU and the kernels for it.
+///
+/// It never changes after kvq_device_new, so threads may share it. It outlives every call that is enqueued with it.
+pub struct kvq_device {
+    device: Device,
+}
+
+/// Opens a device: "cuda:0" is the first that the CUDA driver lists, with its primary context, which the CUDA runtime
+/// uses as well. The kernels are loaded into it. Without a driver, or in a library built without CUDA,
+/// KVQ_STATUS_UNSUPPORTED; for names of no device KVQ_STATUS_INVALID_ARGUMENT. Free the result with kvq_device_free.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_device_new(name: *const c_char, out: *mut *mut kvq_device) -> Status {
+    guard(|| {
+        check(name, "name")?;
+        // SAFETY: a text that ends with a zero and room for a pointer, as the header requires.
+        let (name, out) = unsafe { (CStr::from_ptr(name), output(out, "out")?) };
+        let name = name.to_str().map_err(|_| Error::invalid("name is not UTF-8"))?;
+        let device = Device::open(name)?;
+        out.write(Box::into_raw(Box::new(kvq_device { device })));
+        Ok(())
+    })
+}
+
+/// Frees a device once everything enqueued with it has finished. NULL is ignored.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_device_free(device: *mut kvq_device) {
+    guard(|| {
+        // SAFETY: device is NULL or came from kvq_device_new and is not used again.
+        unsafe { release(device) };
+        Ok(())
+    });
+}
+
+/// Bytes of device memory that kvq_attend_enqueue needs as workspace for `n_tokens` query rows and `n_kv` columns of the
+/// mask. Zero it once when it is made (256-byte aligned): every call leaves it ready for the next one, of any layer for
+/// which it is large enough. Calls that may run at the same time need a workspace each.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_attend_workspace(
+    layout: *const kvq_layout,
+    device: *const kvq_device,
+    n_tokens: u32,
+    n_kv: u32,
+    bytes: *mut usize,
+) -> Status {
+    guard(|| {
+        // SAFETY: live objects and room for a size, as the header requires.
+        let (layout, device, bytes) =
+            unsafe { (shared(layout, "layout")?, shared(device, "device")?, output(bytes, "bytes")?) };
+        bytes.write(attend::workspace_bytes(&device.device, &layout.layout, n_tokens, n_kv)?);
+        Ok(())
+    })
+}
+
+/// Enqueues kvq_attend for a layer whose memory is on `device`, on a CUDA stream (a cudaStream_t or CUstream; NULL: the
+/// default stream). Every pointer in `args` is a device pointer, `plan` included, and `n_splits` is 1: the result is
+/// final. The host reads nothing of them, allocates nothing and does not wait, so the call can be captured in a CUDA
+/// graph; `args` itself is read during the call only. The plan is trusted: it must come from kvq_planner_plan.
+///
+/// What no kernel can do is refused with KVQ_STATUS_UNSUPPORTED before anything is enqueued.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_attend_enqueue(
+    device: *const kvq_device,
+    layout: *const kvq_layout,
+    args: *const kvq_attend_args,
+    workspace: *mut c_void,
+    workspace_bytes: usize,
+    stream: *mut c_void,
+) -> Status {
+    guard(|| {
+        // SAFETY: live objects and arguments that nobody changes during the call, as the header requires.
+        let (device, layout, args) =
+            unsafe { (shared(device, "device")?, shared(layout, "layout")?, shared(args, "args")?) };
+        check_workspace(workspace, "workspace")?;
+        let params = attend_params(args)?;
+        let workspace = Workspace { memory: workspace, bytes: workspace_bytes };
+        // SAFETY: device memory of the sizes that the header gives.
+        unsafe { attend::enqueue(&device.device, &layout.layout, params, args.plan_len, workspace, stream) }
+    })
+}
+
+/// Bytes of device memory that kvq_store_enqueue needs as workspace for `n_tokens` rows; as kvq_attend_workspace.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_store_workspace(
+    layout: *const kvq_layout,
+    device: *const kvq_device,
+    n_tokens: u32,
+    bytes: *mut usize,
+) -> Status {
+    guard(|| {
+        // SAFETY: live objects and room for a size, as the header requires.
+        let (_layout, _device, _bytes) =
+            unsafe { (shared(layout, "layout")?, shared(device, "device")?, output(bytes, "bytes")?) };
+        Err(unsupported(format!("storing {n_tokens} rows on a device is not possible yet: store on the CPU")))
+    })
+}
+
+/// Enqueues kvq_store for a layer whose memory is on `device`; pointers, workspace and stream as for
+/// kvq_attend_enqueue, after which it is enqueued on the same stream.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_store_enqueue(
+    device: *const kvq_device,
+    layout: *const kvq_layout,
+    args: *const kvq_store_args,
+    workspace: *mut c_void,
+    workspace_bytes: usize,
+    stream: *mut c_void,
+) -> Status {
+    guard(|| {
+        // SAFETY: live objects and arguments that nobody changes during the call, as the header requires.
+        let (_device, _layout, args) =
+            unsafe { (shared(device, "device")?, shared(layout, "layout")?, shared(args, "args")?) };
+        check_workspace(workspace, "workspace")?;
+        let _ = (workspace_bytes, stream);
+        Err(unsupported(format!("storing {} rows on a device is not possible yet: store on the CPU", args.n_tokens)))
+    })
+}
+
+fn check_workspace(workspace: *mut c_void, name: &str) -> Result<()> {
+    check(workspace.cast::<u8>(), name)?;
+    if !(workspace as usize).is_multiple_of(256) {
+        return Err(Error::invalid(format!("{name} is not aligned to 256 bytes")));
+    }
+    Ok(())
+}
+
+/// What can be seen of the arguments without following a pointer.
+fn attend_params(args: &kvq_attend_args) -> Result<AttendParams> {
+    check(args.q, "q")?;
+    check(args.plan, "plan")?;
+    check(args.out, "out")?;
+    for (memory, name) in [(args.k_mem, "k_mem"), (args.v_mem, "v_mem")] {
+        check(memory, name)?;
+        if !(memory as usize).is_multiple_of(64) {
+            return Err(Error::invalid(format!("{name} is not aligned to 64 bytes")));
+        }
+    }
+    if args.k_cur.is_null() != args.v_cur.is_null() {
+        return Err(Error::invalid("k_cur and v_cur must both be given or both be NULL"));
+    }
+    for (rows, name) in [(args.k_cur, "k_cur"), (args.v_cur, "v_cur"), (args.sink_logits, "sink_logits")] {
+        if !rows.is_null() {
+            check(rows, name)?;
+        }
+    }
+    if args.n_splits != 1 {
+        return Err(Error::invalid(format!("n_splits is {}: a device splits by itself, use 1", args.n_splits)));
+    }
+    if args.mask_is_f16 > 1 {
+        return Err(Error::invalid(format!("mask_is_f16 is {}: use 0 or 1", args.mask_is_f16)));
+    }
+    Ok(AttendParams {
+        layer: LayerDesc::default(),
+        plan_at: PlanDesc::default(),
+        q: args.q,
+        q_stride_token: args.q_stride_token as u64,
+        q_stride_head: args.q_stride_head as u64,
+        k_cur: args.k_cur,
+        k_stride_token: args.k_stride_token as u64,
+        k_stride_head: args.k_stride_head as u64,
+        v_cur: args.v_cur,
+        v_stride_token: args.v_stride_token as u64,
+        v_stride_head: args.v_stride_head as u64,
+        k_mem: args.k_mem,
+        v_mem: args.v_mem,
+        plan: args.plan,
+        mask: args.mask.cast(),
+        mask_stride_token: args.mask_stride_token as u64,
+        sink_logits: args.sink_logits,
+        out: args.out,
+        lse: args.lse,
+        tickets: std::ptr::null_mut(),
+        partial: std::ptr::null_mut(),
+        mask_is_f16: args.mask_is_f16,
+        n_kv: args.n_kv,
+        scale: args.scale,
+        softcap: args.softcap,
+        max_bias: args.max_bias,
+        n_tokens: args.n_tokens,
+        n_splits: 1,
+        view: 0,
+        n_warps: 0,
+        shared_warps: 0,
+        shared_warp: 0,
+        coefficient_bytes: 0,
+        weight_bytes: 0,
+    })
+}

@@ -1,0 +1,160 @@
+// What the attention kernels share: which rows a block has, where rows of the cache are and who sees them, and how the
+// blocks of a tile of rows join their results.
+#pragma once
+#include "device.cuh"
+
+namespace kvq {
+
+// A block's tile of query rows: row r is query head gqa * head + r % gqa of token r / gqa.
+struct Tile {
+    uint32_t head, index, split, first, n_rows;
+
+    __device__ static Tile of_block(const AttendParams &p, uint32_t rows) {
+        Tile t;
+        t.head = blockIdx.x % p.layer.n_kv_heads;
+        t.index = blockIdx.x / p.layer.n_kv_heads;
+        t.split = blockIdx.y;
+        t.first = t.index * rows;
+        t.n_rows = min(rows, p.n_tokens * p.layer.gqa_ratio - t.first);
+        return t;
+    }
+    __device__ uint32_t token(const AttendParams &p, uint32_t row) const { return (first + row) / p.layer.gqa_ratio; }
+    __device__ uint32_t query_head(const AttendParams &p, uint32_t row) const {
+        return head * p.layer.gqa_ratio + (first + row) % p.layer.gqa_ratio;
+    }
+};
+
+// The slope that ALiBi multiplies the mask with, as ggml computes it; 1 without ALiBi.
+__device__ inline float alibi_slope(const AttendParams &p, uint32_t query_head) {
+    if (p.max_bias <= 0.f) return 1.f;
+    uint32_t n = 1;
+    while (2 * n <= p.layer.n_heads) n *= 2;
+    const float power = query_head < n ? -p.max_bias / float(n) * float(query_head + 1)
+                                       : -p.max_bias / 2.f / float(n) * float(2 * (query_head - n) + 1);
+    return exp2f(power);
+}
+
+// What the mask adds to a cell's score, before the slope: minus infinity for cells that the query does not see.
+__device__ __forceinline__ float mask_value(const AttendParams &p, uint32_t token, uint32_t cell) {
+    if (cell >= p.n_kv) return -infinity();
+    if (p.mask == nullptr) return 0.f;
+    const size_t i = token * p.mask_stride_token + cell;
+    return p.mask_is_f16 ? half_to_float(reinterpret_cast<const uint16_t *>(p.mask)[i]) : reinterpret_cast<const float *>(p.mask)[i];
+}
+
+__device__ __forceinline__ bool is_in_page(const AttendParams &p, uint32_t cell) {
+    return cell < p.layer.n_cells && uint32_t(p.plan[p.plan_at.page_bits[p.view] + cell / 32]) >> cell % 32 & 1;
+}
+
+// Exact rows that are one piece of work.
+constexpr uint32_t EXACT_ROWS = 32;
+
+// The pieces of work of a tile of rows, in the order in which blocks take them: pages first.
+struct Pieces {
+    uint32_t pages, slots, pool, current;
+
+    __device__ static Pieces of(const AttendParams &p) {
+        const LayerDesc &l = p.layer;
+        const uint32_t planned = uint32_t(p.plan[p.plan_at.n_pages[p.view]]);
+        const uint32_t seen = (min(p.n_kv, l.n_cells) + l.page - 1) / l.page;
+        return {min(planned, seen), (l.n_slots + EXACT_ROWS - 1) / EXACT_ROWS, (l.pool_rows + EXACT_ROWS - 1) / EXACT_ROWS,
+                p.k_cur == nullptr ? 0 : (p.n_tokens + EXACT_ROWS - 1) / EXACT_ROWS};
+    }
+    __device__ uint32_t exact() const { return slots + pool + current; }
+};
+
+// A piece of exact rows.
+struct ExactRows {
+    enum Kind { SLOTS, POOL, CURRENT } kind;
+    uint32_t first, n;
+
+    // `i` counts from the first piece that is no page.
+    __device__ static ExactRows of(const AttendParams &p, const Pieces &pieces, uint32_t i) {
+        ExactRows rows;
+        uint32_t n = p.layer.n_slots;
+        rows.kind = SLOTS;
+        if (i >= pieces.slots) {
+            i -= pieces.slots;
+            rows.kind = POOL;
+            n = p.layer.pool_rows;
+            if (i >= pieces.pool) {
+                i -= pieces.pool;
+                rows.kind = CURRENT;
+                n = p.n_tokens;
+            }
+        }
+        rows.first = i * EXACT_ROWS;
+        rows.n = min(EXACT_ROWS, n - rows.first);
+        return rows;
+    }
+    // The cell of a row, or -1 if nobody is to read the row.
+    __device__ int cell(const AttendParams &p, uint32_t head, uint32_t i) const {
+        i += first;
+        if (kind == SLOTS) return p.plan[p.plan_at.slot_cells[p.view] + i];
+        if (kind == CURRENT) return p.plan[p.plan_at.row_cells + i];
+        const SideDesc &k = p.layer.k;
+        const int cell = reinterpret_cast<const int *>(p.k_mem + head * k.head_bytes + k.pool_table)[i] - 1;
+        // A member whose cell is not read from its page is stale, or has another exact row.
+        return cell >= 0 && is_in_page(p, uint32_t(cell)) ? cell : -1;
+    }
+    __device__ float key(const AttendParams &p, uint32_t head, uint32_t i, uint32_t c) const {
+        if (kind == CURRENT) return finite(p.k_cur[(first + i) * p.k_stride_token + head * p.k_stride_head + c]);
+        return stored(p.layer.k, p.k_mem, head, i, c);
+    }
+    __device__ float value(const AttendParams &p, uint32_t head, uint32_t i, uint32_t c) const {
+        if (kind == CURRENT) return finite(p.v_cur[(first + i) * p.v_stride_token + head * p.v_stride_head + c]);
+        return stored(p.layer.v, p.v_mem, head, i, c);
+    }
+    __device__ float stored(const SideDesc &side, const uint8_t *mem, uint32_t head, uint32_t i, uint32_t c) const {
+        return finite(half_to_float(half_row(side, mem, head, i)[c]));
+    }
+    // A row of a slot or of the pool, FP16.
+    __device__ const uint16_t *half_row(const SideDesc &side, const uint8_t *mem, uint32_t head, uint32_t i) const {
+        const uint8_t *rows = mem + head * side.head_bytes + (kind == POOL ? side.pool : 0);
+        return reinterpret_cast<const uint16_t *>(rows) + size_t(first + i) * side.head_dim;
+    }
+};
+
+// A query row that is not finite, or so large that a score may overflow, goes through the kernels as zeros; its output is NaN.
+constexpr float MAX_QUERY = 1e20f;
+
+// Writes a row's output, sum and maximum being those of all its cells; `factor(c)` gives what channel c has summed up to.
+template <class F>
+__device__ void write_row(const AttendParams &p, const Tile &tile, uint32_t row, float maximum, float sum, uint32_t first, uint32_t step, F output) {
+    const uint32_t token = tile.token(p, row), query_head = tile.query_head(p, row), dim = p.layer.v.head_dim;
+    const size_t at = size_t(token) * p.layer.n_heads + query_head;
+    float factor = 1.f, top = maximum;
+    if (p.sink_logits != nullptr) {
+        const float sink = p.sink_logits[query_head];
+        top = fmaxf(maximum, sink);
+        factor = maximum == top ? 1.f : expf(maximum - top);
+        sum = sum * factor + expf(sink - top);
+    }
+    // The sum of a row whose query is not finite is NaN; it must not look valid.
+    const float scale = sum > 0.f ? factor / sum : sum != sum ? sum : 0.f;
+    for (uint32_t c = first; c < dim; c += step) p.out[at * dim + c] = output(c) * scale;
+    if (first == 0 && p.lse != nullptr) p.lse[at] = top + logf(sum);
+}
+
+// Whether this block is the last of its tile of rows to get here: then it sees what the others have written to p.partial.
+// `flag` is a word of shared memory.
+__device__ inline bool is_last_block(const AttendParams &p, const Tile &tile, uint32_t *flag) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        uint32_t *ticket = p.tickets + tile.index * p.layer.n_kv_heads + tile.head;
+        *flag = atomicAdd(ticket, 1) + 1 == p.n_splits;
+        if (*flag) *ticket = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    return *flag != 0;
+}
+
+// The state of a row of a split in p.partial: head_dim_v outputs, maximum, sum.
+__device__ inline float *partial_state(const AttendParams &p, const Tile &tile, uint32_t rows, uint32_t split, uint32_t row) {
+    const size_t block = (size_t(tile.index) * p.layer.n_kv_heads + tile.head) * p.n_splits + split;
+    return p.partial + (block * rows + row) * (p.layer.v.head_dim + 2);
+}
+
+}  // namespace kvq

@@ -1,0 +1,225 @@
+//! Attention: which kernel, how many blocks, how much workspace.
+
+use std::ffi::c_void;
+
+use super::desc::{AttendParams, LayerDesc, SideDesc, CODEC_CHANNEL, CODEC_GROUP};
+use super::{Device, Launch, Limits};
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+use crate::plan::{self, plan_len, View};
+
+/// One row of the table of kernels.
+pub(super) struct Kernel {
+    pub(super) name: &'static str,
+    /// Query rows that a block takes.
+    pub(super) tile_rows: u32,
+    /// Whether it can read the layer.
+    pub(super) fits: fn(&LayerDesc) -> bool,
+    /// Blocks that keep a multiprocessor busy.
+    pub(super) blocks_per_multiprocessor: u32,
+    /// The threads and the shared memory of a block, which has so many pieces of work.
+    pub(super) block: fn(&LayerDesc, &Kernel, n_pieces: u32, Limits) -> Option<Block>,
+}
+
+/// Threads of a block and what they share; see the last fields of [`AttendParams`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Block {
+    n_warps: u32,
+    shared_warps: u32,
+    shared_warp: u32,
+    coefficient_bytes: u32,
+    weight_bytes: u32,
+}
+
+impl Block {
+    fn shared_bytes(&self) -> u32 {
+        self.shared_warps + self.n_warps * self.shared_warp
+    }
+}
+
+/// Of those that need the fewest tiles, the first is taken. The general ones take everything.
+static KERNELS: &[Kernel] = &[
+    fast("kvq_attend_fast_4_64", 4, |layer| fits_fast(layer, 64)),
+    fast("kvq_attend_fast_4_128", 4, |layer| fits_fast(layer, 128)),
+    fast("kvq_attend_fast_8_64", 8, |layer| fits_fast(layer, 64)),
+    fast("kvq_attend_fast_8_128", 8, |layer| fits_fast(layer, 128)),
+    general("kvq_attend_any_4", 4),
+    general("kvq_attend_any_8", 8),
+];
+
+const fn general(name: &'static str, tile_rows: u32) -> Kernel {
+    Kernel { name, tile_rows, fits: |_| true, blocks_per_multiprocessor: 3, block: general_block }
+}
+
+const fn fast(name: &'static str, tile_rows: u32, fits: fn(&LayerDesc) -> bool) -> Kernel {
+    Kernel { name, tile_rows, fits, blocks_per_multiprocessor: 1, block: fast_block }
+}
+
+/// See `attend_any.cu`.
+fn general_block(layer: &LayerDesc, kernel: &Kernel, _n_pieces: u32, limits: Limits) -> Option<Block> {
+    let (columns, rows) = (layer.page.max(128), kernel.tile_rows);
+    let dim = layer.k.head_dim.max(layer.v.head_dim);
+    let shared_warps = 4 * (2 * rows * dim + 2 * rows * columns + 8 * rows + 2 * dim + 256 + 128);
+    let block = Block { n_warps: 4, shared_warps, shared_warp: 0, coefficient_bytes: 0, weight_bytes: 0 };
+    (block.shared_bytes() <= limits.shared_bytes).then_some(block)
+}
+
+/// What `attend_fast.cu` can read.
+fn fits_fast(layer: &LayerDesc, head_dim_v: u32) -> bool {
+    let grouped = |side: &SideDesc| {
+        side.codec == CODEC_GROUP && side.symmetric == 1 && side.n_groups == 1 && matches!(side.width, 2..=4)
+    };
+    layer.page == 128
+        && layer.pool_rows == 0
+        && matches!(layer.k.head_dim, 64 | 96 | 128)
+        && layer.v.head_dim == head_dim_v
+        && (grouped(&layer.k) || layer.k.codec == CODEC_CHANNEL && layer.k.half == 0)
+        && grouped(&layer.v)
+}
+
+/// Most warps of a block of a fast kernel, and the fewest that are worth it.
+const FAST_WARPS: std::ops::RangeInclusive<u32> = 4..=12;
+
+/// See `attend_fast.cu`.
+fn fast_block(layer: &LayerDesc, kernel: &Kernel, n_pieces: u32, limits: Limits) -> Option<Block> {
+    let rows = kernel.tile_rows;
+    // Rows of coefficients start four banks apart.
+    let padded = |bytes: u32| bytes.next_multiple_of(128) + 16;
+    let coefficients = match layer.k.width {
+        2 if layer.k.head_dim.is_multiple_of(64) => layer.k.head_dim * 2,
+        4 => layer.k.head_dim * 2,
+        // Each word may be read bit by bit.
+        _ => layer.k.tile_words.next_multiple_of(4) * 64,
+    };
+    let (coefficient_bytes, weight_bytes) = (padded(coefficients), padded(if layer.v.width == 3 { 512 } else { 256 }));
+    let page = |side: &SideDesc| side.page_bytes.next_multiple_of(128);
+    let outputs = rows * layer.v.head_dim * 4;
+    let shared_warp = (page(&layer.k) + page(&layer.v) + rows * (coefficient_bytes + weight_bytes)).max(outputs);
+    let dim = layer.k.head_dim;
+    let states = |n_warps: u32| 4 * (3 * rows + n_warps * rows * 4 + 1);
+    let shared_warps = rows * (4 * dim.max(layer.v.head_dim) + 2 * (dim + 8)) + states(*FAST_WARPS.end());
+    let mut block = Block { n_warps: 0, shared_warps, shared_warp, coefficient_bytes, weight_bytes };
+    block.shared_warps = block.shared_warps.next_multiple_of(128);
+    block.shared_warp = block.shared_warp.next_multiple_of(128);
+    let room = limits.shared_bytes.saturating_sub(block.shared_warps) / block.shared_warp;
+    block.n_warps = n_pieces.clamp(*FAST_WARPS.start(), *FAST_WARPS.end()).min(room);
+    if let Some(n) = std::env::var("KVQ_WARPS").ok().and_then(|n| n.parse::<u32>().ok()) {
+        block.n_warps = n.min(room);
+    }
+    (room >= *FAST_WARPS.start()).then_some(block)
+}
+
+/// Exact rows that are one piece of work.
+const EXACT_ROWS: u32 = 32;
+/// Most blocks that share a tile of rows: the last one weighs them in a table of so many.
+const MAX_SPLITS: u32 = 64;
+
+/// Names of all kernels, for whoever loads them.
+#[cfg(feature = "cuda")]
+pub(super) fn kernel_names() -> impl Iterator<Item = &'static str> {
+    KERNELS.iter().map(|kernel| kernel.name)
+}
+
+/// How a call is cut into blocks.
+struct Cut {
+    kernel: &'static Kernel,
+    n_tiles: u32,
+    n_splits: u32,
+    block: Block,
+}
+
+impl Cut {
+    fn new(device: &Device, layer: &LayerDesc, n_tokens: u32, n_kv: u32) -> Result<Self> {
+        let rows = n_tokens
+            .checked_mul(layer.gqa_ratio)
+            .filter(|rows| *rows > 0)
+            .ok_or_else(|| Error::invalid(format!("{n_tokens} query tokens are not possible")))?;
+        let cuts = KERNELS.iter().filter(|kernel| (kernel.fits)(layer));
+        let cuts = cuts.filter_map(|kernel| Self::with(kernel, device.limits(), layer, rows, n_kv));
+        cuts.min_by_key(|cut| cut.n_tiles)
+            .ok_or_else(|| super::unsupported("no kernel of this build attends such a layer on this device"))
+    }
+
+    fn with(kernel: &'static Kernel, limits: Limits, layer: &LayerDesc, rows: u32, n_kv: u32) -> Option<Self> {
+        let n_tiles = rows.div_ceil(kernel.tile_rows);
+        let n_pieces = n_cells_seen(layer, n_kv).div_ceil(layer.page) + layer.n_slots.div_ceil(EXACT_ROWS) + 1;
+        let wanted = limits.n_multiprocessors * kernel.blocks_per_multiprocessor / (n_tiles * layer.n_kv_heads).max(1);
+        let n_splits = wanted.clamp(1, n_pieces.min(MAX_SPLITS));
+        let block = (kernel.block)(layer, kernel, n_pieces.div_ceil(n_splits), limits)?;
+        Some(Self { kernel, n_tiles, n_splits, block })
+    }
+
+    fn ticket_bytes(&self, layer: &LayerDesc) -> usize {
+        (self.n_tiles as usize * layer.n_kv_heads as usize * 4).next_multiple_of(256)
+    }
+
+    fn workspace_bytes(&self, layer: &LayerDesc) -> usize {
+        let states = self.n_tiles as usize * layer.n_kv_heads as usize * self.n_splits as usize;
+        self.ticket_bytes(layer) + states * self.kernel.tile_rows as usize * (layer.v.head_dim as usize + 2) * 4
+    }
+}
+
+fn n_cells_seen(layer: &LayerDesc, n_kv: u32) -> u32 {
+    n_kv.min(layer.n_cells)
+}
+
+/// Bytes of workspace for a call with so many query tokens and columns of the mask.
+pub(crate) fn workspace_bytes(device: &Device, layout: &Layout, n_tokens: u32, n_kv: u32) -> Result<usize> {
+    let layer = layout.describe();
+    Ok(Cut::new(device, &layer, n_tokens, n_kv)?.workspace_bytes(&layer))
+}
+
+/// Device memory that a call may use while it runs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Workspace {
+    pub(crate) memory: *mut c_void,
+    pub(crate) bytes: usize,
+}
+
+/// Enqueues the attention of one layer and stream. `params.layer` and what the workspace holds are filled in here.
+///
+/// # Safety
+/// Every pointer is NULL where that is allowed or names device memory of the size that kvq_attend_args gives; the workspace
+/// was zeroed when it was made and no other call uses it at the same time.
+pub(crate) unsafe fn enqueue(
+    device: &Device,
+    layout: &Layout,
+    mut params: AttendParams,
+    given_plan_len: usize,
+    workspace: Workspace,
+    stream: *mut c_void,
+) -> Result<()> {
+    let layer = layout.describe();
+    let cut = Cut::new(device, &layer, params.n_tokens, params.n_kv)?;
+    let need = plan_len(params.n_tokens as usize, layout.n_slots(), layout.n_cells(), layout.page());
+    if given_plan_len < need {
+        return Err(Error::invalid(format!(
+            "a plan of {} tokens for this layout has {need} integers, plan_len is {given_plan_len}",
+            params.n_tokens
+        )));
+    }
+    let bytes = cut.workspace_bytes(&layer);
+    if workspace.bytes < bytes {
+        return Err(Error::new(
+            crate::error::Status::BufferTooSmall,
+            format!("the workspace has {} bytes, {bytes} are needed: see kvq_attend_workspace", workspace.bytes),
+        ));
+    }
+    params.layer = layer;
+    params.tickets = workspace.memory.cast();
+    params.partial = workspace.memory.cast::<u8>().wrapping_add(cut.ticket_bytes(&layer)).cast();
+    params.n_splits = cut.n_splits;
+    let n_tokens = params.n_tokens as usize;
+    params.plan_at = plan::describe(n_tokens, layout.n_slots(), layout.n_cells(), layout.page());
+    params.view = if params.k_cur.is_null() { View::After } else { View::Before } as u32;
+    let Block { n_warps, shared_warps, shared_warp, coefficient_bytes, weight_bytes } = cut.block;
+    (params.n_warps, params.shared_warps, params.shared_warp) = (n_warps, shared_warps, shared_warp);
+    (params.coefficient_bytes, params.weight_bytes) = (coefficient_bytes, weight_bytes);
+    let launch = Launch {
+        blocks: [layer.n_kv_heads * cut.n_tiles, cut.n_splits],
+        threads: 32 * cut.block.n_warps,
+        shared_bytes: cut.block.shared_bytes(),
+    };
+    // SAFETY: the kernel takes an AttendParams; the caller answers for the pointers in it.
+    unsafe { device.runner.launch(cut.kernel.name, launch, (&raw mut params).cast(), stream) }
+}

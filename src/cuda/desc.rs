@@ -1,0 +1,238 @@
+//! What a kernel knows of a layer and of a call: plain structs that Rust fills in and device code reads. build.rs renders
+//! this file into `kvq_desc.h`, so no offset is written twice.
+#![forbid(unsafe_code)]
+
+/// Bytes of a [`LayerDesc`], asserted on both sides.
+pub const LAYER_DESC_BYTES: usize = 424;
+
+/// An offset of a part that the page does not have.
+pub const ABSENT: u32 = u32::MAX;
+
+/// Of [`SideDesc::codec`]: groups of channels of a token share a step; see `codec::group`.
+pub const CODEC_GROUP: u32 = 0;
+/// Of [`SideDesc::codec`]: channels have steps, and widths of their own; see `codec::channel`.
+pub const CODEC_CHANNEL: u32 = 1;
+/// Of [`SideDesc::codec`]: tokens have widths of their own; see `codec::adaptive`.
+pub const CODEC_ADAPTIVE: u32 = 2;
+
+/// Of [`SideDesc::width`]: ternary codes, five in a byte. Other widths are their bits.
+pub const WIDTH_TERNARY: u32 = 1;
+
+/// Of [`SideDesc::clip`]: the best step for a Gaussian, or a factor by width.
+pub const CLIP_AUTO: u32 = 0;
+/// Of [`SideDesc::clip`]: [`SideDesc::clip_factor`].
+pub const CLIP_FACTOR: u32 = 1;
+/// Of [`SideDesc::clip`]: the range is cut into as many cells as there are codes.
+pub const CLIP_CELLS: u32 = 2;
+
+/// Keys or values of a layer. Offsets are bytes: the first ones into a head region, those of a page into its bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SideDesc {
+    /// Bytes of a head region.
+    pub head_bytes: u64,
+    /// The outlier pool's rows.
+    pub pool: u64,
+    /// The outlier pool's cells.
+    pub pool_table: u64,
+    /// What the store step has learned.
+    pub learned: u64,
+    /// End of what was learned.
+    pub learned_end: u64,
+    /// The ring of recent queries.
+    pub recent: u64,
+    /// End of the ring.
+    pub recent_end: u64,
+    /// Page headers, 4 bytes each.
+    pub headers: u64,
+    /// Pages.
+    pub pages: u64,
+    /// Bytes of a page, a multiple of 64.
+    pub page_bytes: u32,
+    /// Values of a head vector.
+    pub head_dim: u32,
+    /// `CODEC_...`
+    pub codec: u32,
+    /// Codes of one width (`CODEC_GROUP`): bits, or `WIDTH_TERNARY`.
+    pub width: u32,
+    /// Channels that share a step (`CODEC_GROUP`), else `head_dim`.
+    pub group: u32,
+    /// Groups of a head vector.
+    pub n_groups: u32,
+    /// Bytes of the tile of a group (`CODEC_GROUP`) or of all codes of the page.
+    pub tile_bytes: u32,
+    /// Words of a lane, ternary tails not included. `CODEC_ADAPTIVE`, keys: it depends on the page, 0 here.
+    pub tile_words: u32,
+    /// Ternary: left-over quads of a lane in the tail, and where the tail is inside the tile.
+    pub tile_tail_quads: u32,
+    /// See `tile_tail_quads`.
+    pub tile_tail: u32,
+    /// Mixed widths: sum of the widths of the segments.
+    pub budget: u32,
+    /// Mixed widths: places of a segment and number of segments.
+    pub segment: u32,
+    /// See `segment`.
+    pub n_segments: u32,
+    /// Steps.
+    pub steps: u32,
+    /// Mid-points, or `ABSENT`.
+    pub mids: u32,
+    /// FP16 channel means, or `ABSENT`.
+    pub mean: u32,
+    /// Exponents of the smoothing factors, or `ABSENT`.
+    pub exponents: u32,
+    /// Order of the places, or `ABSENT`: they are in natural order.
+    pub order: u32,
+    /// `CODEC_ADAPTIVE`: values kept exactly, or `ABSENT`.
+    pub outliers: u32,
+    /// `CODEC_ADAPTIVE`: so many of them in a row.
+    pub n_outliers: u32,
+    /// Head vectors are rotated before they are coded.
+    pub rotate: u32,
+    /// One 8-bit scale for a step and no mid-point.
+    pub symmetric: u32,
+    /// Steps and mid-points are FP16.
+    pub half: u32,
+    /// Codes stand for the levels that are best for a Gaussian.
+    pub normal: u32,
+    /// The step is fitted again after coding.
+    pub refit: u32,
+    /// `CODEC_ADAPTIVE`: narrowest code in bits.
+    pub min_bits: u32,
+    /// `CODEC_ADAPTIVE`: widths follow the attention that tokens had.
+    pub attention: u32,
+    /// `CLIP_...`
+    pub clip: u32,
+    /// With `CLIP_FACTOR`: the part of the half-range that codes reach.
+    pub clip_factor: f32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// A layer, as [`crate::layout::Layout`] has it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LayerDesc {
+    /// Query heads.
+    pub n_heads: u32,
+    /// Heads of keys and values.
+    pub n_kv_heads: u32,
+    /// Query heads of a KV head.
+    pub gqa_ratio: u32,
+    /// Cells of a stream.
+    pub n_cells: u32,
+    /// Exact slots of a stream.
+    pub n_slots: u32,
+    /// Cells of a page.
+    pub page: u32,
+    /// Pages of a stream.
+    pub n_pages: u32,
+    /// Rows of a head's outlier pool.
+    pub pool_rows: u32,
+    /// Tokens that compete for a place in the pool.
+    pub pool_outliers: u32,
+    /// Query tokens that the ring of recent queries has room for.
+    pub attn_window: u32,
+    /// Keys.
+    pub k: SideDesc,
+    /// Values.
+    pub v: SideDesc,
+}
+
+/// Where each array of a plan lies, in ints; see `plan`. Pairs are the views before and after the store.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PlanDesc {
+    /// The cell of each slot.
+    pub slot_cells: [u32; 2],
+    /// The cell of each row of the ubatch.
+    pub row_cells: u32,
+    /// The slot of each row of the ubatch.
+    pub row_slots: u32,
+    /// Bits of the cells that are read from their pages.
+    pub page_bits: [u32; 2],
+    /// Records.
+    pub records: u32,
+    /// The number of records.
+    pub n_records: u32,
+    /// The numbers of pages to scan.
+    pub n_pages: [u32; 2],
+    /// Whether the stream starts anew.
+    pub starts_anew: u32,
+}
+
+/// What the attention kernels get. Every pointer is the device's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AttendParams {
+    /// The layer.
+    pub layer: LayerDesc,
+    /// The plan's arrays.
+    pub plan_at: PlanDesc,
+    /// As in kvq_attend_args, also all that follow.
+    pub q: *const f32,
+    /// Elements.
+    pub q_stride_token: u64,
+    /// Elements.
+    pub q_stride_head: u64,
+    /// NULL: attend the view after the store.
+    pub k_cur: *const f32,
+    /// Elements.
+    pub k_stride_token: u64,
+    /// Elements.
+    pub k_stride_head: u64,
+    /// Values of the ubatch.
+    pub v_cur: *const f32,
+    /// Elements.
+    pub v_stride_token: u64,
+    /// Elements.
+    pub v_stride_head: u64,
+    /// Key memory of the stream.
+    pub k_mem: *const u8,
+    /// Value memory of the stream.
+    pub v_mem: *const u8,
+    /// The plan.
+    pub plan: *const i32,
+    /// FP16 or float, or NULL.
+    pub mask: *const u8,
+    /// Elements.
+    pub mask_stride_token: u64,
+    /// `[n_heads]` or NULL.
+    pub sink_logits: *const f32,
+    /// `[n_tokens][n_heads][head_dim_v]`
+    pub out: *mut f32,
+    /// `[n_tokens][n_heads]` or NULL.
+    pub lse: *mut f32,
+    /// `[head][tile of rows]`: blocks that are done; zero between calls.
+    pub tickets: *mut u32,
+    /// `[head][tile of rows][split][row][head_dim_v + 2]`: output, maximum, sum.
+    pub partial: *mut f32,
+    /// 1: the mask is FP16.
+    pub mask_is_f16: u32,
+    /// Columns of the mask.
+    pub n_kv: u32,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Soft cap, 0: none.
+    pub softcap: f32,
+    /// ALiBi, 0: none.
+    pub max_bias: f32,
+    /// Query tokens.
+    pub n_tokens: u32,
+    /// Blocks of threads that share the cells of a tile of rows.
+    pub n_splits: u32,
+    /// 0: the view before the store, 1: after.
+    pub view: u32,
+    /// Warps of a block; this and all that follows: for the kernels that let it vary.
+    pub n_warps: u32,
+    /// Shared memory: bytes before that of the first warp.
+    pub shared_warps: u32,
+    /// Shared memory of a warp.
+    pub shared_warp: u32,
+    /// Of that, bytes of a query row's coefficients for keys.
+    pub coefficient_bytes: u32,
+    /// And for values.
+    pub weight_bytes: u32,
+}
+
+const _: () = assert!(std::mem::size_of::<LayerDesc>() == LAYER_DESC_BYTES);

@@ -1,0 +1,92 @@
+// What every kernel starts from: the structs of desc.rs, how a kernel is declared, and each instruction that CUDA C++ has no
+// word for, with its twin for the emulation.
+#pragma once
+
+#ifdef KVQ_EMULATE
+#include "emulate.h"
+#include <immintrin.h>
+#endif
+#include "kvq_desc.h"
+
+namespace kvq {
+
+// A kernel takes one struct of desc.rs, `p`.
+#ifdef KVQ_EMULATE
+#define KVQ_KERNEL(name, threads, blocks, Params)                                            \
+    static void name(const Params &p);                                                       \
+    static void name##_of(const void *p) { name(*static_cast<const Params *>(p)); }          \
+    static const kvq::emulation::Register name##_registered(#name, name##_of);               \
+    static void name(const Params &p)
+#define KVQ_SHARED(name) uint8_t *const name = kvq::emulation::state().shared
+#else
+#define KVQ_KERNEL(name, threads, blocks, Params) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
+#define KVQ_SHARED(name) extern __shared__ __align__(128) uint8_t name[]
+#endif
+
+constexpr uint32_t FULL = ~0u;
+
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+__device__ __forceinline__ float not_a_number() { return __uint_as_float(0x7fc00000u); }
+
+__device__ __forceinline__ float half_to_float(uint16_t bits) {
+#ifdef KVQ_EMULATE
+    return _cvtsh_ss(bits);
+#else
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+    return f;
+#endif
+}
+
+__device__ __forceinline__ uint16_t float_to_half(float f) {
+#ifdef KVQ_EMULATE
+    return _cvtss_sh(f, 0);
+#else
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+    return bits;
+#endif
+}
+
+// Two halves of one word, `low` in the low bits.
+__device__ __forceinline__ uint32_t pack_halves(float low, float high) {
+#if !defined(KVQ_EMULATE) && __CUDA_ARCH__ >= 800
+    uint32_t word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+#else
+    return float_to_half(low) | uint32_t(float_to_half(high)) << 16;
+#endif
+}
+
+// What is not finite is taken for 0 (NaN) or FP16's largest.
+__device__ __forceinline__ float finite(float x) {
+    const float top = 65504.f;
+    return x != x ? 0.f : fminf(fmaxf(x, -top), top);
+}
+
+// A number of a header's scale, see codec/float8.rs.
+__device__ __forceinline__ float power(uint32_t base) { return __uint_as_float(base << 23); }
+__device__ __forceinline__ float scale_decode(uint32_t code, uint32_t base) {
+    return code ? __uint_as_float((code << 19) + (base << 23)) : 0.f;
+}
+__device__ __forceinline__ float e4m3_decode(uint32_t code) {
+    const float magnitude = __uint_as_float((code & 0x7f) << 20) * __uint_as_float(247u << 23);
+    return __uint_as_float(__float_as_uint(magnitude) | (code & 0x80) << 24);
+}
+// 2^exponent, see codec/smooth.rs.
+__device__ __forceinline__ float smooth_factor(int exponent) {
+    return __uint_as_float(uint32_t(min(max(exponent, -24), 24) + 127) << 23);
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (uint32_t o = 16; o > 0; o /= 2) x += __shfl_xor_sync(FULL, x, o);
+    return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+    for (uint32_t o = 16; o > 0; o /= 2) x = fmaxf(x, __shfl_xor_sync(FULL, x, o));
+    return x;
+}
+
+}  // namespace kvq

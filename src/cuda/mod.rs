@@ -1,0 +1,98 @@
+//! Devices: the same attention on a GPU, on memory that the host owns there.
+//!
+//! A call checks its arguments here, fills in a struct of plain numbers and device pointers ([`desc`]) and launches one
+//! kernel on the caller's stream. It reads nothing that a pointer names, allocates nothing and waits for nothing; grids are
+//! sized by capacity and counts are read on the device, so that calls can be captured in CUDA graphs.
+//!
+//! Kernels are in `*.cu` beside this file. `build.rs` compiles them with nvcc (feature `cuda`), and with the host's compiler
+//! on top of `emulate.h` (feature `cuda-emulation`), which is how they are tested where there is no GPU.
+
+pub(crate) mod attend;
+pub mod desc;
+#[cfg(feature = "cuda")]
+mod driver;
+#[cfg(feature = "cuda-emulation")]
+mod emulated;
+#[cfg(test)]
+pub(crate) mod lab;
+
+#[cfg(test)]
+mod tests;
+
+use std::ffi::c_void;
+use std::fmt::Debug;
+
+use crate::error::{Error, Result, Status};
+
+/// A device that kernels run on. Immutable; may be shared by threads.
+#[derive(Debug)]
+pub struct Device {
+    runner: Box<dyn Runner>,
+}
+
+/// Threads and memory of one launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Launch {
+    pub(crate) blocks: [u32; 2],
+    pub(crate) threads: u32,
+    pub(crate) shared_bytes: u32,
+}
+
+/// What the host has to know of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Limits {
+    pub(crate) n_multiprocessors: u32,
+    /// Most dynamic shared memory of a block.
+    pub(crate) shared_bytes: u32,
+    /// Ten times the major plus the minor compute capability.
+    pub(crate) capability: u32,
+}
+
+pub(crate) trait Runner: Debug + Send + Sync {
+    fn limits(&self) -> Limits;
+
+    /// Enqueues a kernel, which takes one struct, on a stream.
+    ///
+    /// # Safety
+    /// `params` points to the struct that the kernel takes; what it names stays valid until the stream has passed the
+    /// kernel, and nobody else writes what it writes meanwhile.
+    unsafe fn launch(&self, kernel: &str, launch: Launch, params: *mut c_void, stream: *mut c_void) -> Result<()>;
+}
+
+impl Device {
+    /// Opens a device by name: `cuda:` and the number that the driver gives it.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::InvalidArgument`] for other names and numbers without a device, [`Status::Unsupported`] if the library was
+    /// built without CUDA, there is no driver, or the kernels do not run on the device.
+    pub fn open(name: &str) -> Result<Device> {
+        #[cfg(feature = "cuda-emulation")]
+        if name == "emulated:0" {
+            return Ok(Device { runner: Box::new(emulated::Emulated::open()?) });
+        }
+        let Some(index) = name.strip_prefix("cuda:").and_then(|n| n.parse::<u32>().ok()) else {
+            return Err(Error::invalid(format!("'{name}' is not a device: use cuda:0, cuda:1, ...")));
+        };
+        open_cuda(index)
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        self.runner.limits()
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn open_cuda(index: u32) -> Result<Device> {
+    Ok(Device { runner: Box::new(driver::Cuda::open(index)?) })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(_index: u32) -> Result<Device> {
+    Err(unsupported("this library was built without CUDA: build it with --features cuda, or patches/build.sh --cuda"))
+}
+
+/// An error of a call that this build, device or recipe has no kernel for.
+pub(crate) fn unsupported(message: impl Into<String>) -> Error {
+    Error::new(Status::Unsupported, message)
+}

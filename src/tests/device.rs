@@ -1,0 +1,295 @@
+//! Attention on a device against the scalar path, for every codec, width, head size and way to be asked. Devices are the
+//! emulation (feature `cuda-emulation`) and the first GPU (feature `cuda`), where there is one.
+
+use std::ffi::c_void;
+
+use super::layer::{recipes, Layer, Rng, Ubatch};
+use crate::attention::{attend, AttendArgs, Mask};
+use crate::cuda::attend::{enqueue, workspace_bytes, Workspace};
+use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc};
+use crate::cuda::lab::{Buffer, Lab};
+use crate::layout::Layout;
+use crate::plan::Plan;
+use crate::reference;
+use crate::rows::Rows;
+use crate::shape::Shape;
+use crate::simd::isa::{Isa, IsaToken};
+
+/// Largest normalized error against the scalar path.
+const NMSE: f64 = 1e-5;
+const SCALE: f32 = 0.1;
+
+#[derive(Clone, Copy, PartialEq)]
+enum MaskKind {
+    None,
+    F16,
+    F32,
+}
+
+/// How attention is asked.
+#[derive(Clone, Copy)]
+struct Asked {
+    mask: MaskKind,
+    softcap: f32,
+    max_bias: f32,
+    sink_logits: bool,
+    /// The view after the store, without rows of the ubatch.
+    stored: bool,
+    /// Columns that the mask lacks.
+    short: usize,
+}
+
+const PLAIN: Asked =
+    Asked { mask: MaskKind::F16, softcap: 0.0, max_bias: 0.0, sink_logits: false, stored: false, short: 0 };
+
+/// What a mask says: some cells hidden, by token, some weighed.
+fn mask_of(rng: &mut Rng, n_tokens: usize, n_kv: usize) -> Vec<f32> {
+    (0..n_tokens * n_kv)
+        .map(|i| match (i % n_kv / 7 + i / n_kv) % 9 {
+            3 => f32::NEG_INFINITY,
+            5 => -0.5 - (rng.next() % 4) as f32 * 0.25,
+            _ => 0.0,
+        })
+        .collect()
+}
+
+/// What an ubatch comes with.
+#[derive(Clone, Copy)]
+struct Given<'a> {
+    ints: &'a [i32],
+    ubatch: &'a Ubatch,
+    mask: &'a [f32],
+    half: &'a [u16],
+    sinks: &'a [f32],
+    n_kv: usize,
+}
+
+struct Question<'a> {
+    layer: &'a Layer,
+    /// The same layout with scalar kernels.
+    scalar: &'a Layout,
+    given: Given<'a>,
+    asked: Asked,
+}
+
+impl Question<'_> {
+    fn rows(&self) -> [Rows<'_>; 3] {
+        self.layer.rows(self.given.ubatch)
+    }
+
+    /// Output and denominators on the CPU.
+    fn on_cpu(&self, layout: &Layout) -> (Vec<f32>, Vec<f32>) {
+        let shape = self.layer.layout.shape();
+        let [q, k, v] = self.rows();
+        let plan = Plan::new(self.given.ints).unwrap();
+        let args = AttendArgs {
+            rotation: None,
+            q,
+            current: (!self.asked.stored).then_some((k, v)),
+            k_mem: &self.layer.memory[0],
+            v_mem: &self.layer.memory[1],
+            plan,
+            mask: match self.asked.mask {
+                MaskKind::None => Mask::None,
+                MaskKind::F16 => Mask::F16(self.given.half),
+                MaskKind::F32 => Mask::F32(self.given.mask),
+            },
+            mask_stride_token: self.given.n_kv,
+            n_kv: self.given.n_kv,
+            sink_logits: self.asked.sink_logits.then_some(self.given.sinks),
+            scale: SCALE,
+            softcap: self.asked.softcap,
+            max_bias: self.asked.max_bias,
+            n_tokens: plan.n_tokens(),
+            n_splits: 1,
+            with_lse: true,
+        };
+        let n_rows = plan.n_tokens() * shape.n_heads as usize;
+        let mut out = vec![f32::NAN; n_rows * (shape.head_dim_v as usize + 1)];
+        attend(layout, &args, 0, 1, &mut |at, row| out[at..at + row.len()].copy_from_slice(row)).unwrap();
+        let lse = out.split_off(n_rows * shape.head_dim_v as usize);
+        (out, lse)
+    }
+
+    /// Output and denominators, and the workspace to be used again.
+    fn on(&self, lab: &Lab, workspace: &mut Option<Buffer>) -> (Vec<f32>, Vec<f32>) {
+        let (layout, [q, k, v]) = (&self.layer.layout, self.rows());
+        let shape = layout.shape();
+        let n_tokens = Plan::new(self.given.ints).unwrap().n_tokens();
+        let n_rows = n_tokens * shape.n_heads as usize;
+        let bytes = workspace_bytes(lab.device(), layout, n_tokens as u32, self.given.n_kv as u32).unwrap();
+        if workspace.as_ref().is_none_or(|buffer| buffer.bytes() < bytes) {
+            *workspace = Some(lab.upload(&vec![0u8; bytes]));
+        }
+        let workspace = workspace.as_ref().unwrap();
+        let rows = [q, k, v].map(|rows| lab.upload(rows.data));
+        let mask = match self.asked.mask {
+            MaskKind::None => None,
+            MaskKind::F16 => Some(lab.upload(self.given.half)),
+            MaskKind::F32 => Some(lab.upload(self.given.mask)),
+        };
+        let (k_mem, v_mem) = (lab.upload(&self.layer.memory[0]), lab.upload(&self.layer.memory[1]));
+        let (plan, sinks) = (lab.upload(self.given.ints), lab.upload(self.given.sinks));
+        let out = lab.upload(&vec![f32::NAN; n_rows * shape.head_dim_v as usize]);
+        let lse = lab.upload(&vec![f32::NAN; n_rows]);
+        let current = |buffer: &Buffer| if self.asked.stored { std::ptr::null() } else { buffer.pointer().cast() };
+        let params = AttendParams {
+            layer: LayerDesc::default(),
+            plan_at: PlanDesc::default(),
+            q: rows[0].pointer().cast(),
+            q_stride_token: q.stride_token as u64,
+            q_stride_head: q.stride_head as u64,
+            k_cur: current(&rows[1]),
+            k_stride_token: k.stride_token as u64,
+            k_stride_head: k.stride_head as u64,
+            v_cur: current(&rows[2]),
+            v_stride_token: v.stride_token as u64,
+            v_stride_head: v.stride_head as u64,
+            k_mem: k_mem.pointer().cast(),
+            v_mem: v_mem.pointer().cast(),
+            plan: plan.pointer().cast(),
+            mask: mask.as_ref().map_or(std::ptr::null(), |buffer| buffer.pointer().cast()),
+            mask_stride_token: self.given.n_kv as u64,
+            sink_logits: if self.asked.sink_logits { sinks.pointer().cast() } else { std::ptr::null() },
+            out: out.pointer().cast(),
+            lse: lse.pointer().cast(),
+            tickets: std::ptr::null_mut(),
+            partial: std::ptr::null_mut(),
+            mask_is_f16: (self.asked.mask == MaskKind::F16).into(),
+            n_kv: self.given.n_kv as u32,
+            scale: SCALE,
+            softcap: self.asked.softcap,
+            max_bias: self.asked.max_bias,
+            n_tokens: n_tokens as u32,
+            n_splits: 1,
+            view: 0,
+            n_warps: 0,
+            shared_warps: 0,
+            shared_warp: 0,
+            coefficient_bytes: 0,
+            weight_bytes: 0,
+        };
+        let memory: *mut c_void = workspace.pointer();
+        // SAFETY: every pointer is a buffer of the device that holds what the header says and outlives the download, which
+        // waits for the kernel.
+        unsafe {
+            let workspace = Workspace { memory, bytes: workspace.bytes() };
+            enqueue(lab.device(), layout, params, self.given.ints.len(), workspace, std::ptr::null_mut()).unwrap();
+        }
+        (lab.download(&out), lab.download(&lse))
+    }
+}
+
+/// Feeds a layer ubatches and compares attention at each of them; gives the worst error.
+fn compare(lab: &Lab, spec: &str, shape: Shape, n_cells: usize, ubatches: &[usize], asked: Asked) -> f64 {
+    let mut layer = Layer::new(spec, shape, n_cells, IsaToken::detect().unwrap());
+    let scalar = IsaToken::new(Isa::Scalar).unwrap();
+    let scalar = Layer::new(spec, shape, n_cells, scalar).layout;
+    let mut rng = Rng::new(spec.len() as u64 + u64::from(shape.n_heads) * 131 + n_cells as u64);
+    let (mut at, mut worst, mut workspace) = (0, 0f64, None);
+    for (i, &n) in ubatches.iter().enumerate() {
+        let ints = layer.plan(at..at + n);
+        at += n;
+        let ubatch = layer.ubatch(&mut rng, n);
+        let n_kv = at.next_multiple_of(64).min(n_cells).saturating_sub(asked.short).max(1);
+        let mask = mask_of(&mut rng, n, n_kv);
+        let half: Vec<u16> = mask.iter().map(|x| half::f16::from_f32(*x).to_bits()).collect();
+        let sinks = rng.values(shape.n_heads as usize);
+        let given = Given { ints: &ints, ubatch: &ubatch, mask: &mask, half: &half, sinks: &sinks, n_kv };
+        let mut check = |question: Question| {
+            let ((want, want_lse), (got, got_lse)) =
+                (question.on_cpu(question.scalar), question.on(lab, &mut workspace));
+            let truth: Vec<f64> = want.iter().map(|x| f64::from(*x)).collect();
+            let error = reference::nmse(&got, &truth);
+            let far = |a: f32, b: f32| !((a - b).abs() <= 2e-3 || a == b);
+            let lse = want_lse.iter().zip(&got_lse).position(|(a, b)| far(*a, *b));
+            let what = format!("{}: {spec} {shape:?} {n_cells} cells, ubatch {i} of {ubatches:?}", lab.name());
+            assert!(error <= NMSE, "{what}: error {error:.2e}");
+            assert!(lse.is_none(), "{what}: lse of row {lse:?}: {want_lse:?} {got_lse:?}");
+            worst = worst.max(error);
+        };
+        if !asked.stored && n <= 64 {
+            check(Question { layer: &layer, scalar: &scalar, given, asked });
+        }
+        let (_, lse) = Question { layer: &layer, scalar: &scalar, given, asked: Asked { stored: false, ..asked } }
+            .on_cpu(&layer.layout);
+        layer.store(&ints, &ubatch, &lse);
+        if asked.stored && i + 1 == ubatches.len() {
+            check(Question { layer: &layer, scalar: &scalar, given, asked });
+        }
+    }
+    worst
+}
+
+fn shape(n_kv_heads: u32, gqa: u32, head_dim_k: u32, head_dim_v: u32) -> Shape {
+    Shape { n_heads: n_kv_heads * gqa, n_kv_heads, head_dim_k, head_dim_v }
+}
+
+/// Enough for sealed pages, a window and rows of the ubatch; the last but one ends inside a page.
+const UBATCHES: &[usize] = &[430, 7, 1];
+
+#[test]
+fn every_recipe_and_width() {
+    let more = ["skvq:k=8,v=8", "skvq:k=4,v=4", "skvq:k=3,v=3", "skvq:k=1.6,v=1.6", "skvq:k=2,v=2", "skvq:group=32"];
+    let more = [&more[..], &["skvq:smooth=0", "skvq:mean=0,rotate=0", "skvq:group=64,symmetric=0,k=4"]].concat();
+    let more = [&more[..], &["kivi:k=2.25", "kivi:k=1", "kivi:k=3.5,meta=fp16", "kivi:k=4,adaptive=0"]].concat();
+    let more = [&more[..], &["qaq:bits=3", "qaq:levels=normal", "qaq:outliers=2,symmetric=0,smooth=0"]].concat();
+    let more = [&more[..], &["qaq:bits=1.5,min-bits=1,levels=normal", "skvq:page=64", "on:page=256"]].concat();
+    for lab in Lab::all() {
+        for spec in recipes(&more) {
+            compare(&lab, &spec, shape(2, 4, 128, 128), 640, UBATCHES, PLAIN);
+        }
+    }
+}
+
+#[test]
+fn head_sizes_and_ratios() {
+    for lab in Lab::all() {
+        for spec in ["skvq:k=2,v=1.6", "on", "qaq"] {
+            for shape in [
+                shape(1, 1, 64, 64),
+                shape(2, 7, 64, 96),
+                shape(1, 8, 256, 256),
+                shape(1, 9, 96, 64),
+                shape(1, 2, 160, 224),
+            ] {
+                if Layer::fits(spec, shape) {
+                    compare(&lab, spec, shape, 640, UBATCHES, PLAIN);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn fill_levels() {
+    for lab in Lab::all() {
+        for spec in ["2", "on", "qaq:bits=2.25", "ott"] {
+            for ubatches in [&[1][..], &[20], &[256, 5], &[600, 16], &[900, 2]] {
+                compare(&lab, spec, shape(1, 4, 128, 128), 1000, ubatches, PLAIN);
+            }
+        }
+    }
+}
+
+#[test]
+fn ways_to_ask() {
+    let f32_mask = Asked { mask: MaskKind::F32, ..PLAIN };
+    let ways = [
+        Asked { mask: MaskKind::None, ..PLAIN },
+        f32_mask,
+        Asked { softcap: 5.0, ..PLAIN },
+        Asked { max_bias: 8.0, ..f32_mask },
+        Asked { sink_logits: true, ..PLAIN },
+        Asked { stored: true, ..PLAIN },
+        Asked { stored: true, mask: MaskKind::None, sink_logits: true, softcap: 20.0, ..PLAIN },
+        Asked { short: 70, ..PLAIN },
+    ];
+    for lab in Lab::all() {
+        for spec in ["2", "on", "qaq", "ott:sinks=0"] {
+            for asked in ways {
+                compare(&lab, spec, shape(2, 3, 64, 128), 640, UBATCHES, asked);
+            }
+        }
+    }
+}
