@@ -69,13 +69,19 @@ template <int ROWS, int DIM_V> struct Fast {
     static constexpr int TILES = TWICE ? 1 : 2;     // of tokens that a lane has scores of, in a block of 32 lanes
     static constexpr uint32_t STATE = 4;            // floats of a warp's state of a row: reference, sum, sum of steps, -
 
+    // Where this lane's pieces of a page go: lane l takes pieces l, l + 32, ...: of rows l / 8, l / 8 + 4, ..., whose
+    // exchange is one of two.
+    struct Target {
+        SharedAt even, odd;
+    };
+
     const AttendParams &p;
     const LayerDesc &layer;
     const SideDesc &k, &v;
     const Tile tile;
     const uint32_t warp, lane, n_warps, g, t, quad;  // quad: the four lanes of a tile's 32 that this lane reads
     // Shared memory.
-    float *query;      // [channel][ROWS]: as it came, times the scale
+    float *query;      // as it came, times the scale; see query_at
     uint16_t *halves;  // [ROWS][dim + 8]: the same, relative to unit[row]
     float *unit;       // [ROWS]
     float *slopes, *spoiled;
@@ -83,7 +89,9 @@ template <int ROWS, int DIM_V> struct Fast {
     uint32_t *flag;
     const uint8_t *k_region, *v_region;
     uint32_t first_token, last_token;
+    bool mask_ahead;
     uint8_t *own, *k_page, *v_page, *coefficients, *weights;
+    Target k_target, v_target;
     // Registers.
     float acc[DIM_V / 32][2][4] = {};
     float reference[2] = {DEAD, DEAD}, sum[2] = {}, steps[2] = {};
@@ -92,10 +100,12 @@ template <int ROWS, int DIM_V> struct Fast {
     bool is_prepared = false;
     float to_log2;
 
+    // The ROWS values of a channel: [channel % 4][channel / 4][ROWS], so that lanes with a quad each do not meet in a bank.
+    __device__ float *query_at(uint32_t channel) const { return query + ((channel % 4) * (k.head_dim / 4) + channel / 4) * ROWS; }
     __device__ uint32_t column(int c) const { return TWICE ? 2 * (t & 1) + c : 2 * t + c; }
 
     __device__ Fast(const AttendParams &params, uint8_t *shared)
-        : p(params), layer(params.layer), k(layer.k), v(layer.v), tile(Tile::of_block(params, ROWS)), warp(threadIdx.x / 32),
+        : p(params), layer(params.layer), k(layer.k), v(layer.v), tile(Tile::of_block(params, ROWS)), warp(__shfl_sync(FULL, threadIdx.x / 32, 0)),
           lane(threadIdx.x % 32), n_warps(params.n_warps), g(lane / 4), t(lane % 4), quad((g >> 1) | (g & 1) << 2) {
         query = reinterpret_cast<float *>(shared);
         halves = reinterpret_cast<uint16_t *>(query + max(k.head_dim, uint32_t(DIM_V)) * ROWS);
@@ -109,10 +119,12 @@ template <int ROWS, int DIM_V> struct Fast {
         v_page = k_page + (k.page_bytes + 127) / 128 * 128;
         coefficients = v_page + (v.page_bytes + 127) / 128 * 128;
         weights = coefficients + ROWS * p.coefficient_bytes;
+        k_target = target(k_page), v_target = target(v_page);
         k_region = p.k_mem + tile.head * k.head_bytes;
         v_region = p.v_mem + tile.head * v.head_bytes;
         first_token = tile.token(p, 0);
         last_token = tile.token(p, tile.n_rows - 1);
+        mask_ahead = p.mask != nullptr && p.mask_is_f16 && reinterpret_cast<uintptr_t>(mask_at(first_token, 0)) % 8 == 0;
         to_log2 = p.softcap > 0.f ? 1.f : LOG2E;
     }
 
@@ -120,28 +132,29 @@ template <int ROWS, int DIM_V> struct Fast {
 
     __device__ void load_query() {
         const uint32_t dim = k.head_dim;
+#pragma unroll 1
         for (uint32_t r = warp; r < ROWS; r += n_warps) {
             const bool is_row = r < tile.n_rows;
             const float *q = p.q;
             if (is_row) q += tile.token(p, r) * p.q_stride_token + tile.query_head(p, r) * p.q_stride_head;
-            float x[8], most = 0.f;
+            float x[4], most = 0.f;
             bool is_finite = true;
-            for (uint32_t i = 0; i < 8; i++) {
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++) {
                 const uint32_t c = lane + 32 * i;
                 x[i] = is_row && c < dim ? q[c] * p.scale : 0.f;
                 is_finite &= fabsf(x[i]) <= MAX_QUERY;
-            }
-            is_finite = __all_sync(FULL, is_finite);
-            for (uint32_t i = 0; i < 8; i++) {
-                if (!is_finite) x[i] = 0.f;
                 most = fmaxf(most, fabsf(x[i]));
             }
-            most = fmaxf(warp_max(most), 1e-30f);
+            is_finite = __all_sync(FULL, is_finite);
+            most = is_finite ? fmaxf(warp_max(most), 1e-30f) : 1.f;
             const float inverse = LIFT / most;
-            for (uint32_t i = 0; i < 8; i++) {
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++) {
                 const uint32_t c = lane + 32 * i;
                 if (c >= dim) continue;
-                query[c * ROWS + r] = x[i];
+                if (!is_finite) x[i] = 0.f;
+                query_at(c)[r] = x[i];
                 halves[r * (dim + 8) + c] = float_to_half(x[i] * inverse);
             }
             if (lane == 0) {
@@ -156,42 +169,48 @@ template <int ROWS, int DIM_V> struct Fast {
         *reinterpret_cast<uint2 *>(coefficients + row * p.coefficient_bytes + at) = make_uint2(first, second);
     }
 
-    // Writes the coefficients of quad `q` of the depth for a row.
-    __device__ void put_quad(const Words &w, uint32_t row, uint32_t q, const float (&x)[4]) {
+    // Where the coefficients of a quad of the depth go: fields and what they are multiplied with.
+    struct Fields {
+        uint32_t at[2];
+        float place[2];
+        bool second, twice[2];
+    };
+    __device__ static Fields fields_of(const Words &w, uint32_t q) {
+        Fields f{};
         const uint32_t segment = q / 4;
-        const auto halves_of = [&](float place, uint32_t &first, uint32_t &second) {
-            first = pack_halves(x[0] * place, x[2] * place);
-            second = pack_halves(x[1] * place, x[3] * place);
+        const auto set = [&](int i, uint32_t word, uint32_t field, float place) {
+            f.twice[i] = word >= w.low / 4 * 4;  // read bit by bit
+            f.at[i] = w.at(word) + (f.twice[i] ? 16 : 8) * field;
+            f.place[i] = place * w.lift(word, 2 * field);
         };
-        const auto put_field = [&](uint32_t word, uint32_t field, uint32_t first, uint32_t second) {
-            const bool by_bits = word >= w.low / 4 * 4;
-            const uint32_t at = w.at(word) + (by_bits ? 16 : 8) * field;
-            put(row, at, first, second);
-            if (by_bits) put(row, at + 8, first, second);
-        };
-        uint32_t first, second;
         if (w.native) {
-            halves_of(q % 2 ? 1.f / 16.f : 1.f, first, second);
-            put(row, 8 * q, first, second);
+            f.at[0] = 8 * q;
+            f.place[0] = q % 2 ? 1.f / 16.f : 1.f;
         } else if (segment < w.four) {
-            const uint32_t field = 2 * (q % 2);
-#pragma unroll
-            for (uint32_t i = 0; i < 2; i++) {
-                halves_of((q % 2 ? 1.f / 16.f : 1.f) * w.lift(q / 2, 2 * (field + i)), first, second);
-                put_field(q / 2, field + i, first, second);
-            }
+            f.second = true;
+            for (int i = 0; i < 2; i++) set(i, q / 2, 2 * (q % 2) + i, q % 2 ? 1.f / 16.f : 1.f);
         } else {
             const bool has_low = segment < w.four + w.three + w.two, has_bit = !has_low || segment < w.four + w.three;
-            if (has_low) {
-                halves_of(power(127 - 2 * (q % 4)) * w.lift(w.four + segment, 2 * (q % 4)), first, second);
-                put_field(w.four + segment, q % 4, first, second);
-            }
+            if (has_low) set(0, w.four + segment, q % 4, power(127 - 2 * (q % 4)));
             if (has_bit) {
-                const uint32_t odd = segment - w.four - (has_low ? 0 : w.two), bit = odd % 2 * 4 + q % 4;
-                const uint32_t word = w.low + odd / 2;
-                halves_of(power(127 + (has_low ? 2 : 0) - bit) * w.lift(word, bit), first, second);
-                put(row, w.at(word) + 8 * bit, first, second);
+                const uint32_t odd = segment - w.four - (has_low ? 0 : w.two), bit = odd % 2 * 4 + q % 4, word = w.low + odd / 2;
+                const int i = has_low ? 1 : 0;
+                f.second = has_low;
+                f.twice[i] = false;
+                f.at[i] = w.at(word) + 8 * bit;
+                f.place[i] = power(127 + (has_low ? 2 : 0) - bit) * w.lift(word, bit);
             }
+        }
+        return f;
+    }
+    // Writes them for a row.
+    __device__ __forceinline__ void put_quad(const Fields &f, uint32_t row, const float (&x)[4]) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (i == 1 && !f.second) break;
+            const uint32_t first = pack_halves(x[0] * f.place[i], x[2] * f.place[i]), second = pack_halves(x[1] * f.place[i], x[3] * f.place[i]);
+            put(row, f.at[i], first, second);
+            if (f.twice[i]) put(row, f.at[i] + 8, first, second);
         }
     }
 
@@ -213,13 +232,15 @@ template <int ROWS, int DIM_V> struct Fast {
         if (__all_sync(FULL, same)) return;
         is_prepared = true;
         seen_exponents = exponents;
+        const Fields fields = fields_of(w, lane);
+        const float norm = k.rotate ? 1.f / sqrtf(float(block)) : 1.f;
         float units[ROWS], totals[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             float x[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                x[j] = lane < n_quads ? query[(4 * lane + j) * ROWS + r] : 0.f;
+                x[j] = lane < n_quads ? query_at(4 * lane + j)[r] : 0.f;
                 x[j] *= smooth_factor(int8_t(exponents >> 8 * j));
             }
             if (k.rotate) {
@@ -233,7 +254,6 @@ template <int ROWS, int DIM_V> struct Fast {
                         x[j] = upper ? other - x[j] : x[j] + other;
                     }
                 }
-                const float norm = 1.f / sqrtf(float(block));
 #pragma unroll
                 for (int j = 0; j < 4; j++) x[j] *= norm;
             }
@@ -244,7 +264,7 @@ template <int ROWS, int DIM_V> struct Fast {
             units[r] = most * UNLIFT;
 #pragma unroll
             for (int j = 0; j < 4; j++) x[j] *= inverse;
-            if (lane < n_quads) put_quad(w, r, lane, x);
+            if (lane < n_quads) put_quad(fields, r, x);
         }
         clear_rest(w);
         const float centre = -0.5f * float((1u << k.width) - 1);
@@ -274,7 +294,7 @@ template <int ROWS, int DIM_V> struct Fast {
                 const uint32_t channel = k.order == ABSENT ? 4 * lane + j : min(order >> 8 * j & 255, dim - 1);
                 const float step = e4m3_decode(codes >> 8 * j & 255) * step_power;
                 const float shift = e4m3_decode(mids >> 8 * j & 255) * mid_power - step * centre;
-                const float *q = query + channel * ROWS;
+                const float *q = query_at(channel);
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) {
                     x[r][j] = q[r] * step;
@@ -287,11 +307,12 @@ template <int ROWS, int DIM_V> struct Fast {
         most = fmaxf(warp_max(most), 1e-30f);
         const float inverse = LIFT / most;
         if (lane < n_quads) {
+            const Fields fields = fields_of(w, lane);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
 #pragma unroll
                 for (int j = 0; j < 4; j++) x[r][j] *= inverse;
-                put_quad(w, r, lane, x[r]);
+                put_quad(fields, r, x[r]);
             }
         }
         clear_rest(w);
@@ -316,7 +337,7 @@ template <int ROWS, int DIM_V> struct Fast {
 #pragma unroll
             for (int j = 0; j < 4; j++)
 #pragma unroll
-                for (int r = 0; r < ROWS; r++) sums[r] += m[j] * query[(4 * lane + j) * ROWS + r];
+                for (int r = 0; r < ROWS; r++) sums[r] += m[j] * query_at(4 * lane + j)[r];
         }
         const float total = sum_each<ROWS>(sums);
 #pragma unroll
@@ -325,11 +346,25 @@ template <int ROWS, int DIM_V> struct Fast {
 
     // ---- a page ----
 
-    __device__ void fetch(uint8_t *to, const uint8_t *region, const SideDesc &side, uint32_t page) {
-        const uint8_t *from = region + side.pages + size_t(page) * side.page_bytes;
+    __device__ Target target(uint8_t *to) const { return {shared_at(to + swizzle(16 * lane)), shared_at(to + swizzle(16 * lane + 512) - 512)}; }
+    __device__ __forceinline__ void fetch(const Target &to, const uint8_t *region, const SideDesc &side, uint32_t page) {
+        const uint8_t *from = region + side.pages + size_t(page) * side.page_bytes + 16 * lane;
         const uint32_t n = side.page_bytes;
-#pragma unroll 4
-        for (uint32_t at = 16 * lane; at < n; at += 512) copy_async(to + swizzle(at), from + at);
+        uint32_t at = 0;
+#pragma unroll 1
+        for (; at + 2048 <= n; at += 2048) {
+#pragma unroll
+            for (uint32_t i = 0; i < 2048; i += 1024) {
+                copy_async(to.even + at + i, from + at + i);
+                copy_async(to.odd + at + i + 512, from + at + i + 512);
+            }
+        }
+        const uint32_t end = n - 16 * lane;
+#pragma unroll
+        for (uint32_t i = 0; i < 2048; i += 1024) {
+            if (at + i < end && at + i < n) copy_async(to.even + at + i, from + at + i);
+            if (at + i + 512 < end && at + i + 512 < n) copy_async(to.odd + at + i + 512, from + at + i + 512);
+        }
     }
 
     // c[block][tile] += the products of the words of four lanes, read as FIELDS fields of BITS bits.
@@ -338,24 +373,31 @@ template <int ROWS, int DIM_V> struct Fast {
         uint4 coefs[FIELDS / 2];
 #pragma unroll
         for (int f = 0; f < FIELDS / 2; f++) coefs[f] = b[f];
+        // Two blocks at a time: sums that do not wait for each other.
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-            const uint32_t row = word + i * n_words;
-            const uint4 codes = *reinterpret_cast<const uint4 *>(page + row * 128 + ((quad ^ (row & 7)) << 4));
-            const uint32_t x[4] = {codes.x >> shift, codes.y >> shift, codes.z >> shift, codes.w >> shift};
-            const uint32_t y[4] = {x[0] >> 8, x[1] >> 8, x[2] >> 8, x[3] >> 8};
+        for (int pair = 0; pair < N; pair += 2) {
+            uint32_t x[2][4];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint32_t row = word + (pair + i) * n_words;
+                const uint4 codes = *reinterpret_cast<const uint4 *>(page + row * 128 + ((quad ^ (row & 7)) << 4));
+                x[i][0] = codes.x >> shift, x[i][1] = codes.y >> shift, x[i][2] = codes.z >> shift, x[i][3] = codes.w >> shift;
+            }
 #pragma unroll
             for (int f = 0; f < FIELDS; f++) {
                 const uint32_t mask = ((1u << BITS) - 1) * 0x00010001u << BITS * f;
                 const uint32_t b0 = f % 2 ? coefs[f / 2].z : coefs[f / 2].x, b1 = f % 2 ? coefs[f / 2].w : coefs[f / 2].y;
 #pragma unroll
-                for (int j = 0; j < 2; j++) mma(c[i][j], x[j] & mask, x[j + 2] & mask, y[j] & mask, y[j + 2] & mask, b0, b1);
+                for (int i = 0; i < 2; i++)
+#pragma unroll
+                    for (int j = 0; j < 2; j++)
+                        mma(c[pair + i][j], x[i][j] & mask, x[i][j + 2] & mask, x[i][j] >> 8 & mask, x[i][j + 2] >> 8 & mask, b0, b1);
             }
         }
     }
 
     // The same for all words of N blocks of 32 lanes of a tile; `coefs`: this lane's column of B.
-    template <int N> __device__ void multiply(const Words &w, const uint8_t *page, const uint8_t *coefs, float (&c)[N][2][4]) {
+    template <int N, bool UNEVEN> __device__ __forceinline__ void multiply(const Words &w, const uint8_t *page, const uint8_t *coefs, float (&c)[N][2][4]) {
 #pragma unroll 1
         for (uint32_t group = 0; group < w.groups(); group++) {
             const Reading reading = w.reading(group);
@@ -365,6 +407,7 @@ template <int ROWS, int DIM_V> struct Fast {
             if (reading == TWO_BITS) multiply_fields<2, 4, N>(page, word, w.n, 0, at(own_word, 0), c);
             else if (reading == FOUR_BITS) multiply_fields<4, 2, N>(page, word, w.n, 0, at(own_word, 0), c);
             else if (reading == ONE_BIT) multiply_fields<1, 8, N>(page, word, w.n, 0, at(own_word, 0), c);
+            else if (!UNEVEN) return;  // values: four words at a time, whatever their width
             else if (reading == ONE_BIT_PAIR) multiply_fields<1, 4, N>(page, 4 * group + t / 2, w.n, 4 * (t % 2), at(4 * group + t / 2, 32 * (t % 2)), c);
             else multiply_fields<1, 2, N>(page, 4 * group, w.n, 2 * t, at(4 * group, 16 * t), c);
         }
@@ -385,26 +428,28 @@ template <int ROWS, int DIM_V> struct Fast {
 
     // What is read of a page besides the page, long before it is looked at. `bits`: of lane % 4's 32 cells.
     struct Look {
-        uint32_t bits, k_header, v_header;
-        uint2 mask;  // FP16, of the first token and four cells
+        uint32_t word;  // of lanes 0 to 3: the bits of 32 cells each; of lanes 4 and 5: the headers of keys and values
+        uint2 mask;     // FP16, of the first token and four cells
+        __device__ uint32_t get(uint32_t from) const { return __shfl_sync(FULL, word, from); }
     };
     __device__ uint32_t look_at_bits(uint32_t page) { return uint32_t(p.plan[p.plan_at.page_bits[p.view] + page * BLOCKS + lane % BLOCKS]); }
     __device__ const uint8_t *mask_at(uint32_t token, uint32_t page) {
         return p.mask + (token * p.mask_stride_token + page * PAGE + 4 * lane) * (p.mask_is_f16 ? 2 : 4);
     }
-    __device__ bool has_mask_ahead(uint32_t page) {
-        return p.mask != nullptr && p.mask_is_f16 && page * PAGE + PAGE <= p.n_kv && reinterpret_cast<uintptr_t>(mask_at(first_token, page)) % 8 == 0;
-    }
+    __device__ bool has_mask_ahead(uint32_t page) { return mask_ahead && page * PAGE + PAGE <= p.n_kv; }
+    // A word a lane: loads at an address that all lanes have in common go to uniform registers, for which the warp waits at
+    // once.
     __device__ void look(uint32_t page, Look &ahead) {
-        ahead.bits = look_at_bits(page);
-        ahead.k_header = *reinterpret_cast<const uint32_t *>(k_region + k.headers + 4 * size_t(page));
-        ahead.v_header = *reinterpret_cast<const uint32_t *>(v_region + v.headers + 4 * size_t(page));
+        const uint8_t *at = reinterpret_cast<const uint8_t *>(p.plan + p.plan_at.page_bits[p.view] + page * BLOCKS + lane % BLOCKS);
+        if (lane == 4) at = k_region + k.headers + 4 * size_t(page);
+        if (lane == 5) at = v_region + v.headers + 4 * size_t(page);
+        ahead.word = *reinterpret_cast<const uint32_t *>(at);
         if (has_mask_ahead(page)) ahead.mask = *reinterpret_cast<const uint2 *>(mask_at(first_token, page));
     }
 
     // Whether all cells of the page are to be read and the mask adds nothing to any.
     __device__ bool is_plain(uint32_t page, const Look &look) {
-        bool plain = look.bits == ~0u && p.softcap <= 0.f && page * PAGE + PAGE <= p.n_kv;
+        bool plain = (lane >= BLOCKS || look.word == ~0u) && page * PAGE + PAGE <= p.n_kv;
         if (plain && p.mask != nullptr) {
             const bool ahead = has_mask_ahead(page);
             if (ahead) plain = (look.mask.x | look.mask.y) == 0;
@@ -416,11 +461,30 @@ template <int ROWS, int DIM_V> struct Fast {
         return __all_sync(FULL, plain);
     }
 
-    // Soft cap, mask and slope; `cell` < 0: hidden.
-    __device__ float logit(float score, int cell, uint32_t row) {
-        const float mask = cell < 0 || row >= tile.n_rows ? -infinity() : mask_value(p, tile.token(p, row), uint32_t(cell));
-        if (p.softcap > 0.f) score = p.softcap * tanhf(score / p.softcap) * LOG2E;
-        return mask == -infinity() ? mask : score + slopes[row] * mask * LOG2E;
+    // Where this lane's columns have their mask, what it is multiplied with; columns without a query row see nothing.
+    size_t mask_row[2];
+    float slope[2];
+    __device__ void prepare_mask() {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const bool is_row = column(c) < tile.n_rows;
+            mask_row[c] = is_row ? tile.token(p, column(c)) * p.mask_stride_token : ~size_t(0);
+            slope[c] = is_row ? slopes[column(c)] * LOG2E : 0.f;
+        }
+    }
+    // Mask and slope; `cell` < 0: hidden. No branch that lanes may take apart: loads are to go out together.
+    __device__ __forceinline__ float masked(float score, int cell, int c) {
+        const bool is_seen = uint32_t(cell) < p.n_kv && mask_row[c] != ~size_t(0);
+        const size_t at = is_seen ? mask_row[c] + uint32_t(cell) : 0;
+        float m = 0.f;
+        if (p.mask != nullptr)
+            m = p.mask_is_f16 ? half_to_float(__ldg(reinterpret_cast<const uint16_t *>(p.mask) + at)) : __ldg(reinterpret_cast<const float *>(p.mask) + at);
+        return is_seen && m != -infinity() ? score + slope[c] * m : -infinity();
+    }
+    // softcap * tanh(score / softcap), in octaves.
+    __device__ __forceinline__ float capped(float score) {
+        const float e = power_of_two(score * (2.f * LOG2E / p.softcap));
+        return p.softcap * LOG2E * (1.f - 2.f / (1.f + e));
     }
 
     // Moves the reference up where a maximum needs it.
@@ -455,7 +519,7 @@ template <int ROWS, int DIM_V> struct Fast {
     // Attends a page that is on its way, and gives the next one, which then is.
     __device__ uint32_t attend_page(uint32_t page, Look &at, uint32_t end, uint32_t stride) {
         const uint32_t candidate = page + stride, candidate_bits = candidate < end ? look_at_bits(candidate) : 0;
-        const uint32_t k_bytes = at.k_header, v_base = at.v_header & 255;
+        const uint32_t k_bytes = at.get(4), v_base = at.get(5) & 255;
         const uint8_t header[4] = {uint8_t(k_bytes), uint8_t(k_bytes >> 8), uint8_t(k_bytes >> 16), uint8_t(k_bytes >> 24)};
         copy_wait<1>();
         Words words;
@@ -472,7 +536,7 @@ template <int ROWS, int DIM_V> struct Fast {
         const uint8_t *coefs = coefficients + (TWICE ? g % 4 : g) * p.coefficient_bytes;
         float score[BLOCKS][TILES][2][2], most[2] = {DEAD, DEAD};  // [block][tile][token][column]
         float c[BLOCKS][2][4] = {};
-        multiply<BLOCKS>(words, k_page, coefs, c);
+        multiply<BLOCKS, true>(words, k_page, coefs, c);
 #pragma unroll
         for (uint32_t b = 0; b < BLOCKS; b++) {
             const uint32_t codes = k.codec == CODEC_GROUP ? *reinterpret_cast<const uint32_t *>(k_page + swizzle(k.steps + 32 * b + 4 * quad)) : 0;
@@ -494,47 +558,49 @@ template <int ROWS, int DIM_V> struct Fast {
         __syncwarp();
         uint32_t next = candidate;
         if (!__any_sync(FULL, candidate_bits != 0)) next = next_page(candidate + stride, end, stride);
-        if (next != ~0u) fetch(k_page, k_region, k, next);
+        if (next != ~0u) fetch(k_target, k_region, k, next);
         copy_commit();
         const Look now = at;
         if (next != ~0u) look(next, at);
-        if (!is_plain(page, now)) {
+        const auto each = [&](auto f) {
 #pragma unroll
-            for (uint32_t b = 0; b < BLOCKS; b++) {
-                const uint32_t in_block = __shfl_sync(FULL, now.bits, b);
+            for (uint32_t b = 0; b < BLOCKS; b++)
 #pragma unroll
                 for (int j = 0; j < TILES; j++)
 #pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const uint32_t token = token_of(j, i);
-                        const int cell = in_block >> token & 1 ? int(page * PAGE + 32 * b + token) : -1;
+                    for (int i = 0; i < 2; i++)
 #pragma unroll
-                        for (int e = 0; e < 2; e++) score[b][j][i][e] = logit(score[b][j][i][e], cell, column(e));
-                    }
-            }
+                        for (int e = 0; e < 2; e++) f(b, j, i, e);
+        };
+        if (p.softcap > 0.f) each([&](uint32_t b, int j, int i, int e) { score[b][j][i][e] = capped(score[b][j][i][e]); });
+        if (!is_plain(page, now)) {
+            const uint32_t bits[BLOCKS] = {now.get(0), now.get(1), now.get(2), now.get(3)};
+            each([&](uint32_t b, int j, int i, int e) {
+                const uint32_t token = token_of(j, i);
+                const int cell = bits[b] >> token & 1 ? int(page * PAGE + 32 * b + token) : -1;
+                score[b][j][i][e] = masked(score[b][j][i][e], cell, e);
+            });
         }
-#pragma unroll
-        for (uint32_t b = 0; b < BLOCKS; b++)
-#pragma unroll
-            for (int j = 0; j < TILES; j++)
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-#pragma unroll
-                    for (int e = 0; e < 2; e++) most[e] = fmaxf(most[e], score[b][j][i][e]);
+        each([&](uint32_t b, int j, int i, int e) { most[e] = fmaxf(most[e], score[b][j][i][e]); });
         max_of_columns(most);
         move_reference(most);
         copy_wait<1>();
         float weight[2], sums[2] = {}, step_sums[2] = {};
         const bool three = v.width == 3;
         const float place = v.width == 4 ? (quad % 2 ? 1.f / 16.f : 1.f) : power(127 - 2 * (quad % 4)), high = power(127 + 2 - quad);
+        uint8_t *put_at = weights + column(0) * p.weight_bytes + 8 * quad;
         // Steps relative to the page's largest possible one.
         const uint32_t step_base = 127 - 16;
+        const float step_scale = LIFT * place, above = three ? high / place : 0.f;
 #pragma unroll
         for (uint32_t b = 0; b < BLOCKS; b++) {
             const uint32_t codes = *reinterpret_cast<const uint32_t *>(v_page + swizzle(v.steps + 32 * b + 4 * quad));
 #pragma unroll
             for (int j = 0; j < TILES; j++) {
                 const int s = TWICE ? t / 2 : j;
+                float step[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) step[i] = scale_decode(codes >> 8 * (s + 2 * i) & 255, step_base) * step_scale;
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float x[2];
@@ -542,12 +608,12 @@ template <int ROWS, int DIM_V> struct Fast {
                     for (int i = 0; i < 2; i++) {
                         const float q = power_of_two(score[b][j][i][e] - most[e]);
                         sums[e] += q;
-                        x[i] = q * scale_decode(codes >> 8 * (s + 2 * i) & 255, step_base) * LIFT;
+                        x[i] = q * step[i];
                         step_sums[e] += x[i];
                     }
-                    uint8_t *at = weights + column(e) * p.weight_bytes + (8 * b + quad) * 8 + 4 * s;
-                    *reinterpret_cast<uint32_t *>(at) = pack_halves(x[0] * place, x[1] * place);
-                    if (three) *reinterpret_cast<uint32_t *>(at + 256) = pack_halves(x[0] * high, x[1] * high);
+                    uint8_t *at = put_at + e * p.weight_bytes + 64 * b + 4 * s;
+                    *reinterpret_cast<uint32_t *>(at) = pack_halves(x[0], x[1]);
+                    if (three) *reinterpret_cast<uint32_t *>(at + 256) = pack_halves(x[0] * above, x[1] * above);
                 }
             }
         }
@@ -557,14 +623,14 @@ template <int ROWS, int DIM_V> struct Fast {
         for (int e = 0; e < 2; e++) {
             const float factor = power_of_two(most[e] - reference[e]);
             sum[e] += factor * sums[e];
-            steps[e] += factor * step_unit * step_sums[e];
+            steps[e] += factor * step_unit / place * step_sums[e];
             weight[e] = factor * step_unit * 16777216.f;
         }
         __syncwarp();
         const Words values = Words::of(Segments::uniform(v.width, PAGE / 16), PAGE / 16);
         const uint8_t *b = weights + (TWICE ? g % 4 : g) * p.weight_bytes;
         float o[DIM_V / 32][2][4] = {};
-        multiply<DIM_V / 32>(values, v_page, b, o);
+        multiply<DIM_V / 32, false>(values, v_page, b, o);
 #pragma unroll
         for (int block = 0; block < DIM_V / 32; block++) {
 #pragma unroll
@@ -573,37 +639,41 @@ template <int ROWS, int DIM_V> struct Fast {
                 for (int i = 0; i < 4; i++) acc[block][j][i] += o[block][j][i] * weight[i % 2];
         }
         __syncwarp();
-        if (next != ~0u) fetch(v_page, v_region, v, next);
+        if (next != ~0u) fetch(v_target, v_region, v, next);
         copy_commit();
         return next;
     }
 
     // ---- exact rows ----
 
-    float exact[ROWS][4] = {};  // of channels 4 * lane to 4 * lane + 3, relative to the reference
-    float exact_reference[2] = {DEAD, DEAD};
-    bool has_exact = false;
+    // After the pages, so that what they need is not kept through all of those.
+    struct Exact {
+        float of[ROWS][4] = {};  // channels 4 * lane to 4 * lane + 3, relative to `reference`
+        float reference[2] = {DEAD, DEAD};
+        bool any = false;
+    };
 
     // Makes the sums of exact rows relative to the reference as it is now.
-    __device__ void follow_reference() {
+    __device__ void follow_reference(Exact &exact) {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             // Lane r / 2 has column r as its number r % 2.
-            const float factor = __shfl_sync(FULL, power_of_two(exact_reference[r % 2] - reference[r % 2]), r / 2);
+            const float factor = __shfl_sync(FULL, power_of_two(exact.reference[r % 2] - reference[r % 2]), r / 2);
 #pragma unroll
-            for (int i = 0; i < 4; i++) exact[r][i] *= factor;
+            for (int i = 0; i < 4; i++) exact.of[r][i] *= factor;
         }
-        exact_reference[0] = reference[0], exact_reference[1] = reference[1];
+        exact.reference[0] = reference[0], exact.reference[1] = reference[1];
     }
 
-    __device__ void attend_exact(const ExactRows &rows, uint32_t first, uint32_t n) {
+    __device__ void attend_exact(const ExactRows &rows, uint32_t first, uint32_t n, Exact &exact) {
         const uint32_t dim = k.head_dim;
-        has_exact = true;
+        exact.any = true;
         // Operand A: rows g and g + 8, 8 channels a lane.
         const auto cell_of = [&](uint32_t i) { return i < n ? rows.cell(p, tile.head, first + i) : -1; };
         const int cells[2] = {cell_of(g), cell_of(g + 8)};
         if (!__any_sync(FULL, cells[0] >= 0 || cells[1] >= 0)) return;
         float c[4] = {};
+#pragma unroll 1
         for (uint32_t at = 0; at < dim; at += 32) {
             uint32_t a[2][4] = {};
 #pragma unroll
@@ -631,13 +701,15 @@ template <int ROWS, int DIM_V> struct Fast {
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                const float x = logit(c[2 * i + e] * unit[column(e)] * to_log2, cells[i], column(e));
+                float x = c[2 * i + e] * unit[column(e)] * to_log2;
+                if (p.softcap > 0.f) x = capped(x);
+                x = masked(x, cells[i], e);
                 score[i][e] = x;
                 most[e] = fmaxf(most[e], x);
             }
         max_of_columns(most);
         move_reference(most);
-        follow_reference();
+        follow_reference(exact);
         float *table = reinterpret_cast<float *>(weights);  // [16][ROWS]
 #pragma unroll
         for (int i = 0; i < 2; i++)
@@ -653,7 +725,7 @@ template <int ROWS, int DIM_V> struct Fast {
         __syncwarp();
         const uint32_t seen = __ballot_sync(FULL, (lane < n ? cell_of(lane) : -1) >= 0);
         if (4 * lane < uint32_t(DIM_V)) {
-#pragma unroll 4
+#pragma unroll 2
             for (uint32_t i = 0; i < PIECE; i++) {
                 if (!(seen >> i & 1)) continue;
                 float x[4];
@@ -668,7 +740,7 @@ template <int ROWS, int DIM_V> struct Fast {
 #pragma unroll
                 for (int r = 0; r < ROWS; r++)
 #pragma unroll
-                    for (int j = 0; j < 4; j++) exact[r][j] += table[i * ROWS + r] * x[j];
+                    for (int j = 0; j < 4; j++) exact.of[r][j] += table[i * ROWS + r] * x[j];
             }
         }
         __syncwarp();
@@ -696,8 +768,7 @@ template <int ROWS, int DIM_V> struct Fast {
     }
 
     // Leaves the warp's output, relative to its references, as [ROWS][DIM_V] in its own memory, and its state in `states`.
-    __device__ void leave() {
-        copy_wait<0>();
+    __device__ void leave(Exact &exact) {
         float *out = reinterpret_cast<float *>(own);
         const float centre = 0.5f * float((1u << v.width) - 1);
         float total[2];
@@ -728,11 +799,11 @@ template <int ROWS, int DIM_V> struct Fast {
             }
         }
         __syncwarp();
-        if (!has_exact) return;
-        follow_reference();
+        if (!exact.any) return;
+        follow_reference(exact);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            float x[4] = {exact[r][0], exact[r][1], exact[r][2], exact[r][3]};
+            float x[4] = {exact.of[r][0], exact.of[r][1], exact.of[r][2], exact.of[r][3]};
             if (v.rotate) rotate(x);
             if (4 * lane < uint32_t(DIM_V))
 #pragma unroll
@@ -758,9 +829,9 @@ template <int ROWS, int DIM_V> struct Fast {
         const uint32_t stride = p.n_splits * n_warps, first = tile.split * n_warps + warp;
         // The first page is fetched before it is known that anybody sees it.
         const bool has_first = first < layer.n_pages && first * PAGE < p.n_kv;
-        if (has_first) fetch(k_page, k_region, k, first);
+        if (has_first) fetch(k_target, k_region, k, first);
         copy_commit();
-        if (has_first) fetch(v_page, v_region, v, first);
+        if (has_first) fetch(v_target, v_region, v, first);
         copy_commit();
         const Pieces pieces = Pieces::of(p);
         Look at{};
@@ -768,26 +839,29 @@ template <int ROWS, int DIM_V> struct Fast {
         prefetch_exact();
         load_query();
         __syncthreads();
+        prepare_mask();
         uint32_t page = first;
-        if (!(first < pieces.pages && __any_sync(FULL, at.bits != 0))) {
+        if (!(first < pieces.pages && __any_sync(FULL, lane < BLOCKS && at.word != 0))) {
             page = next_page(first + stride, pieces.pages, stride);
             if (page != ~0u) {
                 look(page, at);
                 copy_wait<0>();
-                fetch(k_page, k_region, k, page);
+                fetch(k_target, k_region, k, page);
                 copy_commit();
-                fetch(v_page, v_region, v, page);
+                fetch(v_target, v_region, v, page);
                 copy_commit();
             }
         }
+        while (page != ~0u) page = __shfl_sync(FULL, attend_page(page, at, pieces.pages, stride), 0);
+        copy_wait<0>();
+        Exact exact;
         constexpr uint32_t PER = EXACT_ROWS / PIECE;
         for (uint32_t i = first_exact(); i < pieces.exact() * PER; i += stride) {
             const ExactRows rows = ExactRows::of(p, pieces, i / PER);
             const uint32_t from = i % PER * PIECE;
-            if (from < rows.n) attend_exact(rows, from, min(PIECE, rows.n - from));
+            if (from < rows.n) attend_exact(rows, from, min(PIECE, rows.n - from), exact);
         }
-        while (page != ~0u) page = attend_page(page, at, pieces.pages, stride);
-        leave();
+        leave(exact);
         __syncthreads();
         finish();
     }
@@ -804,19 +878,18 @@ template <int ROWS, int DIM_V> struct Fast {
         constexpr uint32_t N = ROWS * DIM_V;
         const uint8_t *buffers = own - warp * p.shared_warp;
         // The block's reference and sum of a row, and each warp's factor, which takes the place of its reference.
-        if (threadIdx.x < ROWS) {
-            const uint32_t r = threadIdx.x;
-            float most = DEAD, total = 0.f;
-            for (uint32_t i = 0; i < n_warps; i++) most = fmaxf(most, states[(i * ROWS + r) * STATE]);
-            for (uint32_t i = 0; i < n_warps; i++) {
-                float *state = states + (i * ROWS + r) * STATE;
-                const float factor = power_of_two(state[0] - most);
-                total += factor * state[1];
-                state[2] = factor;
+#pragma unroll 1
+        for (uint32_t r = warp; r < ROWS; r += n_warps) {
+            float *state = states + (lane * ROWS + r) * STATE;
+            const bool is_warp = lane < n_warps;
+            const float own_reference = is_warp ? state[0] : DEAD, most = warp_max(own_reference), factor = power_of_two(own_reference - most);
+            const float total = warp_sum(is_warp ? factor * state[1] : 0.f);
+            if (is_warp) state[2] = factor;
+            if (lane == 0) {
+                // The query is not needed any more.
+                unit[r] = spoiled[r] != 0.f ? 0.f : most;
+                slopes[r] = spoiled[r] != 0.f ? not_a_number() : total;
             }
-            if (spoiled[r] != 0.f) total = not_a_number(), most = 0.f;
-            unit[r] = most;  // the query is not needed any more
-            slopes[r] = total;
         }
         __syncthreads();
         const auto of_block = [&](uint32_t i) {
@@ -826,54 +899,87 @@ template <int ROWS, int DIM_V> struct Fast {
         };
         float *joined = query;  // [ROWS][DIM_V] where room was made for it
         if (p.n_splits == 1) {
+#pragma unroll 1
             for (uint32_t i = threadIdx.x; i < N; i += 32 * n_warps) joined[i] = of_block(i);
         } else {
-            for (uint32_t i = threadIdx.x; i < N; i += 32 * n_warps) partial_state(p, tile, ROWS, tile.split, i / DIM_V)[i % DIM_V] = of_block(i);
+#pragma unroll 1
+            for (uint32_t i = threadIdx.x; i < N; i += 32 * n_warps) Partial::of(p, tile, ROWS, tile.split, i / DIM_V).output[i % DIM_V] = of_block(i);
             if (threadIdx.x < ROWS) {
-                float *state = partial_state(p, tile, ROWS, tile.split, threadIdx.x) + DIM_V;
-                state[0] = unit[threadIdx.x];
-                state[1] = slopes[threadIdx.x];
+                float *sums = Partial::of(p, tile, ROWS, tile.split, threadIdx.x).sums;
+                sums[0] = unit[threadIdx.x];
+                sums[1] = slopes[threadIdx.x];
             }
             if (!is_last_block(p, tile, flag)) return;
             float *factors = reinterpret_cast<float *>(own - warp * p.shared_warp);  // [row][split]
             for (uint32_t r = warp; r < ROWS; r += n_warps) {
                 float most = DEAD, total = 0.f;
-                for (uint32_t i = lane; i < p.n_splits; i += 32) most = fmaxf(most, __ldcg(partial_state(p, tile, ROWS, i, r) + DIM_V));
+                for (uint32_t i = lane; i < p.n_splits; i += 32) most = fmaxf(most, __ldcg(Partial::of(p, tile, ROWS, i, r).sums));
                 most = warp_max(most);
                 for (uint32_t i = lane; i < p.n_splits; i += 32) {
-                    const float *state = partial_state(p, tile, ROWS, i, r) + DIM_V;
-                    const float factor = power_of_two(__ldcg(state) - most);
+                    const float *sums = Partial::of(p, tile, ROWS, i, r).sums;
+                    const float factor = power_of_two(__ldcg(sums) - most);
                     factors[r * p.n_splits + i] = factor;
-                    total += factor * __ldcg(state + 1);
+                    total += factor * __ldcg(sums + 1);
                 }
                 total = warp_sum(total);
                 if (lane == 0) unit[r] = most, slopes[r] = total;
             }
             __syncthreads();
-            for (uint32_t i = threadIdx.x; i < N; i += 32 * n_warps) {
-                float out = 0.f;
-#pragma unroll 8
-                for (uint32_t s = 0; s < p.n_splits; s++)
-                    out += factors[i / DIM_V * p.n_splits + s] * __ldcg(partial_state(p, tile, ROWS, s, i / DIM_V) + i % DIM_V);
-                joined[i] = out;
+            // A thread: four channels of every n_slices-th block, loads in flight together.
+            constexpr uint32_t QUADS = N / 4;
+            const uint32_t threads = 32 * n_warps, n_slices = max(threads / QUADS, 1u);
+            float4 *slices = reinterpret_cast<float4 *>(factors + ROWS * 64);
+#pragma unroll 1
+            for (uint32_t at = threadIdx.x; at < n_slices * QUADS; at += threads) {
+                const uint32_t slice = at / QUADS, i = at % QUADS * 4, row = i / DIM_V;
+                const float *from = Partial::of(p, tile, ROWS, 0, row).output + i % DIM_V;
+                float4 out = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+                for (uint32_t first = slice; first < p.n_splits; first += 8 * n_slices) {
+                    float4 x[8];
+#pragma unroll
+                    for (uint32_t c = 0; c < 8; c++) {
+                        const uint32_t split = min(first + c * n_slices, p.n_splits - 1);
+                        x[c] = __ldcg(reinterpret_cast<const float4 *>(from + split * (ROWS * (DIM_V + 2))));
+                    }
+#pragma unroll
+                    for (uint32_t c = 0; c < 8; c++) {
+                        const uint32_t split = first + c * n_slices;
+                        const float factor = split < p.n_splits ? factors[row * p.n_splits + split] : 0.f;
+                        out.x += factor * x[c].x, out.y += factor * x[c].y, out.z += factor * x[c].z, out.w += factor * x[c].w;
+                    }
+                }
+                slices[at] = out;
+            }
+            __syncthreads();
+#pragma unroll 1
+            for (uint32_t at = threadIdx.x; at < QUADS; at += threads) {
+                float4 out = slices[at];
+                for (uint32_t c = 1; c < n_slices; c++) {
+                    const float4 x = slices[at + c * QUADS];
+                    out.x += x.x, out.y += x.y, out.z += x.z, out.w += x.w;
+                }
+                *reinterpret_cast<float4 *>(joined + 4 * at) = out;
             }
         }
         __syncthreads();
+#pragma unroll 1
         for (uint32_t r = warp; r < tile.n_rows; r += n_warps) {
             float x[4] = {};
-            if (4 * lane < uint32_t(DIM_V))
-                for (int j = 0; j < 4; j++) x[j] = joined[r * DIM_V + 4 * lane + j];
+            const bool has = 4 * lane < uint32_t(DIM_V);
+            if (has) {
+                const float4 y = *reinterpret_cast<const float4 *>(joined + r * DIM_V + 4 * lane);
+                x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+            }
             if (v.rotate) rotate(x);
             // References are powers of two.
             const float maximum = unit[r] <= DEAD ? -infinity() : unit[r] / LOG2E;
-            write_row(p, tile, r, maximum, slopes[r], x);
+            const Ending end = Ending::of(p, tile.query_head(p, r), maximum, slopes[r]);
+            const size_t at = size_t(tile.token(p, r)) * layer.n_heads + tile.query_head(p, r);
+            if (has)
+                for (uint32_t j = 0; j < 4; j++) p.out[at * DIM_V + 4 * lane + j] = x[j] * end.scale;
+            if (lane == 0 && p.lse != nullptr) p.lse[at] = end.lse;
         }
-    }
-
-    // As the common one, for four channels a lane.
-    __device__ void write_row(const AttendParams &p, const Tile &tile, uint32_t r, float maximum, float total, const float (&x)[4]) {
-        kvq::write_row(p, tile, r, maximum, total, 4 * lane, 128, [&](uint32_t) { return x[0]; });
-        for (uint32_t j = 1; j < 4; j++) kvq::write_row(p, tile, r, maximum, total, 4 * lane + j, 128, [&](uint32_t) { return x[j]; });
     }
 };
 

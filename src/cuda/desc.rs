@@ -205,7 +205,7 @@ pub struct AttendParams {
     pub lse: *mut f32,
     /// `[head][tile of rows]`: blocks that are done; zero between calls.
     pub tickets: *mut u32,
-    /// `[head][tile of rows][split][row][head_dim_v + 2]`: output, maximum, sum.
+    /// `[head][tile of rows][split]`: outputs `[row][head_dim_v]`, then maximum and sum `[row][2]`.
     pub partial: *mut f32,
     /// 1: the mask is FP16.
     pub mask_is_f16: u32,

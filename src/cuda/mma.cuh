@@ -39,13 +39,24 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
 #endif
 }
 
-// Copies 16 bytes to shared memory; they are there after a copy_wait for their group.
-__device__ __forceinline__ void copy_async(uint8_t *to, const uint8_t *from) {
-#if !defined(KVQ_EMULATE) && __CUDA_ARCH__ >= 800
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+// An address in shared memory.
+#ifdef KVQ_EMULATE
+typedef uint8_t *SharedAt;
+__device__ inline SharedAt shared_at(uint8_t *at) { return at; }
 #else
+typedef uint32_t SharedAt;
+__device__ __forceinline__ SharedAt shared_at(uint8_t *at) { return uint32_t(__cvta_generic_to_shared(at)); }
+#endif
+
+// Copies 16 bytes to shared memory; they are there after a copy_wait for their group.
+__device__ __forceinline__ void copy_async(SharedAt to, const uint8_t *from) {
+#ifdef KVQ_EMULATE
     *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(from);
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#else
+    const uint4 x = *reinterpret_cast<const uint4 *>(from);
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 #endif
 }
 // Ends a group of copies of this thread.
