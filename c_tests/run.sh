@@ -70,6 +70,8 @@ fi
 
 step "rustfmt" cargo fmt --check
 step "clippy" cargo clippy --release --all-targets -- -D warnings
+step "cargo doc" env RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
+step "cargo package" cargo package --allow-dirty
 step "cargo build" cargo build --release
 # Tests of all instruction sets pass over those that this processor lacks; the library says which.
 rm -f "$logs/isas"

@@ -25,7 +25,7 @@ use crate::simd::kernels;
 /// | exact slots | `n_slots * head_dim * 2` | FP16 rows `[slot][head_dim]`, as appended (not rotated) |
 /// | outlier pool | `pool_rows * head_dim * 2` | FP16 rows of outlier tokens, for recipes that trace them |
 /// | pool's cells | `pool_rows * 4` | u32: 1 + the cell of each row, 0 if it is free |
-/// | learned | `5 * head_dim + 16` | keys: what the store step has learned; see [`learned_bytes`] |
+/// | learned | `5 * head_dim + 16` | keys: what the store step has learned; see `learned_bytes` |
 /// | recent queries | `4 + attn_window * gqa_ratio * (2 * head_dim + 4)` | keys of recipes with an attention window: a ring of queries |
 /// | page headers | `n_pages * 4` | see the codec |
 /// | pages | `n_pages * page_bytes` | see the codec; page `i` holds cells `i * page` and up |

@@ -9,7 +9,7 @@
 //! * [`attention`] and [`store`]: what a layer does with a plan; [`shift`] and [`rotation`]: what it does when positions
 //!   move.
 //! * [`codec`]: how a page becomes bytes; [`simd`]: instruction sets and their tables.
-//! * [`reference`]: the same in 64-bit floats, short and slow; the oracle of all tests.
+//! * [`mod@reference`]: the same in 64-bit floats, short and slow; the oracle of all tests.
 //! * [`cuda`]: the same attention on a GPU.
 //! * `capi`: the C boundary behind `include/kvq.h`.
 

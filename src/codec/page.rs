@@ -27,7 +27,7 @@ pub struct SealRows<'a> {
     pub exact: &'a [bool],
     /// `[head_dim]`: how much an error of each channel matters; empty: unknown.
     pub channel_weights: &'a [f32],
-    /// `[head_dim]`: exponents of the page sealed last ([`super::smooth`]), which are replaced where this page has its own; empty:
+    /// `[head_dim]`: exponents of the page sealed last (`codec::smooth`), which are replaced where this page has its own; empty:
     /// there is none.
     pub last_exponents: &'a mut [u8],
     /// `[at.len()]`: the largest attention weight that recent queries gave each row; empty: unknown.

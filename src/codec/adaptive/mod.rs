@@ -1,6 +1,6 @@
 //! Codec `adaptive`: every token on its own, with a width of its own.
 //!
-//! Source: QAQ (arXiv 2403.04643). Its bounds say how coarse each token may be ([`bounds`]); here a page has a fixed size,
+//! Source: QAQ (arXiv 2403.04643). Its bounds say how coarse each token may be (`bounds`); here a page has a fixed size,
 //! so the bounds decide how the page's bits are shared out. Tokens are ordered by how many allowed steps their values
 //! span, widest first, in segments of one width, and the widths are those that leave the least error. What a target of
 //! the bounds would multiply all steps by cancels. One or two values of a token may be kept exactly.
@@ -76,7 +76,7 @@ pub struct AdaptiveParams {
 /// | codes | `codes_bytes()` | keys: for each run of places of one width a [`MixedTile`], lanes are places; values: one [`MixedTile`], lanes are channels, depth is places |
 /// | steps | `page` | by place, as in codec `group` |
 /// | mid-points | `page` | by place; affine only: E4M3 times `2^(header 1 - 127)` |
-/// | smoothing | [`Smooth::bytes`] | keys only: mean and factors |
+/// | smoothing | `Smooth::bytes` | keys only: mean and factors |
 /// | order | `page` | adaptive only: keys: the place of each token; values: the token at each place |
 /// | outliers | `3 * outliers * page` | by place: the channels, one byte each, then what to add to their coded values, FP16 |
 ///

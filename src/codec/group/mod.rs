@@ -2,7 +2,7 @@
 //!
 //! Source: SKVQ (arXiv 2405.06219) for groups, FP8 parameters and clipping; parameters are rounded before they are used
 //! and the step is refitted after coding so that reconstruction is unbiased (`<x, x^> = <x, x>`). Symmetric groups after a
-//! Hadamard rotation, and the page's channel mean and smoothing factors taken off keys ([`super::smooth`]), are the forms
+//! Hadamard rotation, and the page's channel mean and smoothing factors taken off keys (`codec::smooth`), are the forms
 //! that measure best without calibration.
 #![deny(unsafe_code)]
 
@@ -98,7 +98,7 @@ pub struct GroupParams {
 /// | codes | `n_groups * tile.bytes()` | one [`Tile`] per group. Keys: lanes are tokens, depth is the group's channels. Values: lanes are the group's channels, depth is tokens |
 /// | steps | `n_groups * page` | `[group][token]`; symmetric: [`super::float8::scale_encode`] with header byte 0 as base; affine: E4M3 times `2^(header 0 - 127)` |
 /// | mid-points | `n_groups * page` | affine only: E4M3 times `2^(header 1 - 127)` |
-/// | smoothing | [`Smooth::bytes`] | keys only: mean and factors |
+/// | smoothing | `Smooth::bytes` | keys only: mean and factors |
 ///
 /// padded to 64 bytes. A value is `step * (code - centre) [+ mid-point]`, then rotated back, times the factor, plus the mean. Bytes of rows that
 /// were never sealed are zero.
