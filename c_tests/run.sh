@@ -104,6 +104,8 @@ step "C tests: valgrind" ctest --test-dir "$cmake_dir/plain" --output-on-failure
 step "C tests: build with sanitizers" c_tests asan -DKVQ_SANITIZE=ON
 step "C tests: sanitizers" ctest --test-dir "$cmake_dir/asan" --output-on-failure -LE valgrind
 
+step "installed, found by CMake and pkg-config" c_tests/install.sh
+
 step "patch budget" patch_budget
 step "scripts of patches/" python3 -B patches/tests/test_scripts.py
 step "tables of the docs" patches/tables.py --check

@@ -49,3 +49,17 @@ fn functions_and_structs_are_described_for_c_readers() {
         assert!(line.len() <= 120, "long line in the header: {line}");
     }
 }
+
+#[test]
+fn the_wrapper_frees_every_object() {
+    let wrapper = include_str!("../../include/kvq.hpp");
+    let objects: Vec<&str> = RENDERED
+        .lines()
+        .filter_map(|line| line.strip_prefix("void kvq_")?.split_once("_free(").map(|(object, _)| object))
+        .collect();
+    assert!(objects.contains(&"recipe") && objects.len() > 3, "{objects:?}");
+    for object in objects {
+        assert!(wrapper.contains(&format!("{{ kvq_{object}_free(p); }}")), "kvq.hpp does not free kvq_{object}");
+        assert!(wrapper.contains(&format!("using {object} = handle<kvq_{object}>;")), "kvq.hpp has no kvq::{object}");
+    }
+}
