@@ -331,8 +331,8 @@ fn cpu_seconds() -> f64 {
     }
     #[cfg(not(target_os = "linux"))]
     {
-        static START: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();
-        START.get_or_init(std::time::Instant::now).elapsed().as_secs_f64()
+        static START: once_cell::sync::Lazy<std::time::Instant> = once_cell::sync::Lazy::new(std::time::Instant::now);
+        START.elapsed().as_secs_f64()
     }
 }
 

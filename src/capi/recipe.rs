@@ -1,7 +1,8 @@
 //! Recipes: how a user names a way to compress.
 
 use std::ffi::{c_char, CStr, CString};
-use std::sync::OnceLock;
+
+use once_cell::sync::OnceCell;
 
 use super::{check, guard, guard_or, output, release, shared, slice_mut};
 use crate::error::{Error, Result, Status};
@@ -32,10 +33,10 @@ pub unsafe extern "C" fn kvq_recipe_is_off(spec: *const c_char) -> bool {
 /// environment variable KVQ_ISA asks for an instruction set that is not there. Any thread may call it.
 #[no_mangle]
 pub extern "C" fn kvq_recipe_help() -> *const c_char {
-    static TEXT: OnceLock<CString> = OnceLock::new();
+    static TEXT: OnceCell<CString> = OnceCell::new();
     guard_or(c"".as_ptr(), || {
-        let text = help::help()?;
-        Ok(TEXT.get_or_init(|| CString::new(text).unwrap_or_default()).as_ptr())
+        let text = TEXT.get_or_try_init(|| Ok(CString::new(help::help()?).unwrap_or_default()))?;
+        Ok(text.as_ptr())
     })
 }
 

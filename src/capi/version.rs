@@ -1,7 +1,8 @@
 //! What is built and where it runs.
 
 use std::ffi::{c_char, CString};
-use std::sync::OnceLock;
+
+use once_cell::sync::OnceCell;
 
 use super::guard_or;
 use crate::simd::isa::IsaToken;
@@ -26,9 +27,9 @@ pub extern "C" fn kvq_version() -> *const c_char {
 /// (and a last error) if the environment variable KVQ_ISA asks for one that is not there.
 #[no_mangle]
 pub extern "C" fn kvq_isa() -> *const c_char {
-    static TEXT: OnceLock<CString> = OnceLock::new();
+    static TEXT: OnceCell<CString> = OnceCell::new();
     guard_or(c"".as_ptr(), || {
-        let name = IsaToken::detect()?.isa().name();
-        Ok(TEXT.get_or_init(|| CString::new(name).unwrap_or_default()).as_ptr())
+        let name = || Ok(CString::new(IsaToken::detect()?.isa().name()).unwrap_or_default());
+        Ok(TEXT.get_or_try_init(name)?.as_ptr())
     })
 }
