@@ -17,42 +17,14 @@ use crate::rows::Rows;
 use crate::shape::Shape;
 use crate::simd::isa::{Isa, IsaToken};
 use crate::store::{dequantize_head, store_head, StoreRows};
+use crate::tests::random::Rng;
 
 const IN_ITS_PAGE: Location = Location { places: IN_PAGE, slot: 0, turned: 0 };
 
-/// Small deterministic generator (xorshift), good enough for test data.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() >> 33) as usize % n
-    }
-
-    fn uniform(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u64 << 24) as f32
-    }
-
-    /// Roughly normal, with a few channels that are much larger, as keys have.
-    fn rows(&mut self, n: usize, dim: usize) -> Vec<f32> {
-        (0..n * dim)
-            .map(|i| {
-                let x: f32 = (0..6).map(|_| self.uniform()).sum::<f32>() - 3.0;
-                let channel = i % dim;
-                if channel % 37 == 5 {
-                    4.0 * x + 6.0
-                } else {
-                    x
-                }
-            })
-            .collect()
-    }
+/// Roughly normal, with a few channels that are much larger, as keys have.
+fn random_rows(rng: &mut Rng, n: usize, dim: usize) -> Vec<f32> {
+    let wide = |(i, x): (usize, f32)| if i % dim % 37 == 5 { 4.0 * x + 6.0 } else { x };
+    rng.values(n * dim).into_iter().enumerate().map(wide).collect()
 }
 
 /// A case: one layer that is fed ubatches; every output row is compared.
@@ -88,7 +60,7 @@ fn run(case: &Case, isa: Isa, seed: u64) -> Option<(f64, Vec<u8>)> {
     let mut planner = Planner::new(recipe.planner_config(case.n_cells, 1, 1)).unwrap();
     let layout = Layout::with_isa(&recipe, case.shape, case.layer, case.n_cells, planner.n_slots(), token).unwrap();
     let (mut k_mem, mut v_mem) = (vec![0u8; layout.k_bytes()], vec![0u8; layout.v_bytes()]);
-    let mut rng = Rng(seed | 1);
+    let mut rng = Rng::new(seed);
     let mut pos_of_cell = vec![-1i32; case.n_cells];
     let (mut head, mut pos) = (rng.below(30), 0);
     let (mut error, mut power) = (0f64, 0f64);
@@ -104,7 +76,8 @@ fn run(case: &Case, isa: Isa, seed: u64) -> Option<(f64, Vec<u8>)> {
         let shape = case.shape;
         let (nh, nkv) = (shape.n_heads as usize, shape.n_kv_heads as usize);
         let (dk, dv) = (shape.head_dim_k as usize, shape.head_dim_v as usize);
-        let (q, k, v) = (rng.rows(n * nh, dk), rng.rows(n * nkv, dk), rng.rows(n * nkv, dv));
+        let (q, k, v) =
+            (random_rows(&mut rng, n * nh, dk), random_rows(&mut rng, n * nkv, dk), random_rows(&mut rng, n * nkv, dv));
         let mut ints = vec![0; crate::plan::plan_len(n, planner.n_slots(), case.n_cells, recipe.page)];
         planner.plan(0, &rows, &|cell| pos_of_cell[cell] >= 0, &mut ints).unwrap();
         let plan = Plan::new(&ints).unwrap();
@@ -424,8 +397,8 @@ fn kernels_read_what_the_page_says_and_nothing_else() {
     let recipe = Recipe::parse(case.spec).unwrap();
     let layout = Layout::new(&recipe, LLAMA, 0, 256, 256).unwrap();
     let mut region = vec![0u8; layout.head_bytes(Side::Key)];
-    let mut rng = Rng(99);
-    let rows = rng.rows(128, 128);
+    let mut rng = Rng::new(99);
+    let rows = random_rows(&mut rng, 128, 128);
     let at: Vec<u32> = (0..128).collect();
     let seal = crate::codec::page::SealRows {
         at: &at,
@@ -448,8 +421,8 @@ fn kernels_read_what_the_page_says_and_nothing_else() {
 fn hostile_values_do_not_spread() {
     let recipe = Recipe::parse("skvq:window=0,sinks=0").unwrap();
     let layout = Layout::new(&recipe, LLAMA, 0, 256, 256).unwrap();
-    let mut rng = Rng(5);
-    let clean = rng.rows(128, 128);
+    let mut rng = Rng::new(5);
+    let clean = random_rows(&mut rng, 128, 128);
     let mut dirty = clean.clone();
     dirty[7 * 128] = f32::NAN;
     dirty[9 * 128 + 3] = f32::INFINITY;

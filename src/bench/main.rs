@@ -305,13 +305,8 @@ fn assert_close(got: &[f32], want: &[f32], bound: f64, what: &str) {
 
 /// Gaussian-like values.
 fn noise(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut uniform = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-    };
+    let mut random = oorandom::Rand32::new(seed);
+    let mut uniform = || random.rand_float() - 0.5;
     (0..n).map(|_| (uniform() + uniform() + uniform() + uniform()) * 1.732).collect()
 }
 

@@ -2,13 +2,12 @@
 #![forbid(unsafe_code)]
 
 mod model;
-mod rng;
 
 use super::*;
 use crate::error::Status;
 use crate::plan::{self, plan_len, Plan};
+use crate::tests::random::Rng;
 use model::{Model, NewRow};
-use rng::Rng;
 
 const SMALL: PlannerConfig = PlannerConfig {
     n_cells: 256,
@@ -148,7 +147,7 @@ fn operate(model: &mut Model, next_pos: &mut [Vec<i32>], rng: &mut Rng) {
 fn random_operations_keep_every_token_readable_once() {
     let (mut n_records, mut n_recoded) = ([0; 2], 0);
     for seed in 0..2000 {
-        let mut rng = Rng(seed);
+        let mut rng = Rng::new(seed);
         let config = random_config(&mut rng);
         let mut model = Model::new(config);
         let mut next_pos = vec![vec![0; config.n_seq_max]; config.n_streams];
@@ -173,7 +172,7 @@ fn append_next(model: &mut Model, pos: &mut usize, n: usize) -> usize {
 #[test]
 fn one_growing_sequence_keeps_window_and_open_page_exact() {
     for seed in 0..300 {
-        let mut rng = Rng(seed);
+        let mut rng = Rng::new(seed);
         let config = PlannerConfig { n_streams: 1, n_seq_max: 1, ..random_config(&mut rng) };
         let mut model = Model::new(config);
         let mut pos = 0;

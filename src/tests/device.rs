@@ -3,7 +3,8 @@
 
 use std::ffi::c_void;
 
-use super::layer::{recipes, Layer, Rng, Ubatch};
+use super::layer::{recipes, Layer, Ubatch};
+use super::random::Rng;
 use crate::attention::{attend, AttendArgs, Mask};
 use crate::cuda::attend::{enqueue, workspace_bytes, Workspace};
 use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc};
@@ -47,7 +48,7 @@ fn mask_of(rng: &mut Rng, n_tokens: usize, n_kv: usize) -> Vec<f32> {
     (0..n_tokens * n_kv)
         .map(|i| match (i % n_kv / 7 + i / n_kv) % 9 {
             3 => f32::NEG_INFINITY,
-            5 => -0.5 - (rng.next() % 4) as f32 * 0.25,
+            5 => -0.5 - (rng.bits() % 4) as f32 * 0.25,
             _ => 0.0,
         })
         .collect()

@@ -3,7 +3,8 @@
 //! and overflow checks, which `cargo test` without `--release` is.
 #![forbid(unsafe_code)]
 
-use super::layer::{recipes, Layer, Rng};
+use super::layer::{recipes, Layer};
+use super::random::Rng;
 use crate::attention::{attend, combine, AttendArgs, Mask};
 use crate::codec::page::Side;
 use crate::error::Status;
@@ -50,7 +51,7 @@ fn use_random_memory(spec: &str, shape: Shape, token: IsaToken, seed: u64) {
     let mut rng = Rng::new(seed * 7919);
     for byte in layer.memory.iter_mut().flatten() {
         // The largest exponents and the last places of everything are where things go wrong.
-        let x = rng.next();
+        let x = rng.bits();
         *byte = if x & 3 == 0 { 255 } else { (x >> 20) as u8 };
     }
     let mut pos = 0;

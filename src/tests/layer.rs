@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use super::random::Rng;
 use crate::attention::{attend, combine, AttendArgs, Mask};
 use crate::codec::page::Side;
 use crate::layout::Layout;
@@ -15,32 +16,6 @@ use crate::rows::Rows;
 use crate::shape::Shape;
 use crate::simd::isa::IsaToken;
 use crate::store::{store_head, StoreRows};
-
-/// Small deterministic generator (xorshift).
-pub(super) struct Rng(u64);
-
-impl Rng {
-    pub(super) fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    /// Nearly normal.
-    pub(super) fn normal(&mut self) -> f32 {
-        let mut uniform = || (self.next() >> 40) as f32 / (1u64 << 24) as f32 - 0.5;
-        (0..6).map(|_| uniform()).sum::<f32>() * std::f32::consts::SQRT_2
-    }
-
-    pub(super) fn values(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.normal()).collect()
-    }
-}
 
 /// Every preset, every method with its defaults and its published setting, and `more`.
 pub(super) fn recipes(more: &[&str]) -> Vec<String> {

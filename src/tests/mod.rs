@@ -6,6 +6,7 @@ mod device;
 mod header;
 mod hostile_memory;
 mod layer;
+pub(crate) mod random;
 mod spoiled_queries;
 mod vectors;
 mod weights;

@@ -1,7 +1,8 @@
 //! A query that is not finite makes its own output row NaN, visibly, and touches no other.
 #![forbid(unsafe_code)]
 
-use super::layer::{recipes, Layer, Rng, Ubatch};
+use super::layer::{recipes, Layer, Ubatch};
+use super::random::Rng;
 use crate::shape::Shape;
 use crate::simd::isa::{Isa, IsaToken};
 

@@ -2,7 +2,7 @@
 //! the codec's row of the registry names.
 #![forbid(unsafe_code)]
 
-use super::layer::Rng;
+use super::random::Rng;
 use crate::codec::page::{PageRef, SealRows, Side};
 use crate::codec::query::Probabilities;
 use crate::codec::REGISTRY;
@@ -22,7 +22,7 @@ fn one_peak_over_a_flat_rest() {
     for rest in [0.1, 0.05, 0.01, 0.0059, 0.0039, 0.0038, 0.003, 0.002, 0.0019, 0.001, 0.0001] {
         check(&format!("one weight of 1 beside {rest}"), &move |rng, _, page| {
             let mut p = vec![rest; page];
-            p[rng.next() as usize % page] = 1.0;
+            p[rng.below(page)] = 1.0;
             p
         });
     }
@@ -34,7 +34,7 @@ fn peaks_of_several_sizes() {
     check("a few peaks per row over two flat levels", &|rng, row, page| {
         let mut p: Vec<f32> = (0..page).map(|t| if t % 2 == 0 { 0.0058 } else { 0.0019 }).collect();
         for size in [0.3, 1.0, 0.02].iter().take(1 + row % 3) {
-            p[rng.next() as usize % page] = *size;
+            p[rng.below(page)] = *size;
         }
         normalised(p)
     });

@@ -2,9 +2,9 @@
 //! After each plan both must agree.
 #![forbid(unsafe_code)]
 
-use super::rng::Rng;
 use crate::plan::{plan_len, Plan, Source, View};
 use crate::planner::{CellState, Planner, PlannerConfig, Row, Shift};
+use crate::tests::random::Rng;
 
 /// What a cell of the host holds.
 #[derive(Clone, Copy, Debug)]
