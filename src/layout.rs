@@ -180,11 +180,6 @@ impl Layout {
         self.n_cells.div_ceil(self.page)
     }
 
-    /// Instruction set of the kernels.
-    pub fn isa(&self) -> IsaToken {
-        self.token
-    }
-
     pub(crate) fn kernels(&self) -> &'static Kernels {
         kernels(self.token)
     }
@@ -262,12 +257,6 @@ impl Layout {
                 n => format!(";recent={n}*{}", shape.gqa_ratio()),
             }
         )
-    }
-
-    /// Byte range of an exact slot inside a head region.
-    pub fn slot_range(&self, side: Side, slot: usize) -> std::ops::Range<usize> {
-        let bytes = self.side(side).head_dim * 2;
-        slot * bytes..(slot + 1) * bytes
     }
 }
 

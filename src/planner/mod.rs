@@ -7,7 +7,6 @@
 mod config;
 mod shift;
 mod snapshot;
-mod state;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -17,7 +16,6 @@ pub use config::{n_slots, PlannerConfig};
 pub(crate) use config::{sequences_per_stream, UNSEALED_SHARE};
 pub(crate) use shift::Recoded;
 pub use shift::Shift;
-pub use state::CellState;
 
 use crate::error::{Error, Result};
 use crate::location::Location;
@@ -142,10 +140,8 @@ impl Planner {
         Ok(())
     }
 
-    /// Forgets the tokens of a stream that are no longer live. `plan` needs no such call; it is for a host that has
-    /// removed many tokens and wants their pages out of the scan, and must come before [`Planner::import`] into cells
-    /// whose tokens were removed.
-    pub fn drop_dead(&mut self, stream: usize, is_live: &dyn Fn(usize) -> bool) -> Result<()> {
+    /// Forgets the tokens of a stream that are no longer live.
+    fn drop_dead(&mut self, stream: usize, is_live: &dyn Fn(usize) -> bool) -> Result<()> {
         self.check_stream(stream)?;
         self.streams[stream].drop_dead_rows(&[], is_live);
         self.streams[stream].drop_dead_sealed(is_live);

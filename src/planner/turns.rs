@@ -91,15 +91,8 @@ impl StreamState {
         }
     }
 
-    /// Sets the distances of cells whose rows were put into their pages from outside. Fails, with nothing changed, if the
-    /// rows of a page would have more distances than a plan can say.
-    pub(in super::super) fn join_turned(&mut self, rows: &[(usize, i32)]) -> Result<()> {
-        let mut turned = self.turned.clone();
-        rows.iter().for_each(|&(cell, distance)| turned[cell] = distance);
-        self.take_turned(turned)
-    }
-
-    /// The same for whole pages: what their other cells had is forgotten, and they follow the rows given.
+    /// Sets the distances of cells whose rows were put into their pages from outside. What other cells of these pages had is
+    /// forgotten, and they follow the rows given.
     pub(super) fn adopt_turned(&mut self, rows: &[(usize, i32)]) -> Result<()> {
         let mut turned = self.turned.clone();
         for &(cell, distance) in rows.iter().rev() {

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use crate::plan::{plan_len, Plan, Source, View};
-use crate::planner::{CellState, Planner, PlannerConfig, Row, Shift};
+use crate::planner::{Planner, PlannerConfig, Row, Shift};
 use crate::tests::random::Rng;
 
 /// What a cell of the host holds.
@@ -238,37 +238,12 @@ impl Model {
         self.planner.copy_stream(src, dst).unwrap();
     }
 
-    /// Saves a stream, empties it and restores it into other cells.
+    /// Saves a stream, empties it and restores it.
     pub fn save_and_restore(&mut self, stream: usize, rng: &mut Rng) {
-        let host = &mut self.streams[stream];
-        let cells: Vec<u32> = host.live_cells().iter().map(|&cell| cell as u32).collect();
-        let states = self.planner.export(stream, &cells).unwrap();
-        let old = std::mem::replace(&mut host.memory, Memory::new(&self.config, self.planner.n_slots()));
-        let tokens: Vec<Token> = cells.iter().map(|&cell| host.cells[cell as usize].unwrap()).collect();
+        let (host, saved) = (self.streams[stream].clone(), self.planner.snapshot(stream).unwrap());
         self.clear(stream, rng.below(2) == 0);
-        let host = &mut self.streams[stream];
-        self.planner.drop_dead(stream, &|cell| host.is_live(cell)).unwrap();
-        let targets = rng.choose((0..self.config.n_cells).collect(), cells.len());
-        let moved: Vec<_> = targets.iter().zip(&states).map(|(&cell, &state)| (cell as u32, state)).collect();
-        // Rows of one page may have moved by more distances than a page of the planner can say.
-        let Ok(slots) = self.planner.import(stream, &moved) else { return self.clear(stream, true) };
-        for (index, &cell) in targets.iter().enumerate() {
-            let (token, from) = (tokens[index], cells[index] as usize);
-            host.cells[cell] = Some(token);
-            let in_page = match states[index] {
-                CellState::Sealed { .. } => true,
-                CellState::Exact { slot, encoded, .. } => {
-                    assert_eq!(old.slots[slot], Some((token.id, token.key_pos)));
-                    host.memory.slots[slots[index].unwrap()] = old.slots[slot];
-                    encoded
-                }
-            };
-            if in_page {
-                host.memory.page_rows[cell] = old.page_rows[from];
-                host.memory.has_header[cell / self.config.page] = true;
-            }
-        }
-        assert!(self.planner.import(stream, &moved).is_err() || moved.is_empty());
+        self.planner.restore(stream, &saved).unwrap();
+        self.streams[stream] = host;
     }
 
     /// The planner's own account must agree with the host's, also on which tokens are sink tokens.
@@ -276,15 +251,9 @@ impl Model {
         let locations = self.planner.locate(stream).unwrap();
         for cell in self.streams[stream].live_cells() {
             let sink = self.streams[stream].cells[cell].is_some_and(|token| token.pinned);
-            match self.planner.export(stream, &[cell as u32]).unwrap()[0] {
-                CellState::Exact { slot, encoded, pinned, .. } => {
-                    assert_eq!((locations[cell].slot(), sink), (Some(slot), pinned));
-                    assert_eq!(locations[cell].in_page(), encoded);
-                }
-                CellState::Sealed { .. } => {
-                    assert_eq!((locations[cell].places, sink), (crate::location::IN_PAGE, false))
-                }
-            }
+            let row = locations[cell].slot().map(|slot| self.planner.streams[stream].exact[slot].unwrap());
+            assert_eq!(row.is_some_and(|row| row.pinned), sink);
+            assert_eq!(row.is_none_or(|row| row.encoded), locations[cell].in_page());
         }
     }
 }
