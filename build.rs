@@ -8,7 +8,7 @@ use std::env;
 use std::path::PathBuf;
 
 /// Sources of the header, in the order in which their functions appear in it.
-const HEADER_SOURCES: [&str; 16] = [
+const HEADER_SOURCES: [&str; 17] = [
     "src/capi/version.rs",
     "src/error.rs",
     "src/capi/status.rs",
@@ -24,6 +24,7 @@ const HEADER_SOURCES: [&str; 16] = [
     "src/learned.rs",
     "src/capi/learned.rs",
     "src/capi/cache.rs",
+    "src/capi/checksum.rs",
     "src/capi/device.rs",
 ];
 

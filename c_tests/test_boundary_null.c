@@ -117,6 +117,9 @@ static void layer(kvq_layout *layout, kvq_planner *planner) {
 
     CHECK(kvq_attend_splits(NULL, 1, 1) == 0);
     CHECK_INVALID(kvq_use_large_pages(NULL, 1));
+    uint32_t checksum = 0;
+    CHECK_INVALID(kvq_checksum_add(NULL, 1, &checksum));
+    CHECK_INVALID(kvq_checksum_add((const uint8_t *)"", 1, NULL));
     CHECK_INVALID(kvq_combine(NULL, out, NULL, 1, 1, rows, NULL, 0, 1));
     CHECK_INVALID(kvq_combine(layout, NULL, NULL, 1, 1, rows, NULL, 0, 1));
     CHECK_INVALID(kvq_combine(layout, out, NULL, 1, 1, NULL, NULL, 0, 1));

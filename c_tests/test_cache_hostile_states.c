@@ -10,30 +10,13 @@ static const char *const SPECS[] = {
     "qaq:page=64,window=16,sinks=1",
 };
 
-/* As src/cache/checksum.rs describes it. */
-static uint64_t checksum(const uint8_t *bytes, size_t size) {
-    const uint64_t m = 0x9e3779b97f4a7c15u;
-    uint64_t lanes[4] = {m, 2 * m, 3 * m, 4 * m}, sum = size;
-    for (size_t i = 0; i < (size + 31) / 32 * 4; i++) {
-        uint64_t word = 0;
-        for (size_t j = 8 * i; j < size && j < 8 * i + 8; j++) word |= (uint64_t)bytes[j] << 8 * (j % 8);
-        const uint64_t x = (lanes[i % 4] ^ word) * m;
-        lanes[i % 4] = x << 29 | x >> 35;
-    }
-    for (int i = 0; i < 4; i++) {
-        const uint64_t x = (sum ^ lanes[i]) * m;
-        sum = x << 29 | x >> 35;
-    }
-    sum = (sum ^ sum >> 32) * m;
-    return sum ^ sum >> 29;
-}
-
 /* Writes length and checksum for what is there. */
 static void seal(uint8_t *bytes, size_t size) {
     if (size < 28) return;
     for (int i = 0; i < 8; i++) bytes[12 + i] = (uint8_t)((uint64_t)size >> 8 * i);
-    const uint64_t sum = checksum(bytes, size - 8);
-    for (int i = 0; i < 8; i++) bytes[size - 8 + (size_t)i] = (uint8_t)(sum >> 8 * i);
+    uint32_t sum = 0;
+    CHECK_OK(kvq_checksum_add(bytes, size - 4, &sum));
+    for (int i = 0; i < 4; i++) bytes[size - 4 + (size_t)i] = (uint8_t)(sum >> 8 * i);
 }
 
 static void change(uint64_t *seed, uint8_t *bytes, size_t size) {

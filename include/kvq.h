@@ -28,7 +28,7 @@
 
 
 // Rises with every change to a function or struct of this header. Compare it with kvq_abi_version() at start.
-#define KVQ_ABI_VERSION 5
+#define KVQ_ABI_VERSION 6
 
 // Smallest supported head size.
 #define KVQ_MIN_HEAD_DIM 64
@@ -730,6 +730,10 @@ kvq_status kvq_cache_save_memory(const kvq_cache *cache, uint8_t *buf, size_t bu
 // Loads what kvq_cache_save_memory or kvq_cache_save_file wrote from the `buf_size` bytes at `buf`. As
 // kvq_cache_load_file otherwise.
 kvq_status kvq_cache_load_memory(kvq_cache *cache, const uint8_t *buf, size_t buf_size);
+
+// Takes `n_bytes` more into a checksum, which is 0 before the first: CRC-32C, as kvq_cache_save_memory uses it. However
+// the bytes are cut into pieces, the checksum is the same. Any thread may call it.
+kvq_status kvq_checksum_add(const uint8_t *bytes, size_t n_bytes, uint32_t *checksum);
 
 // Opens a device: "cuda:0" is the first that the CUDA driver lists, with its primary context, which the CUDA runtime
 // uses as well. The kernels are loaded into it. Without a driver, or in a library built without CUDA,

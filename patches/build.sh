@@ -161,7 +161,7 @@ compile "$build/llama.cpp" "$build/llama" "$build/llama.log" "${targets[*]}" -DG
 if [ "$want_tests" = yes ]; then
     for test in test_llama test_shift test_state; do
         run_logged "$build/tests.log" "compiling patches/tests/$test.cpp" g++ -std=c++17 -O2 -Wall -Wextra \
-            -I "$build/llama.cpp/include" -I "$build/llama.cpp/ggml/include" -I "$root/patches/glue" \
+            -I "$build/llama.cpp/include" -I "$build/llama.cpp/ggml/include" -I "$root/include" \
             "$root/patches/tests/$test.cpp" -o "$build/llama/bin/$test" -L "$build/llama/bin" -lllama -lggml \
             -lggml-base "-Wl,-rpath,\$ORIGIN"
     done

@@ -7,7 +7,7 @@
 #include <algorithm>
 
 static const uint32_t KVQ_STATE_MAGIC   = 0x5351564b; // "KVQS"
-static const uint32_t KVQ_STATE_VERSION = 3;
+static const uint32_t KVQ_STATE_VERSION = 4;
 
 void kvq_state_call(kvq_status status, const char * what) {
     if (status != 0) {
@@ -132,7 +132,7 @@ void llama_kvq_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) {
     settle();
     copy_streams();
 
-    kvq_state_writer out { io, {} };
+    kvq_state_writer out { io };
 
     out.value<uint32_t>(KVQ_STATE_MAGIC);
     out.value<uint32_t>(KVQ_STATE_VERSION);
@@ -162,7 +162,7 @@ void llama_kvq_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
     make_rotations(*cparams);
     copy_streams();
 
-    kvq_state_reader in { io, {} };
+    kvq_state_reader in { io };
 
     const bool is_seq = seq_id != -1;
 

@@ -5,13 +5,12 @@
 //   header   magic, version, is_sequence, n_stream, n_cells, n_slots, page, has_ext, recipe, layout formats
 //   payload  whole cache: per stream cells, planner snapshot, bytes of slots and pages   (kvq-state.cpp)
 //            one sequence: its cells, pages without others' rows, its further rows        (kvq-state-seq.cpp)
-//   checksum of all of the above
+//   checksum of all of the above: kvq_checksum_add
 //
 // Rows of removed tokens, and in a sequence's state those of other sequences, are wiped from what is written.
 // A reader checks every number against this context before it takes memory for what follows, takes everything into
 // memory and checks it; only then the cache changes.
 
-#include "kvq-checksum.h"
 #include "kvq-glue.h"
 
 #include "llama-io.h"
@@ -26,12 +25,15 @@
 // long parts are cut into blocks of this size, each behind its own: a file that ends early is noticed at the next block
 constexpr size_t KVQ_STATE_BLOCK = 1024*1024;
 
+// throws when a library call failed
+void kvq_state_call(kvq_status status, const char * what);
+
 struct kvq_state_writer {
     llama_io_write_i & io;
-    kvq_checksum sum;
+    uint32_t checksum = 0;
 
     void bytes(const void * data, size_t size) {
-        sum.add(data, size);
+        kvq_state_call(kvq_checksum_add((const uint8_t *) data, size, &checksum), "checksum");
         io.write(data, size);
     }
 
@@ -53,18 +55,17 @@ struct kvq_state_writer {
     }
 
     void finish() {
-        const uint64_t value = sum.finish();
-        io.write(&value, sizeof(value));
+        io.write(&checksum, sizeof(checksum));
     }
 };
 
 struct kvq_state_reader {
     llama_io_read_i & io;
-    kvq_checksum sum;
+    uint32_t checksum = 0;
 
     void bytes(void * data, size_t size) {
         io.read(data, size);
-        sum.add(data, size);
+        kvq_state_call(kvq_checksum_add((const uint8_t *) data, size, &checksum), "checksum");
     }
 
     // the caller knows that so much is possible here
@@ -97,9 +98,9 @@ struct kvq_state_reader {
     }
 
     void finish() {
-        uint64_t expected = 0;
+        uint32_t expected = 0;
         io.read(&expected, sizeof(expected));
-        if (expected != sum.finish()) {
+        if (expected != checksum) {
             throw std::runtime_error("kvq: the saved state is damaged (checksum)");
         }
     }
@@ -119,9 +120,6 @@ struct kvq_state_cell {
 void kvq_state_write_cell(kvq_state_writer & out, const llama_kv_cells & cells, uint32_t i, bool has_ext);
 void kvq_state_read_cell (kvq_state_reader & in,  kvq_state_cell & cell, bool has_ext, bool can_shift);
 void kvq_state_put_cell  (llama_kv_cells & cells, const kvq_state_cell & cell); // without sequences its cell is not used yet
-
-// throws when a library call failed
-void kvq_state_call(kvq_status status, const char * what);
 
 enum kvq_state_part {
     KVQ_STATE_SLOTS,

@@ -3,7 +3,7 @@
 // A sequence's state holds nothing of other sequences and of removed tokens; damaged and hostile states, checksums
 // right or wrong, cut or not, are refused or harmless, and take no more memory than this context has.
 
-#include "kvq-checksum.h"
+#include "kvq.h"
 #include "llama.h"
 
 #include <sys/resource.h>
@@ -197,14 +197,13 @@ static void test_pending(llama_model * model) {
     }
 }
 
-static const size_t CHECKSUM = 8;
+static const size_t CHECKSUM = 4;
 
 // makes what begins at front pass as undamaged
 static void seal(bytes & b, size_t front) {
     if (b.size() >= front + CHECKSUM) {
-        kvq_checksum sum;
-        sum.add(b.data() + front, b.size() - front - CHECKSUM);
-        const uint64_t value = sum.finish();
+        uint32_t value = 0;
+        kvq_checksum_add(b.data() + front, b.size() - front - CHECKSUM, &value);
         memcpy(b.data() + b.size() - CHECKSUM, &value, CHECKSUM);
     }
 }

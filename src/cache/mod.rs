@@ -5,7 +5,6 @@
 #![forbid(unsafe_code)]
 
 mod cells;
-mod checksum;
 mod file;
 mod mask;
 mod memory;

@@ -12,15 +12,16 @@
 //! | 8 per cell | sets of sequences |
 //! | 8 + n | length and bytes of the planner's stream ([`crate::planner::Planner::snapshot`]) |
 //! | per layer, K then V | a bit per block of 4096 bytes of memory, then the blocks whose bit is set; the others are zero |
-//! | 8 | checksum of all bytes before it ([`super::checksum`]) |
+//! | 4 | CRC-32C of all bytes before it |
 //!
 //! Rows of removed tokens are wiped from what is written ([`crate::erase`]).
 #![forbid(unsafe_code)]
 
 use std::io::{self, Write};
 
+use crc32c::{crc32c, crc32c_append};
+
 use super::cells::Cells;
-use super::checksum::Checksum;
 use super::{Cache, Layer, STREAM};
 use crate::codec::page::Side;
 use crate::erase::erase_head;
@@ -29,8 +30,8 @@ use crate::location::Location;
 use crate::planner::Planner;
 
 const MAGIC: &[u8; 8] = b"kvqcache";
-const VERSION: u32 = 2;
-const CHECKSUM_BYTES: usize = 8;
+const VERSION: u32 = 3;
+const CHECKSUM_BYTES: usize = 4;
 /// Unit in which zeros are left out.
 const BLOCK: usize = 4096;
 
@@ -85,11 +86,11 @@ impl Cache {
         let n_bytes = self.state_bytes()?;
         let planner = self.planner.snapshot(STREAM)?;
         let failed = |error: io::Error| Error::new(Status::Io, format!("writing a state: {error}"));
-        let mut writer = Writer { out, checksum: Checksum::new() };
+        let mut writer = Writer { out, checksum: 0 };
         self.write_front(&mut writer, n_bytes as u64, &planner).map_err(failed)?;
         self.for_each_live_memory(&mut |memory| write_memory(&mut writer, memory).map_err(failed))?;
         let Writer { out, checksum } = writer;
-        out.write_all(&checksum.finish().to_le_bytes()).map_err(failed)
+        out.write_all(&checksum.to_le_bytes()).map_err(failed)
     }
 
     /// Hands over K and V of each layer without the rows of removed tokens.
@@ -250,12 +251,12 @@ fn write_memory(out: &mut Writer, memory: &[u8]) -> io::Result<()> {
 /// Writes and sums up.
 struct Writer<'a> {
     out: &'a mut dyn Write,
-    checksum: Checksum,
+    checksum: u32,
 }
 
 impl Writer<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.checksum.update(bytes);
+        self.checksum = crc32c_append(self.checksum, bytes);
         self.out.write_all(bytes)
     }
 }
@@ -286,9 +287,7 @@ impl<'a> Reader<'a> {
 
 fn check_checksum(bytes: &[u8]) -> Result<()> {
     let (body, sum) = bytes.split_at(bytes.len().saturating_sub(CHECKSUM_BYTES));
-    let mut checksum = Checksum::new();
-    checksum.update(body);
-    if sum == checksum.finish().to_le_bytes() {
+    if sum == crc32c(body).to_le_bytes() {
         return Ok(());
     }
     Err(malformed("the state is damaged: its checksum is wrong"))

@@ -2,6 +2,7 @@ use std::ops::Range;
 
 use super::*;
 use crate::reference;
+use crate::tests::random::Rng;
 
 mod learned;
 mod sequences;
@@ -9,31 +10,6 @@ mod shifts;
 mod states;
 mod vectors;
 mod walk;
-
-/// Small deterministic generator (xorshift).
-pub(super) struct Rng(u64);
-
-impl Rng {
-    pub(super) fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    pub(super) fn below(&mut self, n: usize) -> usize {
-        (self.next() >> 33) as usize % n
-    }
-
-    /// Roughly normal.
-    fn values(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| (0..4).map(|_| (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0).sum()).collect()
-    }
-}
 
 /// Bound on the normalised mean squared error of outputs with 8-bit codes: `(1 / 32)^2 / 3`, since a row's step, of 4 mantissa
 /// bits, is off by up to a 32nd.

@@ -11,6 +11,7 @@
 
 mod attention;
 mod cache;
+mod checksum;
 mod device;
 mod layout;
 mod learned;

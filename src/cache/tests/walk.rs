@@ -23,7 +23,7 @@ const N_SEQS: usize = 4;
 /// Largest squared error of a packed row, in parts of what a row of ordinary size has; another row would have about 2.
 const MOST_ERROR: f64 = 0.75;
 /// Mean square of the values of an ordinary row, by [`Rng::values`].
-const POWER: f64 = 4.0 / 3.0;
+const POWER: f64 = 1.0;
 /// Of the appends, one in so many is compared in full; the places of cells are counted each time.
 const FULL_CHECK: usize = 4;
 
