@@ -73,23 +73,18 @@ llama_kvq_cache::llama_kvq_cache(llama_kv_cache & kv, const char * spec) : kv(kv
         throw std::runtime_error("kvq: this model caches no V (MLA): run it with --kvq off");
     }
 
-    kvq_recipe * r = nullptr;
-    if (kvq_recipe_parse(spec, &r) != 0) {
+    if (kvq_recipe_parse(spec, kvq::out(recipe)) != 0) {
         throw std::runtime_error(format("kvq: --kvq %s: %s (--kvq help says more)", spec, kvq_last_error()));
     }
-    recipe.reset(r);
     asked = this->spec();
 
-    if (kvq_recipe_fit(recipe.get(), kv.get_size(), kv.n_stream, kv.n_seq_max, &r) != 0) {
+    if (kvq_recipe_fit(recipe.get(), kv.get_size(), kv.n_stream, kv.n_seq_max, kvq::out(recipe)) != 0) {
         throw std::runtime_error(format("kvq: --kvq %s: %s", spec, kvq_last_error()));
     }
-    recipe.reset(r);
 
-    kvq_planner * p = nullptr;
-    if (kvq_planner_new(r, kv.get_size(), kv.n_stream, kv.n_seq_max, &p) != 0) {
+    if (kvq_planner_new(recipe.get(), kv.get_size(), kv.n_stream, kv.n_seq_max, kvq::out(planner)) != 0) {
         throw std::runtime_error(format("kvq: --kvq %s: %s", spec, kvq_last_error()));
     }
-    planner.reset(p);
 }
 
 kvq_shape llama_kvq_cache::layer_shape(uint32_t il) const {
@@ -110,16 +105,17 @@ ggml_tensor * llama_kvq_cache::new_k(ggml_context * ctx, ggml_backend_buffer_typ
 
     const kvq_shape shape = layer_shape(il);
 
-    kvq_layout * layout = nullptr;
-    if (kvq_layout_new(recipe.get(), &shape, il, kv.get_size(), kvq_planner_n_slots(planner.get()), &layout) != 0) {
+    kvq::layout layout;
+    if (kvq_layout_new(recipe.get(), &shape, il, kv.get_size(), kvq_planner_n_slots(planner.get()),
+                kvq::out(layout)) != 0) {
         throw std::runtime_error(format("kvq: layer %u (%u heads, %u KV heads, head sizes K %u, V %u): %s",
                     il, shape.n_heads, shape.n_kv_heads, shape.head_dim_k, shape.head_dim_v, kvq_last_error()));
     }
-    layouts.emplace_back(layout);
+    layouts.push_back(std::move(layout));
     progress.push_back(KVQ_LAYER_IDLE);
     rotations.emplace_back();
 
-    return ggml_new_tensor_3d(ctx, GGML_TYPE_I8, kvq_layout_k_bytes(layout), 1, kv.n_stream);
+    return ggml_new_tensor_3d(ctx, GGML_TYPE_I8, kvq_layout_k_bytes(layouts.back().get()), 1, kv.n_stream);
 }
 
 ggml_tensor * llama_kvq_cache::new_v(ggml_context * ctx, uint32_t il) {

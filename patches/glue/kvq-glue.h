@@ -4,28 +4,13 @@
 #include "llama-cparams.h"
 #include "llama-kv-cache.h"
 
-#include <kvq.h>
+#include <kvq.hpp>
 
 #include <deque>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
-
-struct kvq_deleter {
-    void operator()(kvq_recipe  * p) const { kvq_recipe_free (p); }
-    void operator()(kvq_layout  * p) const { kvq_layout_free (p); }
-    void operator()(kvq_planner * p) const { kvq_planner_free(p); }
-
-    void operator()(kvq_rotation * p) const { kvq_rotation_free(p); }
-    void operator()(kvq_shift    * p) const { kvq_shift_free   (p); }
-};
-
-using kvq_recipe_ptr  = std::unique_ptr<kvq_recipe,  kvq_deleter>;
-using kvq_layout_ptr  = std::unique_ptr<kvq_layout,  kvq_deleter>;
-using kvq_planner_ptr = std::unique_ptr<kvq_planner, kvq_deleter>;
-
-using kvq_rotation_ptr = std::unique_ptr<kvq_rotation, kvq_deleter>;
-using kvq_shift_ptr    = std::unique_ptr<kvq_shift,    kvq_deleter>;
 
 // how far a layer is with the latest plan
 enum kvq_layer_plan : uint8_t {
@@ -40,7 +25,7 @@ struct llama_kvq_node {
 
     kvq_layer_plan * progress; // of the layer that stores
 
-    const kvq_rotation_ptr * rotation; // made before the first graph runs
+    const kvq::rotation * rotation; // made before the first graph runs
 
     bool has_rows;  // k_cur and v_cur are sources
     bool has_sinks;
@@ -53,6 +38,10 @@ struct llama_kvq_node {
 struct kvq_state_writer;
 struct kvq_state_reader;
 struct kvq_state_seq;
+struct kvq_state_stream;
+struct kvq_state_choice;
+struct kvq_state_cell;
+enum kvq_cell_use : uint8_t;
 
 bool operator==(const llama_kvq_node & a, const llama_kvq_node & b);
 
@@ -126,9 +115,27 @@ private:
     void state_write_seq(kvq_state_writer & out, llama_seq_id seq_id) const;
     void state_read_all(kvq_state_reader & in);
     void state_read_seq(kvq_state_reader & in, llama_seq_id seq_id);
-    void read_seq_cells(kvq_state_reader & in, llama_seq_id seq_id, kvq_state_seq & saved) const;
 
-    kvq_layout_ptr pages_layout(size_t il, uint32_t n_pages) const;
+    // steps of the whole cache
+    void read_header(kvq_state_reader & in, bool is_seq) const;
+    void each_part(uint32_t n_pages,
+            const std::function<void(size_t, kvq_side, const std::vector<kvq_range> &)> & use) const;
+    kvq_state_cell read_cell(kvq_state_reader & in, uint32_t strm, int64_t last) const;
+    void read_planner(kvq_state_reader & in, uint32_t strm, kvq_planner * to, const std::vector<kvq_state_cell> & cells) const;
+    kvq_state_stream read_stream(kvq_state_reader & in, uint32_t strm, kvq_planner * to) const;
+    void put_stream(uint32_t strm, const kvq_state_stream & stream);
+
+    // steps of one sequence
+    kvq_state_choice choose_cells(uint32_t strm, llama_seq_id seq_id) const;
+    void write_seq_cells(kvq_state_writer & out, uint32_t strm, const kvq_state_choice & choice) const;
+    void write_rows(kvq_state_writer & out, size_t il, uint32_t strm, const kvq_state_choice & choice) const;
+    void read_seq_cells(kvq_state_reader & in, llama_seq_id seq_id, kvq_state_seq & saved) const;
+    void read_seq_memory(kvq_state_reader & in, kvq_state_seq & saved) const;
+    std::vector<kvq_cell_use> cell_uses(uint32_t strm, llama_seq_id seq_id) const;
+    void saved_rows(size_t il, const kvq_state_seq & saved, const std::vector<size_t> & which,
+            std::vector<float> & k, std::vector<float> & v) const;
+
+    kvq::layout pages_layout(size_t il, uint32_t n_pages) const;
     void write_pages(kvq_state_writer & out, size_t il, uint32_t strm, const std::vector<uint32_t> & pages,
             const std::vector<kvq_location> & location) const;
     void adopt_pages(kvq_planner * planner, uint32_t strm, const kvq_state_seq & saved) const;
@@ -138,11 +145,11 @@ private:
 
     llama_kv_cache & kv;
 
-    kvq_recipe_ptr              recipe;
-    kvq_planner_ptr             planner;
-    std::vector<kvq_layout_ptr> layouts; // as kv.layers
+    kvq::recipe              recipe;
+    kvq::planner             planner;
+    std::vector<kvq::layout> layouts; // as kv.layers
 
-    std::vector<kvq_rotation_ptr> rotations; // as layouts: how their keys turn with positions
+    std::vector<kvq::rotation> rotations; // as layouts: how their keys turn with positions
 
     std::unique_ptr<llama_cparams> cparams; // of the context, since its first graph was built
 

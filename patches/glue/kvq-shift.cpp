@@ -88,9 +88,7 @@ void llama_kvq_cache::make_rotations(const llama_cparams & cparams) {
                                         interleaved ? data[2*j]     : data[j]);
         }
 
-        kvq_rotation * rotation = nullptr;
-        llama_kvq_must(kvq_rotation_new(frequencies.data(), n_pairs, interleaved, &rotation), "rotation");
-        rotations[i].reset(rotation);
+        llama_kvq_must(kvq_rotation_new(frequencies.data(), n_pairs, interleaved, kvq::out(rotations[i])), "rotation");
     }
 }
 
@@ -114,10 +112,11 @@ bool llama_kvq_cache::shift(llama_context * lctx) {
             moved[i] = cells.is_empty(i) ? 0 : cells.get_shift(i);
         }
 
-        kvq_shift * shift = nullptr;
-        llama_kvq_must(kvq_planner_shift(planner.get(), s, moved.data(), kvq_cell_is_live, &kv.v_cells, &shift), "K-shift");
+        kvq::shift shift;
+        llama_kvq_must(kvq_planner_shift(planner.get(), s, moved.data(), kvq_cell_is_live, &kv.v_cells,
+                    kvq::out(shift)), "K-shift");
 
-        shift_layers(lctx, s, *kvq_shift_ptr(shift));
+        shift_layers(lctx, s, *shift);
         shifted = true;
     }
 

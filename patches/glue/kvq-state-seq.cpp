@@ -42,21 +42,21 @@ struct kvq_state_seq {
         return as[i] == SAVED_PACKED && targets[i/page] != NO_PAGE;
     }
 
-    std::vector<kvq_layout_ptr>       layouts; // of just these pages, by layer
+    std::vector<kvq::layout>       layouts; // of just these pages, by layer
     std::vector<kvq_state_memory>     memory;  // as layouts
     std::vector<std::vector<uint8_t>> rows;    // by layer: f16 [n_exact][K, V]
 
     std::vector<uint32_t> targets; // a page of the cache for each page; none: its rows are stored anew
 };
 
-kvq_layout_ptr llama_kvq_cache::pages_layout(size_t il, uint32_t n_pages) const {
+kvq::layout llama_kvq_cache::pages_layout(size_t il, uint32_t n_pages) const {
     const uint32_t  id    = kv.layers[il].il;
     const kvq_shape shape = layer_shape(id);
 
-    kvq_layout * layout = nullptr;
-    kvq_state_call(kvq_layout_new(recipe.get(), &shape, id, n_pages*kvq_recipe_page(recipe.get()), 16, &layout),
-            "saved pages");
-    return kvq_layout_ptr(layout);
+    kvq::layout layout;
+    kvq_state_call(kvq_layout_new(recipe.get(), &shape, id, n_pages*kvq_recipe_page(recipe.get()), 16,
+                kvq::out(layout)), "saved pages");
+    return layout;
 }
 
 void llama_kvq_cache::write_pages(kvq_state_writer & out, size_t il, uint32_t strm, const std::vector<uint32_t> & pages,
@@ -105,103 +105,128 @@ void llama_kvq_cache::write_pages(kvq_state_writer & out, size_t il, uint32_t st
     }
 }
 
-void llama_kvq_cache::state_write_seq(kvq_state_writer & out, llama_seq_id seq_id) const {
-    const uint32_t strm = kv.seq_to_stream.at(seq_id);
-    const uint32_t page = kvq_recipe_page(recipe.get());
-    const auto   & src  = kv.v_cells[strm];
-
-    std::vector<kvq_location> location(src.size());
-    kvq_state_call(kvq_planner_locate(planner.get(), strm, location.data()), "planner");
-
-    std::vector<uint8_t> is_own(src.size());
-    for (uint32_t i = 0; i < src.size(); ++i) {
-        is_own[i] = !src.is_empty(i) && src.seq_has(i, seq_id) &&
-            !llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, src.pos_get(i), src.seq_pos_max(seq_id));
-        if (is_own[i] && location[i].places == KVQ_NOWHERE) {
-            throw std::runtime_error("kvq: a cell without its row");
-        }
-    }
+// which cells of a stream are saved for a sequence, and how
+struct kvq_state_choice {
+    std::vector<uint8_t>      is_own;
+    std::vector<kvq_location> location; // of own cells; of others: nowhere
 
     std::vector<uint32_t> pages;
     std::vector<uint32_t> others; // cells
-    std::vector<uint32_t> exact;  // cells, those of pages first
+    std::vector<uint32_t> exact;  // cells whose rows follow as f16: those of pages, then the others
+};
 
-    for (uint32_t i = 0; i < src.size(); i += page) {
-        const uint32_t end = std::min(i + page, src.size());
-
-        uint32_t n_own = 0, n_free = 0, n_packed = 0;
-        for (uint32_t j = i; j < end; ++j) {
-            n_own    += is_own[j];
-            n_free   += src.is_empty(j);
-            n_packed += is_own[j] && location[j].places == KVQ_IN_PAGE;
-        }
-        const bool as_page = n_own + n_free == page && 2*n_own >= page && n_packed > 0;
-        if (as_page) {
-            pages.push_back(i/page);
-        }
-        for (uint32_t j = i; j < end; ++j) {
-            if (!is_own[j]) {
-                location[j] = {}; // of what was removed, and of others
-            } else if (!as_page) {
-                others.push_back(j);
-            } else if (location[j].places & KVQ_IN_SLOT) {
-                exact.push_back(j);
-            }
-        }
+static void choose_page(const llama_kv_cells & cells, uint32_t begin, uint32_t end, uint32_t page, kvq_state_choice & res) {
+    uint32_t n_own = 0, n_free = 0, n_packed = 0;
+    for (uint32_t j = begin; j < end; ++j) {
+        n_own    += res.is_own[j];
+        n_free   += cells.is_empty(j);
+        n_packed += res.is_own[j] && res.location[j].places == KVQ_IN_PAGE;
     }
-    exact.insert(exact.end(), others.begin(), others.end());
-
-    out.value<uint32_t>(pages.size());
-    out.value<uint32_t>(others.size());
-    for (uint32_t p : pages) {
-        for (uint32_t i = p*page; i < (p + 1)*page; ++i) {
-            const auto as = !is_own[i] ? SAVED_NOT : location[i].places & KVQ_IN_SLOT ? SAVED_EXACT : SAVED_PACKED;
-            out.value<uint8_t>(as);
-            if (as != SAVED_NOT) {
-                kvq_state_write_cell(out, src, i, kv.has_cell_ext());
-            }
-            if (as == SAVED_PACKED) {
-                out.value<int32_t>(location[i].turned);
-            }
+    const bool as_page = n_own + n_free == page && 2*n_own >= page && n_packed > 0;
+    if (as_page) {
+        res.pages.push_back(begin/page);
+    }
+    for (uint32_t j = begin; j < end; ++j) {
+        if (!res.is_own[j]) {
+            res.location[j] = {}; // of what was removed, and of others
+        } else if (!as_page) {
+            res.others.push_back(j);
+        } else if (res.location[j].places & KVQ_IN_SLOT) {
+            res.exact.push_back(j);
         }
-    }
-    for (uint32_t i : others) {
-        kvq_state_write_cell(out, src, i, kv.has_cell_ext());
-    }
-
-    for (size_t il = 0; il < layouts.size() && !pages.empty(); ++il) {
-        write_pages(out, il, strm, pages, location);
-    }
-
-    for (size_t il = 0; il < layouts.size(); ++il) {
-        const size_t   n_k   = kv.hparams.n_embd_k_gqa(kv.layers[il].il);
-        const size_t   n_v   = kv.hparams.n_embd_v_gqa(kv.layers[il].il);
-        const auto   * k_mem = (const uint8_t *) kv.layers[il].k_stream[strm]->data;
-        const auto   * v_mem = (const uint8_t *) kv.layers[il].v_stream[strm]->data;
-
-        std::vector<float>       row(n_k + n_v);
-        std::vector<ggml_fp16_t> f16(exact.size()*(n_k + n_v));
-
-        for (size_t i = 0; i < exact.size(); ++i) {
-            kvq_state_call(kvq_dequantize(layouts[il].get(), k_mem, v_mem, location.data(), rotations[il].get(),
-                        exact[i], 1, row.data(), row.data() + n_k), "rows");
-            ggml_fp32_to_fp16_row(row.data(), f16.data() + i*(n_k + n_v), n_k + n_v);
-        }
-        out.buffer((const uint8_t *) f16.data(), f16.size()*sizeof(ggml_fp16_t));
     }
 }
 
-enum cell_use : uint8_t {
+kvq_state_choice llama_kvq_cache::choose_cells(uint32_t strm, llama_seq_id seq_id) const {
+    const uint32_t page  = kvq_recipe_page(recipe.get());
+    const auto   & cells = kv.v_cells[strm];
+
+    kvq_state_choice res;
+
+    res.location.resize(cells.size());
+    kvq_state_call(kvq_planner_locate(planner.get(), strm, res.location.data()), "planner");
+
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        res.is_own.push_back(!cells.is_empty(i) && cells.seq_has(i, seq_id) &&
+            !llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, cells.pos_get(i), cells.seq_pos_max(seq_id)));
+        if (res.is_own[i] && res.location[i].places == KVQ_NOWHERE) {
+            throw std::runtime_error("kvq: a cell without its row");
+        }
+    }
+    for (uint32_t i = 0; i < cells.size(); i += page) {
+        choose_page(cells, i, std::min(i + page, cells.size()), page, res);
+    }
+    res.exact.insert(res.exact.end(), res.others.begin(), res.others.end());
+    return res;
+}
+
+void llama_kvq_cache::write_seq_cells(kvq_state_writer & out, uint32_t strm, const kvq_state_choice & choice) const {
+    const uint32_t page  = kvq_recipe_page(recipe.get());
+    const auto   & cells = kv.v_cells[strm];
+
+    out.value<uint32_t>(choice.pages.size());
+    out.value<uint32_t>(choice.others.size());
+    for (uint32_t p : choice.pages) {
+        for (uint32_t i = p*page; i < (p + 1)*page; ++i) {
+            const auto & at = choice.location[i];
+            const auto   as = !choice.is_own[i] ? SAVED_NOT : at.places & KVQ_IN_SLOT ? SAVED_EXACT : SAVED_PACKED;
+            out.value<uint8_t>(as);
+            if (as != SAVED_NOT) {
+                kvq_state_write_cell(out, cells, i, kv.has_cell_ext());
+            }
+            if (as == SAVED_PACKED) {
+                out.value<int32_t>(at.turned);
+            }
+        }
+    }
+    for (uint32_t i : choice.others) {
+        kvq_state_write_cell(out, cells, i, kv.has_cell_ext());
+    }
+}
+
+// exact rows of one layer, as f16
+void llama_kvq_cache::write_rows(kvq_state_writer & out, size_t il, uint32_t strm, const kvq_state_choice & choice) const {
+    const auto   & layer = kv.layers[il];
+    const size_t   n_k   = kv.hparams.n_embd_k_gqa(layer.il);
+    const size_t   n_v   = kv.hparams.n_embd_v_gqa(layer.il);
+    const auto   * k_mem = (const uint8_t *) layer.k_stream[strm]->data;
+    const auto   * v_mem = (const uint8_t *) layer.v_stream[strm]->data;
+
+    std::vector<float>       row(n_k + n_v);
+    std::vector<ggml_fp16_t> f16(choice.exact.size()*(n_k + n_v));
+
+    for (size_t i = 0; i < choice.exact.size(); ++i) {
+        kvq_state_call(kvq_dequantize(layouts[il].get(), k_mem, v_mem, choice.location.data(), rotations[il].get(),
+                    choice.exact[i], 1, row.data(), row.data() + n_k), "rows");
+        ggml_fp32_to_fp16_row(row.data(), f16.data() + i*(n_k + n_v), n_k + n_v);
+    }
+    out.buffer((const uint8_t *) f16.data(), f16.size()*sizeof(ggml_fp16_t));
+}
+
+void llama_kvq_cache::state_write_seq(kvq_state_writer & out, llama_seq_id seq_id) const {
+    const uint32_t strm   = kv.seq_to_stream.at(seq_id);
+    const auto     choice = choose_cells(strm, seq_id);
+
+    write_seq_cells(out, strm, choice);
+    for (size_t il = 0; il < layouts.size() && !choice.pages.empty(); ++il) {
+        write_pages(out, il, strm, choice.pages, choice.location);
+    }
+    for (size_t il = 0; il < layouts.size(); ++il) {
+        write_rows(out, il, strm, choice);
+    }
+}
+
+enum kvq_cell_use : uint8_t {
     CELL_FREE,  // empty, or the sequence's own: the restore replaces it
     CELL_LEFT,  // of another sequence, whose window has left it: llama.cpp takes such cells as well
     CELL_TAKEN,
 };
 
 // Gives the pages and cells of a sequence places, whole free pages first. False where llama.cpp finds no room either.
-static bool place(const std::vector<cell_use> & use, kvq_state_seq & saved) {
+static bool place(const std::vector<kvq_cell_use> & use, kvq_state_seq & saved) {
     const uint32_t page = saved.page;
 
-    std::vector<cell_use> of_page; // whole pages: a shorter last one is never a target
+    std::vector<kvq_cell_use> of_page; // whole pages: a shorter last one is never a target
     for (uint32_t i = 0; i + page <= use.size(); i += page) {
         of_page.push_back(*std::max_element(use.begin() + i, use.begin() + i + page));
     }
@@ -296,13 +321,8 @@ void llama_kvq_cache::read_seq_cells(kvq_state_reader & in, llama_seq_id seq_id,
     check(n_cells);
 }
 
-void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id) {
-    const uint32_t strm  = kv.seq_to_stream.at(seq_id);
-    auto         & cells = kv.v_cells[strm];
-
-    kvq_state_seq saved;
-    read_seq_cells(in, seq_id, saved);
-
+// pages and rows of every layer, apart from the cache's
+void llama_kvq_cache::read_seq_memory(kvq_state_reader & in, kvq_state_seq & saved) const {
     const size_t n_exact = std::count(saved.as.begin(), saved.as.end(), SAVED_EXACT);
 
     for (size_t il = 0; il < layouts.size() && saved.n_pages > 0; ++il) {
@@ -320,27 +340,42 @@ void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id)
         const size_t n_embd = kv.hparams.n_embd_k_gqa(layer.il) + kv.hparams.n_embd_v_gqa(layer.il);
         saved.rows.push_back(in.buffer(n_exact*n_embd*sizeof(ggml_fp16_t)));
     }
+}
+
+// what a sequence may take
+std::vector<kvq_cell_use> llama_kvq_cache::cell_uses(uint32_t strm, llama_seq_id seq_id) const {
+    const auto & cells = kv.v_cells[strm];
+
+    std::vector<kvq_cell_use> res(cells.size(), CELL_TAKEN);
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        if (cells.is_empty(i) || (cells.seq_has(i, seq_id) && cells.seq_count(i) == 1)) {
+            res[i] = CELL_FREE;
+        } else if (cells.seq_count(i) == 1 && llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, cells.pos_get(i),
+                    cells.seq_pos_max(cells.seq_get(i)) + 1)) {
+            res[i] = CELL_LEFT;
+        }
+    }
+    return res;
+}
+
+void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id) {
+    const uint32_t strm = kv.seq_to_stream.at(seq_id);
+
+    kvq_state_seq saved;
+    read_seq_cells(in, seq_id, saved);
+    read_seq_memory(in, saved);
 
     in.finish();
 
-    std::vector<cell_use> use(cells.size(), CELL_TAKEN);
-    for (uint32_t i = 0; i < cells.size(); ++i) {
-        if (cells.is_empty(i) || (cells.seq_has(i, seq_id) && cells.seq_count(i) == 1)) {
-            use[i] = CELL_FREE;
-        } else if (cells.seq_count(i) == 1 && llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, cells.pos_get(i),
-                    cells.seq_pos_max(cells.seq_get(i)) + 1)) {
-            use[i] = CELL_LEFT;
-        }
-    }
-    if (!place(use, saved)) {
+    if (!place(cell_uses(strm, seq_id), saved)) {
         throw std::runtime_error(format("kvq: no room for the %zu cells of the saved sequence",
                     saved.cells.size() - std::count(saved.as.begin(), saved.as.end(), SAVED_NOT)));
     }
 
     // a planner of its own tries out what the rows of pages say of how far they have moved
-    kvq_planner * p = nullptr;
-    kvq_state_call(kvq_planner_new(recipe.get(), kv.get_size(), 1, kv.n_seq_max, &p), "planner");
-    adopt_pages(kvq_planner_ptr(p).get(), 0, saved);
+    kvq::planner trial;
+    kvq_state_call(kvq_planner_new(recipe.get(), kv.get_size(), 1, kv.n_seq_max, kvq::out(trial)), "planner");
+    adopt_pages(trial.get(), 0, saved);
 
     kv.seq_rm(seq_id, -1, -1);
     forget_if_empty(strm);
@@ -433,15 +468,38 @@ void llama_kvq_cache::restore_pages(uint32_t strm, const kvq_state_seq & saved) 
     adopt_pages(planner.get(), strm, saved);
 }
 
+// of one layer, rows that have not gone with their page: exact ones, and packed ones decoded
+void llama_kvq_cache::saved_rows(size_t il, const kvq_state_seq & saved, const std::vector<size_t> & which,
+        std::vector<float> & k, std::vector<float> & v) const {
+    const size_t n_k = k.size()/which.size();
+    const size_t n_v = v.size()/which.size();
+
+    std::vector<size_t> source(saved.cells.size()); // of exact ones: which of the saved rows
+    for (size_t i = 0, n = 0; i < saved.cells.size(); ++i) {
+        source[i] = saved.as[i] == SAVED_EXACT ? n++ : 0;
+    }
+    std::vector<kvq_location> location; // in the saved pages
+    for (const int32_t distance : saved.turned) {
+        location.push_back({ KVQ_IN_PAGE, 0, distance });
+    }
+
+    for (size_t i = 0; i < which.size(); ++i) {
+        if (saved.as[which[i]] == SAVED_EXACT) {
+            const auto * row = (const ggml_fp16_t *) saved.rows[il].data() + source[which[i]]*(n_k + n_v);
+            ggml_fp16_to_fp32_row(row,       k.data() + i*n_k, n_k);
+            ggml_fp16_to_fp32_row(row + n_k, v.data() + i*n_v, n_v);
+        } else {
+            llama_kvq_must(kvq_dequantize(saved.layouts[il].get(), saved.memory[il].side[0], saved.memory[il].side[1],
+                        location.data(), rotations[il].get(), which[i], 1, k.data() + i*n_k, v.data() + i*n_v),
+                    "restored rows");
+        }
+    }
+}
+
 // everything that has not gone with its page
 void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
-    std::vector<size_t> anew;                       // index into cells, by position
-    std::vector<size_t> source(saved.cells.size()); // of exact ones: which of the saved rows
-
-    for (size_t i = 0, n = 0; i < saved.cells.size(); ++i) {
-        if (saved.as[i] == SAVED_EXACT) {
-            source[i] = n++;
-        }
+    std::vector<size_t> anew; // index into cells, by position
+    for (size_t i = 0; i < saved.cells.size(); ++i) {
         if (saved.as[i] != SAVED_NOT && !saved.with_page(i)) {
             anew.push_back(i);
         }
@@ -459,11 +517,6 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
     std::vector<int32_t> plan(kvq_planner_plan_len(planner.get(), ubatch.size()));
     plan_stream(strm, ubatch, plan.data(), plan.size());
 
-    std::vector<kvq_location> location; // in the saved pages
-    for (const int32_t distance : saved.turned) {
-        location.push_back({ KVQ_IN_PAGE, 0, distance });
-    }
-
     for (size_t il = 0; il < layouts.size(); ++il) {
         const uint32_t id  = kv.layers[il].il;
         const size_t   n_k = kv.hparams.n_embd_k_gqa(id);
@@ -471,18 +524,7 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
 
         std::vector<float> k(anew.size()*n_k);
         std::vector<float> v(anew.size()*n_v);
-
-        for (size_t i = 0; i < anew.size(); ++i) {
-            if (saved.as[anew[i]] == SAVED_EXACT) {
-                const auto * row = (const ggml_fp16_t *) saved.rows[il].data() + source[anew[i]]*(n_k + n_v);
-                ggml_fp16_to_fp32_row(row,       k.data() + i*n_k, n_k);
-                ggml_fp16_to_fp32_row(row + n_k, v.data() + i*n_v, n_v);
-            } else {
-                llama_kvq_must(kvq_dequantize(saved.layouts[il].get(), saved.memory[il].side[0],
-                            saved.memory[il].side[1], location.data(), rotations[il].get(), anew[i], 1,
-                            k.data() + i*n_k, v.data() + i*n_v), "restored rows");
-            }
-        }
+        saved_rows(il, saved, anew, k, v);
 
         kvq_store_args args;
         memset(&args, 0, sizeof(args));

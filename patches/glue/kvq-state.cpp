@@ -157,15 +157,7 @@ void llama_kvq_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) {
     out.finish();
 }
 
-void llama_kvq_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
-    settle();
-    make_rotations(*cparams);
-    copy_streams();
-
-    kvq_state_reader in { io };
-
-    const bool is_seq = seq_id != -1;
-
+static void read_kind(kvq_state_reader & in, bool is_seq) {
     if (in.value<uint32_t>() != KVQ_STATE_MAGIC) {
         throw std::runtime_error("kvq: this state was not saved with kvq: restore it with --kvq off");
     }
@@ -179,7 +171,10 @@ void llama_kvq_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
                 ? "kvq: this is the state of a whole context, not of a sequence"
                 : "kvq: this is the state of a sequence, not of a whole context");
     }
+}
 
+// refuses what does not fit this context
+void llama_kvq_cache::read_header(kvq_state_reader & in, bool is_seq) const {
     const auto n_stream = in.value<uint32_t>();
     const auto n_cells  = in.value<uint32_t>();
     const auto n_slots  = in.value<uint32_t>();
@@ -214,6 +209,18 @@ void llama_kvq_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
                         kv.layers[i].il, fmt.c_str(), fmt_cur.c_str()));
         }
     }
+}
+
+void llama_kvq_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
+    settle();
+    make_rotations(*cparams);
+    copy_streams();
+
+    kvq_state_reader in { io };
+
+    const bool is_seq = seq_id != -1;
+    read_kind(in, is_seq);
+    read_header(in, is_seq);
 
     if (is_seq) {
         state_read_seq(in, seq_id);
@@ -274,79 +281,108 @@ void llama_kvq_cache::state_write_all(kvq_state_writer & out) const {
     }
 }
 
+// everything of a stream that is saved, in its order
+void llama_kvq_cache::each_part(uint32_t n_pages,
+        const std::function<void(size_t, kvq_side, const std::vector<kvq_range> &)> & use) const {
+    for (size_t i = 0; i < layouts.size(); ++i) {
+        for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
+            for (auto part : { KVQ_STATE_SLOTS, KVQ_STATE_PAGES }) {
+                use(i, side, kvq_state_ranges(layouts[i].get(), side, part, 0, n_pages));
+            }
+        }
+    }
+}
+
+[[noreturn]] static void damaged(const char * what) {
+    throw std::runtime_error(format("kvq: the saved state is damaged (%s)", what));
+}
+
+// a cell behind `last`, with its sequences
+kvq_state_cell llama_kvq_cache::read_cell(kvq_state_reader & in, uint32_t strm, int64_t last) const {
+    kvq_state_cell cell;
+
+    cell.cell = in.value<uint32_t>();
+    kvq_state_read_cell(in, cell, kv.has_cell_ext(), kv.get_can_shift());
+    const auto n_seq = in.value<uint32_t>();
+    if (cell.cell <= last || cell.cell >= kv.get_size() || n_seq == 0 || n_seq > LLAMA_MAX_SEQ) {
+        damaged("cells");
+    }
+    for (uint32_t j = 0; j < n_seq; ++j) {
+        const auto id = in.value<llama_seq_id>();
+        if (id < 0 || (uint32_t) id >= kv.n_seq_max || kv.seq_to_stream[id] != strm ||
+            (j > 0 && id <= cell.seq_ids.back())) {
+            damaged("sequence ids");
+        }
+        cell.seq_ids.push_back(id);
+    }
+    return cell;
+}
+
+// a stream of a planner that is not in use yet; every cell must have its row
+void llama_kvq_cache::read_planner(kvq_state_reader & in, uint32_t strm, kvq_planner * to,
+        const std::vector<kvq_state_cell> & cells) const {
+    size_t size = 0;
+    kvq_state_call(kvq_planner_export_size(to, strm, &size), "planner");
+    const auto snapshot = in.buffer(size);
+    kvq_state_call(kvq_planner_import(to, strm, snapshot.data(), snapshot.size()), "the saved state is damaged");
+
+    std::vector<kvq_location> location(kv.get_size());
+    kvq_state_call(kvq_planner_locate(to, strm, location.data()), "planner");
+    for (const auto & cell : cells) {
+        if (location[cell.cell].places == KVQ_NOWHERE) {
+            damaged("a cell without its row");
+        }
+    }
+}
+
+kvq_state_stream llama_kvq_cache::read_stream(kvq_state_reader & in, uint32_t strm, kvq_planner * to) const {
+    kvq_state_stream res;
+
+    const auto n_used = in.value<uint32_t>();
+    res.head          = in.value<uint32_t>();
+    if (n_used > kv.get_size() || res.head > kv.get_size()) {
+        damaged("cells");
+    }
+
+    int64_t last = -1;
+    for (uint32_t i = 0; i < n_used; ++i) {
+        res.cells.push_back(read_cell(in, strm, last));
+        last = res.cells.back().cell;
+    }
+    read_planner(in, strm, to, res.cells);
+
+    const uint32_t page = kvq_recipe_page(recipe.get());
+    res.n_pages = (last + page)/page;
+
+    each_part(res.n_pages, [&](size_t, kvq_side, const std::vector<kvq_range> & ranges) {
+        res.bytes.push_back(in.buffer(kvq_state_size(ranges)));
+    });
+    return res;
+}
+
+void llama_kvq_cache::put_stream(uint32_t strm, const kvq_state_stream & stream) {
+    for (const auto & cell : stream.cells) {
+        kvq_state_put_cell(kv.v_cells[strm], cell);
+    }
+    kv.v_heads[strm] = stream.head;
+
+    auto bytes = stream.bytes.begin();
+    each_part(stream.n_pages, [&](size_t i, kvq_side side, const std::vector<kvq_range> & ranges) {
+        const auto & layer = kv.layers[i];
+        ggml_tensor * t = side == KVQ_SIDE_K ? layer.k_stream[strm] : layer.v_stream[strm];
+        kvq_state_set((uint8_t *) t->data, ranges, (bytes++)->data());
+    });
+}
+
 void llama_kvq_cache::state_read_all(kvq_state_reader & in) {
-    struct stream_t {
-        uint32_t head;
-        std::vector<kvq_state_cell>       cells;
-        std::vector<std::vector<uint8_t>> bytes; // as written: layers, sides, parts
-        uint32_t n_pages = 0;
-    };
-    std::vector<stream_t> streams(kv.n_stream);
-
     // a planner of its own takes the snapshots, and the place of the old one when all of them fit
-    kvq_planner * p = nullptr;
-    kvq_state_call(kvq_planner_new(recipe.get(), kv.get_size(), kv.n_stream, kv.n_seq_max, &p), "planner");
-    kvq_planner_ptr planner_new(p);
+    kvq::planner planner_new;
+    kvq_state_call(kvq_planner_new(recipe.get(), kv.get_size(), kv.n_stream, kv.n_seq_max, kvq::out(planner_new)),
+            "planner");
 
-    const auto damaged = [](const char * what) {
-        throw std::runtime_error(format("kvq: the saved state is damaged (%s)", what));
-    };
-
+    std::vector<kvq_state_stream> streams;
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
-        auto & stream = streams[s];
-
-        const auto n_used = in.value<uint32_t>();
-        stream.head       = in.value<uint32_t>();
-        if (n_used > kv.get_size() || stream.head > kv.get_size()) {
-            damaged("cells");
-        }
-
-        int64_t last = -1;
-        for (uint32_t i = 0; i < n_used; ++i) {
-            kvq_state_cell cell;
-            cell.cell = in.value<uint32_t>();
-            kvq_state_read_cell(in, cell, kv.has_cell_ext(), kv.get_can_shift());
-            const auto n_seq = in.value<uint32_t>();
-            if (cell.cell <= last || cell.cell >= kv.get_size() || n_seq == 0 || n_seq > LLAMA_MAX_SEQ) {
-                damaged("cells");
-            }
-            last = cell.cell;
-            for (uint32_t j = 0; j < n_seq; ++j) {
-                const auto id = in.value<llama_seq_id>();
-                if (id < 0 || (uint32_t) id >= kv.n_seq_max || kv.seq_to_stream[id] != s ||
-                    (j > 0 && id <= cell.seq_ids.back())) {
-                    damaged("sequence ids");
-                }
-                cell.seq_ids.push_back(id);
-            }
-            stream.cells.push_back(std::move(cell));
-        }
-
-        size_t size = 0;
-        kvq_state_call(kvq_planner_export_size(planner_new.get(), s, &size), "planner");
-        const auto snapshot = in.buffer(size);
-        kvq_state_call(kvq_planner_import(planner_new.get(), s, snapshot.data(), snapshot.size()),
-                "the saved state is damaged");
-
-        std::vector<kvq_location> location(kv.get_size());
-        kvq_state_call(kvq_planner_locate(planner_new.get(), s, location.data()), "planner");
-        for (const auto & cell : stream.cells) {
-            if (location[cell.cell].places == KVQ_NOWHERE) {
-                damaged("a cell without its row");
-            }
-        }
-
-        const uint32_t page = kvq_recipe_page(recipe.get());
-        stream.n_pages = (last + page)/page;
-
-        for (const auto & layout : layouts) {
-            for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
-                for (auto part : { KVQ_STATE_SLOTS, KVQ_STATE_PAGES }) {
-                    const auto ranges = kvq_state_ranges(layout.get(), side, part, 0, stream.n_pages);
-                    stream.bytes.push_back(in.buffer(kvq_state_size(ranges)));
-                }
-            }
-        }
+        streams.push_back(read_stream(in, s, planner_new.get()));
     }
 
     in.finish();
@@ -355,23 +391,6 @@ void llama_kvq_cache::state_read_all(kvq_state_reader & in) {
     planner = std::move(planner_new);
 
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
-        auto & cells = kv.v_cells[s];
-
-        for (const auto & cell : streams[s].cells) {
-            kvq_state_put_cell(cells, cell);
-        }
-        kv.v_heads[s] = streams[s].head;
-
-        auto bytes = streams[s].bytes.begin();
-        for (size_t i = 0; i < layouts.size(); ++i) {
-            for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
-                ggml_tensor * t = side == KVQ_SIDE_K ? kv.layers[i].k_stream[s] : kv.layers[i].v_stream[s];
-
-                for (auto part : { KVQ_STATE_SLOTS, KVQ_STATE_PAGES }) {
-                    const auto ranges = kvq_state_ranges(layouts[i].get(), side, part, 0, streams[s].n_pages);
-                    kvq_state_set((uint8_t *) t->data, ranges, (bytes++)->data());
-                }
-            }
-        }
+        put_stream(s, streams[s]);
     }
 }

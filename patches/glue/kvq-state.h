@@ -116,6 +116,15 @@ struct kvq_state_cell {
     std::vector<llama_seq_id> seq_ids; // whole cache only
 };
 
+// a stream of a whole cache
+struct kvq_state_stream {
+    uint32_t head;
+    uint32_t n_pages;
+
+    std::vector<kvq_state_cell>       cells;
+    std::vector<std::vector<uint8_t>> bytes; // as written: layers, sides, parts
+};
+
 // everything but the cell's index and sequences
 void kvq_state_write_cell(kvq_state_writer & out, const llama_kv_cells & cells, uint32_t i, bool has_ext);
 void kvq_state_read_cell (kvq_state_reader & in,  kvq_state_cell & cell, bool has_ext, bool can_shift);
