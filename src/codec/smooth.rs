@@ -24,6 +24,10 @@ const MAX_DIM: usize = MAX_HEAD_DIM as usize;
 /// query is prepared anew wherever factors change.
 const WORTH_A_CHANGE: f32 = 1.1;
 
+/// Fewer rows say too little of how large a channel is, and one says nothing once it is its own mean: its rounding would
+/// become the factors, and rows that join the page later would lose most of their channels.
+const MIN_ROWS: usize = 8;
+
 /// Which of the two a codec stores; they lie behind each other in its page.
 ///
 /// | part | bytes | |
@@ -109,6 +113,13 @@ impl Smooth {
 #[inline(always)]
 fn choose(rows: &mut SealRows, exponents: &mut [u8]) {
     let dim = exponents.len();
+    if rows.rows.len() < MIN_ROWS * dim {
+        exponents.fill(0);
+        if rows.last_exponents.len() == dim {
+            exponents.copy_from_slice(rows.last_exponents);
+        }
+        return;
+    }
     let (mut variance, mut weight) = ([0f32; MAX_DIM], [1f32; MAX_DIM]);
     for row in rows.rows.chunks_exact(dim) {
         variance.iter_mut().zip(row).for_each(|(v, x)| *v += x * x);
@@ -167,6 +178,29 @@ mod tests {
         for (x, want) in [(1.0, 0), (1.5, 4), (2.0, 8), (3.0, 12), (0.5, -8), (0.0, -1008), (f32::MAX, 1023)] {
             assert_eq!(eighths_of_octaves(x), want, "{x}");
         }
+    }
+
+    /// A page may be sealed with a single row, when the others were removed before it was full.
+    #[test]
+    fn one_row_does_not_choose_factors() {
+        let dim = 64;
+        let mut coded = normal(dim);
+        let smooth = Smooth { mean: true, factors: true };
+        let mut part = vec![0u8; smooth.bytes(dim)];
+        let mut last: Vec<u8> = (0..dim as u8).map(|channel| channel % 3).collect();
+        let expected = last.clone();
+        let mut rows = SealRows {
+            at: &[5],
+            rows: &mut coded,
+            fresh: true,
+            exact: &[],
+            channel_weights: &vec![1.0; dim],
+            last_exponents: &mut last,
+            attention: &[],
+        };
+        smooth.apply(&mut part, &mut rows, dim);
+        assert_eq!(smooth.exponents(&part, dim), expected);
+        assert_eq!(last, expected);
     }
 
     /// One channel 4 096 times as large as the others: what is left to code differs by 64 at most, and comes back.
