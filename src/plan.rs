@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use crate::cuda::desc::PlanDesc;
+use crate::cuda::desc::{PlanDesc, RECORD_FRESH as FRESH};
 use crate::error::{Error, Result};
 
 /// Version of the layout described on [`Plan`]; the first int of every plan.
@@ -14,8 +14,6 @@ pub const HEADER_INTS: usize = 16;
 /// Cells whose page bits share one int. A page is a multiple of this.
 pub const CELLS_PER_WORD: usize = 32;
 
-/// Flag of a record's source: see [`Record::fresh`].
-const FRESH: i32 = 1 << 30;
 /// Sources (slots and ubatch rows together) stay below the flag.
 pub(crate) const MAX_SOURCES: usize = FRESH as usize;
 /// First int of the header that is zero.

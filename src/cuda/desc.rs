@@ -13,6 +13,14 @@ use crate::layout::Layout;
 /// Bytes of a [`LayerDesc`], asserted on both sides.
 pub const LAYER_DESC_BYTES: usize = 424;
 
+/// Threads of a block of the store step.
+pub const STORE_THREADS: u32 = 512;
+/// Shared memory of such a block, without its rows.
+pub const STORE_SCRATCH_BYTES: u32 = 20 << 10;
+
+/// Flag of a record's source in a plan; see [`crate::plan::Record::fresh`].
+pub const RECORD_FRESH: i32 = 1 << 30;
+
 /// An offset of a part that the page does not have.
 pub const ABSENT: u32 = u32::MAX;
 
@@ -113,8 +121,8 @@ pub struct SideDesc {
     pub clip: u32,
     /// With `CLIP_FACTOR`: the part of the half-range that codes reach.
     pub clip_factor: f32,
-    /// Zero.
-    pub reserved: u32,
+    /// `CODEC_ADAPTIVE`, keys: the step that a token without attention may have.
+    pub bound: f32,
 }
 
 /// A layer, as [`Layout`] has it.
@@ -231,6 +239,50 @@ pub struct AttendParams {
     pub n_splits: u32,
     /// 0: the view before the store, 1: after.
     pub view: u32,
+}
+
+/// What the store kernel gets. Every pointer is the device's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct StoreParams {
+    /// The layer.
+    pub layer: LayerDesc,
+    /// The plan's arrays.
+    pub plan_at: PlanDesc,
+    /// As in kvq_store_args, also all that follow.
+    pub k_cur: *const f32,
+    /// Elements.
+    pub k_stride_token: u64,
+    /// Elements.
+    pub k_stride_head: u64,
+    /// Values of the ubatch.
+    pub v_cur: *const f32,
+    /// Elements.
+    pub v_stride_token: u64,
+    /// Elements.
+    pub v_stride_head: u64,
+    /// Queries of the ubatch, or NULL.
+    pub q: *const f32,
+    /// Elements.
+    pub q_stride_token: u64,
+    /// Elements.
+    pub q_stride_head: u64,
+    /// `[n_tokens][n_heads]` or NULL.
+    pub lse: *const f32,
+    /// Key memory of the stream.
+    pub k_mem: *mut u8,
+    /// Value memory of the stream.
+    pub v_mem: *mut u8,
+    /// The plan.
+    pub plan: *const i32,
+    /// `[side][head][page][row_stride]`: rows on their way. NULL: they are in shared memory.
+    pub rows: *mut f32,
+    /// Floats from row to row.
+    pub row_stride: u32,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Rows of the ubatch.
+    pub n_tokens: u32,
 }
 
 const _: () = assert!(std::mem::size_of::<LayerDesc>() == LAYER_DESC_BYTES);

@@ -39,3 +39,23 @@ impl Runner for Emulated {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::recent::exp_of_negative;
+
+    extern "C" {
+        /// `exp_of_negative` of quantizer.cuh.
+        fn kvq_emulated_exp_of_negative(x: f32) -> f32;
+    }
+
+    /// Every 257th number from -0 to minus infinity.
+    #[test]
+    fn exponentials_have_the_same_bits_as_in_device_code() {
+        for x in (0x8000_0000u32..=0xff80_0000).step_by(257).chain([0, 0xff80_0000]).map(f32::from_bits) {
+            // SAFETY: reads and writes no memory.
+            let got = unsafe { kvq_emulated_exp_of_negative(x) };
+            assert_eq!(got.to_bits(), exp_of_negative(x).to_bits(), "{x}");
+        }
+    }
+}

@@ -15,6 +15,7 @@ mod driver;
 mod emulated;
 #[cfg(test)]
 pub(crate) mod lab;
+pub(crate) mod store;
 
 #[cfg(test)]
 mod tests;

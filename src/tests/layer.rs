@@ -79,16 +79,33 @@ impl Layer {
         Layout::new(&Recipe::parse(spec).unwrap(), shape, 3, 64, 64).is_ok()
     }
 
+    /// Cells of a page of a recipe.
+    pub(super) fn page_of(spec: &str) -> usize {
+        Recipe::parse(spec).unwrap().page
+    }
+
     /// Plans an ubatch for these cells, at positions of the same numbers.
     pub(super) fn plan(&mut self, cells: Range<usize>) -> Vec<i32> {
         let n_cells = self.live.len();
-        let rows: Vec<Row> =
-            cells.map(|cell| Row { cell: (cell % n_cells) as u32, pos: cell as i32, seq: 0 }).collect();
+        let first = cells.start;
+        self.plan_cells(&cells.map(|cell| cell % n_cells).collect::<Vec<usize>>(), first)
+    }
+
+    /// Plans an ubatch for these cells, at positions from `first` on.
+    pub(super) fn plan_cells(&mut self, cells: &[usize], first: usize) -> Vec<i32> {
+        let n_cells = self.live.len();
+        let row = |(i, &cell): (usize, &usize)| Row { cell: cell as u32, pos: (first + i) as i32, seq: 0 };
+        let rows: Vec<Row> = cells.iter().enumerate().map(row).collect();
         let mut ints = vec![0; plan_len(rows.len(), self.planner.n_slots(), n_cells, self.layout.page())];
         let live = &self.live;
         self.planner.plan(0, &rows, &|cell| live[cell], &mut ints).unwrap();
         rows.iter().for_each(|row| self.live[row.cell as usize] = true);
         ints
+    }
+
+    /// Whether each cell holds a token; some may be removed.
+    pub(super) fn live(&mut self) -> &mut [bool] {
+        &mut self.live
     }
 
     /// Random rows of `n` tokens.
@@ -143,9 +160,15 @@ impl Layer {
 
     /// The store step of all heads.
     pub(super) fn store(&mut self, ints: &[i32], ubatch: &Ubatch, lse: &[f32]) {
+        self.store_learning(ints, ubatch, true, Some(lse));
+    }
+
+    /// The store step of all heads, which learns from queries or not.
+    pub(super) fn store_learning(&mut self, ints: &[i32], ubatch: &Ubatch, with_q: bool, lse: Option<&[f32]>) {
         let shape = self.layout.shape();
         let [q, k, v] = rows_of(&shape, ubatch);
-        let rows = StoreRows { k, v, q: Some(q), attended: Some(Attended { lse, scale: SCALE }) };
+        let attended = lse.map(|lse| Attended { lse, scale: SCALE });
+        let rows = StoreRows { k, v, q: with_q.then_some(q), attended };
         let plan = Plan::new(ints).unwrap();
         let [keys, values] = &mut self.memory;
         let keys = keys.chunks_exact_mut(self.layout.head_bytes(Side::Key));
@@ -160,7 +183,8 @@ impl Layer {
     }
 }
 
-const SCALE: f32 = 0.1;
+/// Factor on scores.
+pub(super) const SCALE: f32 = 0.1;
 
 fn rows_of<'a>(shape: &Shape, ubatch: &'a Ubatch) -> [Rows<'a>; 3] {
     [

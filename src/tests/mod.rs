@@ -2,6 +2,7 @@
 
 mod boundary;
 mod device;
+mod device_store;
 mod header;
 mod hostile_memory;
 mod layer;

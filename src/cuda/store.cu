@@ -1,0 +1,103 @@
+// The store step; see src/store.rs, which it follows byte for byte. A block has a KV head, with both sides where one decides
+// for the other.
+#include "channel.cuh"
+#include "learn.cuh"
+
+namespace kvq::store {
+
+// Reads the records of one page, the first of which is number `first`. Ends with a barrier.
+__device__ inline void read_records(const Store &b, uint32_t first, uint32_t n_records) {
+    Scratch &s = b.s;
+    const StoreParams &p = b.p;
+    const int *records = p.plan + p.plan_at.records;
+    const uint32_t page = p.layer.page, index = uint32_t(records[2 * first]) / page, i = b.thread, j = first + i;
+    if (i == 0) s.n_exact = 0;
+    if (i < page) s.pooled[i] = NONE, s.attention[i] = 1.f;
+    if (i < page && j < n_records && uint32_t(records[2 * j]) / page == index) {
+        s.at[i] = uint16_t(uint32_t(records[2 * j]) % page);
+        s.source[i] = records[2 * j + 1] & ~RECORD_FRESH;
+        if (j + 1 == n_records || uint32_t(records[2 * j + 2]) / page != index) s.n_rows = i + 1;
+    }
+    __syncthreads();
+}
+
+// Encodes the records of a page, one side of them.
+__device__ inline void seal_side(const Store &b, const Side &side, uint32_t page, bool fresh, bool is_key) {
+    const LayerDesc &l = b.p.layer;
+    const Target target = {side, side.header(page), side.page(page), fresh, is_key};
+    gather(b, side);
+    if (is_key) {
+        // Rows that join a page whose range is fixed are too few to tell an outlier among.
+        if (l.pool_rows > 0 && fresh) trace_outliers(b, side);
+        if (l.attn_window > 0) find_attention(b, side);
+    }
+    if (l.pool_rows > 0 && fresh) write_pooled(b, side, page);
+    if (is_key) {
+        mean_of_rows(b, side.desc.head_dim);
+        take_sample(b, side.desc.head_dim);
+    }
+    if (fresh) clear_page(b, target);
+    if (side.desc.codec == CODEC_CHANNEL) {
+        seal_channels(b, target);
+    } else {
+        seal_tokens(b, target);
+    }
+    if (is_key) learn_error(b, target);
+}
+
+// Writes the ubatch's rows that stay exact to their slots.
+__device__ inline void write_slots(const Store &b, const Side &side) {
+    for (uint32_t i = b.warp; i < b.p.n_tokens; i += STORE_WARPS) {
+        const int slot = b.plan(b.p.plan_at.row_slots + i);
+        if (slot < 0) continue;
+        for (uint32_t c = b.lane; c < side.desc.head_dim; c += 32) {
+            side.slot(uint32_t(slot))[c] = float_to_half(finite(side.current[i * side.stride_token + c]));
+        }
+    }
+}
+
+KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
+    KVQ_SHARED(shared);
+    const uint32_t thread = threadIdx.x;
+    const size_t block = blockIdx.y * gridDim.x + blockIdx.x;
+    float *rows = p.rows == nullptr ? reinterpret_cast<float *>(shared + STORE_SCRATCH_BYTES) : p.rows + block * p.layer.page * p.row_stride;
+    const Store b = {p, *reinterpret_cast<Scratch *>(shared), rows, blockIdx.x, thread, thread % 32, thread / 32};
+    const Side keys = keys_of(b), values = values_of(b);
+    const bool has_keys = blockIdx.y == 0, has_values = blockIdx.y + 1 == gridDim.y;
+    if (b.plan(p.plan_at.starts_anew)) {
+        if (has_keys) forget(b, keys);
+        if (has_values) forget(b, values);
+    }
+    if (has_keys && p.q != nullptr && p.n_tokens > 0) {
+        learn_queries(b, keys);
+        if (p.lse != nullptr && p.layer.attn_window > 0) remember_queries(b, keys);
+    }
+    if (p.layer.pool_rows > 0) {
+        if (has_keys) drop_stale(b, keys);
+        if (has_values) drop_stale(b, values);
+    }
+    const uint32_t n_records = uint32_t(b.plan(p.plan_at.n_records));
+    for (uint32_t first = 0, n_rows; first < n_records; first += n_rows) {
+        const int *record = p.plan + p.plan_at.records + 2 * first;
+        const uint32_t page = uint32_t(record[0]) / p.layer.page;
+        const bool fresh = record[1] & RECORD_FRESH;
+        read_records(b, first, n_records);
+        n_rows = b.s.n_rows;
+        if (p.layer.pool_rows > 0 && fresh) {
+            if (has_keys) give_back(b, keys, page);
+            if (has_values) give_back(b, values, page);
+        }
+        if (has_keys) seal_side(b, keys, page, fresh, true);
+        if (has_values) seal_side(b, values, page, fresh, false);
+    }
+    // Records read slots as they were before.
+    if (has_keys) write_slots(b, keys);
+    if (has_values) write_slots(b, values);
+}
+
+}  // namespace kvq::store
+
+#ifdef KVQ_EMULATE
+// For a test that compares it with its twin.
+extern "C" float kvq_emulated_exp_of_negative(float x) { return kvq::store::exp_of_negative(x); }
+#endif
