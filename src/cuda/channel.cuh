@@ -28,7 +28,8 @@ __device__ inline void measure_channels(const Store &b, const Target &t) {
             const float x = b.row(i)[c] - mean;
             weight += x * x;
         }
-        s.a[c] = low, s.b[c] = high, s.c[c] = learned[dim] > 0.f ? weight * learned[c] : weight;
+        // See Team::range.
+        s.a[c] = low + 0.f, s.b[c] = high + 0.f, s.c[c] = learned[dim] > 0.f ? weight * learned[c] : weight;
     }
     __syncthreads();
 }

@@ -25,12 +25,17 @@ __device__ inline void learn_queries(const Store &b, const Side &keys) {
     for (uint32_t c = b.thread; c < dim; c += STORE_THREADS) {
         const float *q = p.q + b.head * gqa * p.q_stride_head + c;
         float sum = 0.f;
-        for (uint32_t token = 0; token < p.n_tokens; token++) {
-#pragma unroll 4
-            for (uint32_t i = 0; i < gqa; i++) {
-                const float x = finite(q[token * p.q_stride_token + i * p.q_stride_head]);
-                sum += x * x;
+        // Many loads at once, then sums in their order; what is not there adds nothing.
+        for (uint32_t first = 0, i = 0; first < p.n_tokens * gqa; first += 32) {
+            float x[32];
+#pragma unroll
+            for (uint32_t j = 0; j < 32; j++) {
+                x[j] = first + j < p.n_tokens * gqa ? finite(*q) : 0.f;
+                q += p.q_stride_head;
+                if (++i == gqa) i = 0, q += p.q_stride_token - gqa * p.q_stride_head;
             }
+#pragma unroll
+            for (uint32_t j = 0; j < 32; j++) sum += x[j] * x[j];
         }
         means[c] = means[c] + (sum - means[c] * n) / (seen + n);
     }

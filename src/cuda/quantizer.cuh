@@ -66,7 +66,8 @@ struct Team {
     __device__ float2 range(const float *x, uint32_t n) const {
         float low = infinity(), high = -infinity();
         for (uint32_t i = lane; i < n; i += 16) low = fminf(low, x[i]), high = fmaxf(high, x[i]);
-        return make_float2(-largest(-low), largest(high));
+        // Of zeros of both signs, which one is the smallest is not certain.
+        return make_float2(-largest(-low) + 0.f, largest(high) + 0.f);
     }
     __device__ float root_mean_square(const float *x, uint32_t n) const {
         return sqrtf(sum(x, n, [](float x) { return x * x; }) / float(n));

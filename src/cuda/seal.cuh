@@ -11,7 +11,7 @@ __device__ inline void gather(const Store &b, const Side &side) {
     for (uint32_t i = b.warp; i < b.s.n_rows; i += STORE_WARPS) {
         const uint32_t source = uint32_t(b.s.source[i]);
         const uint16_t *slot = side.slot(source);
-        const float *row = side.current + size_t(source - n_slots) * side.stride_token;
+        const float *row = side.current + size_t(source < n_slots ? 0 : source - n_slots) * side.stride_token;
         for (uint32_t c = b.lane; c < side.desc.head_dim; c += 32) {
             b.row(i)[c] = finite(source < n_slots ? half_to_float(slot[c]) : row[c]);
         }

@@ -144,8 +144,10 @@ __device__ inline void share_out(const Store &b, const float *weight, uint32_t s
     __syncthreads();
 }
 
-// The larger of s.most[i] and a number that is not negative.
-__device__ __forceinline__ void raise(Scratch &s, uint32_t i, float x) { atomicMax(&s.most[i], __float_as_uint(x)); }
+// The larger of s.most[i] and a number that is not negative; also a zero that looks so.
+__device__ __forceinline__ void raise(Scratch &s, uint32_t i, float x) {
+    if (x > 0.f) atomicMax(&s.most[i], __float_as_uint(x));
+}
 
 // Rotates a row by a warp: the stages in the order of src/codec/hadamard.rs. Between barriers of the warp.
 __device__ inline void rotate_row_exactly(float *row, uint32_t dim, uint32_t lane) {

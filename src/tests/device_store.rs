@@ -93,7 +93,8 @@ impl<'a> Twin<'a> {
             let (want, got) = (&self.layer.memory[side as usize], &got[side as usize]);
             let at = want.iter().zip(got).position(|(a, b)| a != b)?;
             let n = want.iter().zip(got).filter(|(a, b)| a != b).count();
-            Some(format!("{n} of {} bytes, first {}", want.len(), self.name_of(side, at)))
+            let (want, got, n_bytes) = (want[at], got[at], want.len());
+            Some(format!("{n} of {n_bytes} bytes, first {}: {got:#x} for {want:#x}", self.name_of(side, at)))
         })
     }
 
@@ -238,6 +239,50 @@ fn walk_all(specs: &[String], shapes: &[Shape], steps: usize) {
     }
 }
 
+/// Microseconds of a call: one token that goes to a slot, and a page that is sealed. For a GPU that does nothing else:
+/// `cargo test --release --features cuda times_of_a_layer -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn times_of_a_layer() {
+    const CALLS: u32 = 200;
+    for lab in Lab::all() {
+        for spec in ["skvq:k=2,v=2", "kivi:k=2.25,v=2", "on", "ott", "qaq:bits=2.25"] {
+            let mut twin = Twin::new(&lab, spec, shape(8, 4, 128, 128), 4096);
+            let mut rng = Rng::new(1);
+            let mut time = |cells: std::ops::Range<usize>| {
+                let ints = twin.layer.plan(cells.clone());
+                let ubatch = twin.layer.ubatch(&mut rng, cells.len());
+                let lse = vec![1.0; cells.len() * 32];
+                let floats = |x: &[f32]| lab.upload(x);
+                let rows = [floats(&ubatch.q), floats(&ubatch.k), floats(&ubatch.v), floats(&lse), lab.upload(&ints)];
+                let workspace = Workspace { memory: twin.workspace.pointer(), bytes: twin.workspace.bytes() };
+                let call = || {
+                    let params = twin.params(&rows, cells.len(), Learns::Everything);
+                    // SAFETY: as in `Twin::store`.
+                    unsafe {
+                        enqueue(lab.device(), &twin.layer.layout, params, ints.len(), workspace, std::ptr::null_mut())
+                            .unwrap();
+                    }
+                };
+                call();
+                lab.download::<f32>(&rows[3]);
+                let start = Instant::now();
+                (0..CALLS).for_each(|_| call());
+                lab.download::<f32>(&rows[3]);
+                let microseconds = start.elapsed().as_secs_f64() * 1e6 / f64::from(CALLS);
+                let n_records = Plan::new(&ints).unwrap().records().len();
+                (microseconds, n_records)
+            };
+            let (many, n_many) = time(0..512);
+            let (one, n_one) = time(512..513);
+            println!(
+                "{:10} {spec:18} 512 tokens, {n_many} rows sealed: {many:8.1} us; 1 token, {n_one}: {one:6.1} us",
+                lab.name()
+            );
+        }
+    }
+}
+
 fn owned(specs: &[&str]) -> Vec<String> {
     specs.iter().map(|spec| spec.to_string()).collect()
 }
@@ -252,7 +297,7 @@ fn every_width_and_form() {
     let group = ["skvq:k=8,v=8", "skvq:k=4,v=4", "skvq:k=3,v=3", "skvq:k=1.6,v=1.6", "skvq:k=2,v=2", "skvq:group=32"];
     let forms = ["skvq:smooth=0", "skvq:mean=0,rotate=0", "skvq:group=64,symmetric=0,k=4", "skvq:refit=0,clip=0.8"];
     let channel = ["kivi:k=2.25", "kivi:k=1", "kivi:k=3.5,meta=fp16", "kivi:k=4,adaptive=0", "ott:k=2.5,outliers=6"];
-    let adaptive = ["qaq:bits=3,attn-keys=1", "qaq:levels=normal", "qaq:outliers=2,symmetric=0,smooth=0"];
+    let adaptive = ["qaq:bits=3,attn-keys=1", "qaq:levels=normal", "qaq:outliers=2,symmetric=0,mean=0"];
     let more = ["qaq:bits=1.5,min-bits=1,levels=normal", "qaq:adaptive=0", "qaq:attn-window=0,mean=0"];
     let specs: Vec<String> =
         [&group[..], &forms, &channel, &adaptive, &more].concat().iter().map(|s| with_page(s, 64)).collect();
