@@ -104,9 +104,7 @@ pub unsafe extern "C" fn kvq_store_workspace(
         // SAFETY: live objects and room for a size, as the header requires.
         let (layout, device, bytes) =
             unsafe { (shared(layout, "layout")?, shared(device, "device")?, output(bytes, "bytes")?) };
-        // Rows are encoded page by page, however many there are.
-        let _ = n_tokens;
-        bytes.write(store::workspace_bytes(&device.device, &layout.layout));
+        bytes.write(store::workspace_bytes(&device.device, &layout.layout, n_tokens));
         Ok(())
     })
 }
@@ -164,7 +162,12 @@ fn store_params(args: &kvq_store_args) -> Result<StoreParams> {
         v_mem: args.v_mem,
         plan: args.plan,
         rows: std::ptr::null_mut(),
+        errors: std::ptr::null_mut(),
+        error_stride: 0,
         row_stride: 0,
+        phases: 0,
+        n_key_blocks: 1,
+        n_value_blocks: 0,
         scale: args.scale,
         n_tokens: args.n_tokens,
     })

@@ -18,6 +18,13 @@ pub const STORE_THREADS: u32 = 512;
 /// Shared memory of such a block, without its rows.
 pub const STORE_SCRATCH_BYTES: u32 = 20 << 10;
 
+/// Of [`StoreParams::phases`]: what is known of queries and tokens is brought up to date.
+pub const STORE_LEARN: u32 = 1;
+/// Of [`StoreParams::phases`]: pages are sealed.
+pub const STORE_SEAL: u32 = 2;
+/// Of [`StoreParams::phases`]: errors of pages are added up, rows go to slots.
+pub const STORE_FINISH: u32 = 4;
+
 /// Flag of a record's source in a plan; see [`crate::plan::Record::fresh`].
 pub const RECORD_FRESH: i32 = 1 << 30;
 
@@ -277,8 +284,19 @@ pub struct StoreParams {
     pub plan: *const i32,
     /// `[side][head][page][row_stride]`: rows on their way. NULL: they are in shared memory.
     pub rows: *mut f32,
+    /// `[head][error_stride]`: the number of pages, then noise, signal and rows of each page's sample. NULL: one block
+    /// seals all pages of a head's keys and needs no notes.
+    pub errors: *mut f32,
+    /// Floats from head to head in `errors`.
+    pub error_stride: u32,
     /// Floats from row to row.
     pub row_stride: u32,
+    /// Which of `STORE_...` this launch is for.
+    pub phases: u32,
+    /// Blocks that share the pages of a head's keys.
+    pub n_key_blocks: u32,
+    /// The same for values; 0: the blocks of the keys have them too.
+    pub n_value_blocks: u32,
     /// Factor on the scores.
     pub scale: f32,
     /// Rows of the ubatch.

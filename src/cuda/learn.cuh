@@ -210,8 +210,15 @@ struct KeyError {
     }
 };
 
-// Compares the sample with what the page says. Ends with a barrier.
-__device__ inline void learn_error(const Store &b, const Target &target) {
+// Adds the error of a page to what is known of a head's keys. By one thread.
+__device__ inline void add_error(float *learned, uint32_t dim, const KeyError &page) {
+    KeyError known = {learned[dim + 1], learned[dim + 2], learned[dim + 3]};
+    known.add(page);
+    learned[dim + 1] = known.noise, learned[dim + 2] = known.signal, learned[dim + 3] = fminf(known.rows, 4096.f);
+}
+
+// Compares the sample with what the page says; to `note`, or to what is known. Ends with a barrier.
+__device__ inline void learn_error(const Store &b, const Target &target, float *note) {
     Scratch &s = b.s;
     const SideDesc &desc = target.side.desc;
     float *learned = target.side.learned();
@@ -232,10 +239,13 @@ __device__ inline void learn_error(const Store &b, const Target &target) {
     }
     __syncthreads();
     if (b.thread == 0) {
-        KeyError sample = {0.f, 0.f, 0.f}, known = {learned[dim + 1], learned[dim + 2], learned[dim + 3]};
+        KeyError sample = {0.f, 0.f, 0.f};
         for (uint32_t i = 0; i < s.n_samples; i++) sample.add({s.a[2 * i], s.a[2 * i + 1], 1.f});
-        known.add(sample);
-        learned[dim + 1] = known.noise, learned[dim + 2] = known.signal, learned[dim + 3] = fminf(known.rows, 4096.f);
+        if (note != nullptr) {
+            note[0] = sample.noise, note[1] = sample.signal, note[2] = sample.rows;
+        } else {
+            add_error(learned, dim, sample);
+        }
     }
     __syncthreads();
 }

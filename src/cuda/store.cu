@@ -1,5 +1,6 @@
 // The store step; see src/store.rs, which it follows byte for byte. A block has a KV head, with both sides where one decides
-// for the other.
+// for the other. Where pages do not depend on those before them, several blocks take them in turn; then what comes before
+// and after all pages are launches of their own.
 #include "channel.cuh"
 #include "learn.cuh"
 
@@ -22,7 +23,7 @@ __device__ inline void read_records(const Store &b, uint32_t first, uint32_t n_r
 }
 
 // Encodes the records of a page, one side of them.
-__device__ inline void seal_side(const Store &b, const Side &side, uint32_t page, bool fresh, bool is_key) {
+__device__ inline void seal_side(const Store &b, const Side &side, uint32_t page, bool fresh, bool is_key, float *note) {
     const LayerDesc &l = b.p.layer;
     const Target target = {side, side.header(page), side.page(page), fresh, is_key};
     gather(b, side);
@@ -42,7 +43,7 @@ __device__ inline void seal_side(const Store &b, const Side &side, uint32_t page
     } else {
         seal_tokens(b, target);
     }
-    if (is_key) learn_error(b, target);
+    if (is_key) learn_error(b, target, note);
 }
 
 // Writes the ubatch's rows that stay exact to their slots.
@@ -56,14 +57,9 @@ __device__ inline void write_slots(const Store &b, const Side &side) {
     }
 }
 
-KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
-    KVQ_SHARED(shared);
-    const uint32_t thread = threadIdx.x;
-    const size_t block = blockIdx.y * gridDim.x + blockIdx.x;
-    float *rows = p.rows == nullptr ? reinterpret_cast<float *>(shared + STORE_SCRATCH_BYTES) : p.rows + block * p.layer.page * p.row_stride;
-    const Store b = {p, *reinterpret_cast<Scratch *>(shared), rows, blockIdx.x, thread, thread % 32, thread / 32};
-    const Side keys = keys_of(b), values = values_of(b);
-    const bool has_keys = blockIdx.y == 0, has_values = blockIdx.y + 1 == gridDim.y;
+// What comes before any page: forgetting, queries, members of the pool that are gone.
+__device__ inline void learn(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values) {
+    const StoreParams &p = b.p;
     if (b.plan(p.plan_at.starts_anew)) {
         if (has_keys) forget(b, keys);
         if (has_values) forget(b, values);
@@ -76,23 +72,58 @@ KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
         if (has_keys) drop_stale(b, keys);
         if (has_values) drop_stale(b, values);
     }
+}
+
+// Seals every page whose number is `turn` modulo `turns`. `notes`: the block's head in StoreParams::errors.
+__device__ inline void seal_pages(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t turn, uint32_t turns, float *notes) {
+    const StoreParams &p = b.p;
     const uint32_t n_records = uint32_t(b.plan(p.plan_at.n_records));
-    for (uint32_t first = 0, n_rows; first < n_records; first += n_rows) {
+    uint32_t n_pages = 0;
+    for (uint32_t first = 0, n_rows; first < n_records; first += n_rows, n_pages++) {
         const int *record = p.plan + p.plan_at.records + 2 * first;
         const uint32_t page = uint32_t(record[0]) / p.layer.page;
         const bool fresh = record[1] & RECORD_FRESH;
         read_records(b, first, n_records);
         n_rows = b.s.n_rows;
+        if (n_pages % turns != turn) {
+            __syncthreads();
+            continue;
+        }
         if (p.layer.pool_rows > 0 && fresh) {
             if (has_keys) give_back(b, keys, page);
             if (has_values) give_back(b, values, page);
         }
-        if (has_keys) seal_side(b, keys, page, fresh, true);
-        if (has_values) seal_side(b, values, page, fresh, false);
+        if (has_keys) seal_side(b, keys, page, fresh, true, notes == nullptr ? nullptr : notes + 1 + 3 * n_pages);
+        if (has_values) seal_side(b, values, page, fresh, false, nullptr);
     }
-    // Records read slots as they were before.
-    if (has_keys) write_slots(b, keys);
-    if (has_values) write_slots(b, values);
+    if (notes != nullptr && has_keys && turn == 0 && b.thread == 0) notes[0] = __uint_as_float(n_pages);
+}
+
+KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
+    KVQ_SHARED(shared);
+    const uint32_t thread = threadIdx.x;
+    const size_t block = blockIdx.y * gridDim.x + blockIdx.x;
+    float *rows = p.rows == nullptr ? reinterpret_cast<float *>(shared + STORE_SCRATCH_BYTES) : p.rows + block * p.layer.page * p.row_stride;
+    const Store b = {p, *reinterpret_cast<Scratch *>(shared), rows, blockIdx.x, thread, thread % 32, thread / 32};
+    const Side keys = keys_of(b), values = values_of(b);
+    const bool has_keys = blockIdx.y < p.n_key_blocks, has_values = !has_keys || p.n_value_blocks == 0;
+    float *notes = p.errors == nullptr ? nullptr : p.errors + size_t(b.head) * p.error_stride;
+    if (p.phases & STORE_LEARN) learn(b, keys, values, has_keys, has_values);
+    if (p.phases & STORE_SEAL) {
+        const uint32_t turn = has_keys ? blockIdx.y : blockIdx.y - p.n_key_blocks;
+        seal_pages(b, keys, values, has_keys, has_values, turn, has_keys ? p.n_key_blocks : p.n_value_blocks, notes);
+    }
+    if (p.phases & STORE_FINISH) {
+        if (notes != nullptr && has_keys && thread == 0) {
+            const uint32_t n_pages = __float_as_uint(notes[0]);
+            for (const float *note = notes + 1; note < notes + 1 + 3 * n_pages; note += 3) {
+                add_error(keys.learned(), keys.desc.head_dim, {note[0], note[1], note[2]});
+            }
+        }
+        // Records read slots as they were before.
+        if (has_keys) write_slots(b, keys);
+        if (has_values) write_slots(b, values);
+    }
 }
 
 }  // namespace kvq::store

@@ -3,7 +3,9 @@
 use std::ffi::c_void;
 
 use super::attend::Workspace;
-use super::desc::{LayerDesc, StoreParams, STORE_SCRATCH_BYTES, STORE_THREADS};
+use super::desc::{
+    LayerDesc, StoreParams, ABSENT, STORE_FINISH, STORE_LEARN, STORE_SCRATCH_BYTES, STORE_SEAL, STORE_THREADS,
+};
 use super::{Device, Launch};
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
@@ -12,38 +14,71 @@ use crate::plan::{self, plan_len};
 /// The one kernel; see `store.cu`.
 pub(super) const KERNEL: &str = "kvq_store_any";
 
+/// Most blocks that share the pages of a side of a head.
+const MAX_TURNS: u32 = 8;
+
 /// How a call is cut into blocks.
 struct Cut {
-    blocks: [u32; 2],
+    n_key_blocks: u32,
+    n_value_blocks: u32,
     /// Floats from row to row: an odd number, so that threads that take a row each do not wait for each other.
     row_stride: u32,
     row_bytes: u32,
     in_shared: bool,
+    /// Floats of a head's notes on pages.
+    error_stride: u32,
 }
 
 impl Cut {
-    fn new(device: &Device, layer: &LayerDesc) -> Self {
+    fn new(device: &Device, layer: &LayerDesc, n_tokens: u32) -> Self {
         let row_stride =
             [layer.k, layer.v].map(|side| side.head_dim + 2 * side.n_outliers + 1).into_iter().fold(0, u32::max);
         let row_bytes = layer.page * row_stride * 4;
+        let turns = n_tokens.div_ceil(layer.page).clamp(1, MAX_TURNS);
+        // Members of a pool stay from page to page, and so do factors.
+        let keys_are_apart = layer.pool_rows == 0 && layer.k.exponents == ABSENT;
         // Keys decide who enters the pool, and for both sides which tokens matter.
-        let n_sides = if layer.pool_rows > 0 || layer.attn_window > 0 { 1 } else { 2 };
-        let in_shared = STORE_SCRATCH_BYTES + row_bytes <= device.limits().shared_bytes;
-        Self { blocks: [layer.n_kv_heads, n_sides], row_stride, row_bytes, in_shared }
+        let sides_are_apart = layer.pool_rows == 0 && layer.attn_window == 0;
+        let n_pages = layer.n_pages.min(layer.n_slots + n_tokens);
+        Self {
+            n_key_blocks: if keys_are_apart { turns } else { 1 },
+            n_value_blocks: if sides_are_apart { turns } else { 0 },
+            row_stride,
+            row_bytes,
+            in_shared: STORE_SCRATCH_BYTES + row_bytes <= device.limits().shared_bytes,
+            error_stride: 1 + 3 * n_pages,
+        }
     }
 
-    fn workspace_bytes(&self) -> usize {
-        match self.in_shared {
-            true => 0,
-            false => self.blocks.map(|n| n as usize).iter().product::<usize>() * self.row_bytes as usize,
+    /// Whether one launch does it all.
+    fn is_one_launch(&self) -> bool {
+        self.n_key_blocks == 1 && self.n_value_blocks <= 1
+    }
+
+    fn blocks_of_head(&self) -> u32 {
+        self.n_key_blocks + self.n_value_blocks
+    }
+
+    fn error_bytes(&self, layer: &LayerDesc) -> usize {
+        let bytes = layer.n_kv_heads as usize * self.error_stride as usize * 4;
+        if self.is_one_launch() {
+            0
+        } else {
+            bytes.next_multiple_of(256)
         }
+    }
+
+    fn workspace_bytes(&self, layer: &LayerDesc) -> usize {
+        let n_blocks = layer.n_kv_heads as usize * self.blocks_of_head() as usize;
+        self.error_bytes(layer) + if self.in_shared { 0 } else { n_blocks * self.row_bytes as usize }
     }
 }
 
 /// Bytes of workspace for a call.
-pub(crate) fn workspace_bytes(device: &Device, layout: &Layout) -> usize {
+pub(crate) fn workspace_bytes(device: &Device, layout: &Layout, n_tokens: u32) -> usize {
+    let layer = LayerDesc::new(layout);
     // Some, so that whoever allocates them gets an address.
-    Cut::new(device, &LayerDesc::new(layout)).workspace_bytes().max(256)
+    Cut::new(device, &layer, n_tokens).workspace_bytes(&layer).max(256)
 }
 
 /// Enqueues the store step of one layer and stream. `params.layer` and what the workspace holds are filled in here.
@@ -60,7 +95,7 @@ pub(crate) unsafe fn enqueue(
     stream: *mut c_void,
 ) -> Result<()> {
     let layer = LayerDesc::new(layout);
-    let cut = Cut::new(device, &layer);
+    let cut = Cut::new(device, &layer, params.n_tokens);
     let n_tokens = params.n_tokens as usize;
     let need = plan_len(n_tokens, layout.n_slots(), layout.n_cells(), layout.page());
     if given_plan_len < need {
@@ -68,7 +103,7 @@ pub(crate) unsafe fn enqueue(
             "a plan of {n_tokens} tokens for this layout has {need} integers, plan_len is {given_plan_len}"
         )));
     }
-    let bytes = cut.workspace_bytes();
+    let bytes = cut.workspace_bytes(&layer);
     if workspace.bytes < bytes {
         return Err(Error::new(
             Status::BufferTooSmall,
@@ -76,11 +111,25 @@ pub(crate) unsafe fn enqueue(
         ));
     }
     params.layer = layer;
+    params.errors = if cut.is_one_launch() { std::ptr::null_mut() } else { workspace.memory.cast() };
     params.plan_at = plan::describe(n_tokens, layout.n_slots(), layout.n_cells(), layout.page());
-    params.rows = if cut.in_shared { std::ptr::null_mut() } else { workspace.memory.cast() };
-    params.row_stride = cut.row_stride;
+    let memory: *mut u8 = workspace.memory.cast();
+    params.rows =
+        if cut.in_shared { std::ptr::null_mut() } else { memory.wrapping_add(cut.error_bytes(&layer)).cast() };
+    (params.row_stride, params.error_stride) = (cut.row_stride, cut.error_stride);
     let shared_bytes = STORE_SCRATCH_BYTES + if cut.in_shared { cut.row_bytes } else { 0 };
-    let launch = Launch { blocks: cut.blocks, threads: STORE_THREADS, shared_bytes };
-    // SAFETY: the kernel takes a StoreParams; the caller answers for the pointers in it.
-    unsafe { device.runner.launch(KERNEL, launch, (&raw mut params).cast(), stream) }
+    let mut launch = |phases: u32, n_key_blocks: u32, n_value_blocks: u32| {
+        (params.phases, params.n_key_blocks, params.n_value_blocks) = (phases, n_key_blocks, n_value_blocks);
+        let blocks = [layer.n_kv_heads, n_key_blocks + n_value_blocks];
+        let launch = Launch { blocks, threads: STORE_THREADS, shared_bytes };
+        // SAFETY: the kernel takes a StoreParams; the caller answers for the pointers in it.
+        unsafe { device.runner.launch(KERNEL, launch, (&raw mut params).cast(), stream) }
+    };
+    let one_value_block = cut.n_value_blocks.min(1);
+    if cut.is_one_launch() {
+        return launch(STORE_LEARN | STORE_SEAL | STORE_FINISH, 1, one_value_block);
+    }
+    launch(STORE_LEARN, 1, one_value_block)?;
+    launch(STORE_SEAL, cut.n_key_blocks, cut.n_value_blocks)?;
+    launch(STORE_FINISH, 1, one_value_block)
 }

@@ -43,7 +43,7 @@ impl<'a> Twin<'a> {
         let mut layer = Layer::new(spec, shape, n_cells, IsaToken::new(Isa::Scalar).unwrap());
         layer.memory.iter_mut().for_each(|side| side.fill(POISON));
         let memory = layer.memory.each_ref().map(|side| lab.upload(side));
-        let workspace = lab.upload(&vec![POISON; workspace_bytes(lab.device(), &layer.layout)]);
+        let workspace = lab.upload(&vec![POISON; workspace_bytes(lab.device(), &layer.layout, n_cells as u32)]);
         Self { lab, layer, memory, workspace }
     }
 
@@ -68,7 +68,12 @@ impl<'a> Twin<'a> {
             v_mem: self.memory[1].pointer().cast(),
             plan: plan.cast(),
             rows: std::ptr::null_mut(),
+            errors: std::ptr::null_mut(),
+            error_stride: 0,
             row_stride: 0,
+            phases: 0,
+            n_key_blocks: 1,
+            n_value_blocks: 0,
             scale: SCALE,
             n_tokens: n_tokens as u32,
         }
@@ -335,8 +340,9 @@ fn too_little_workspace_and_short_plans_are_refused() {
         let mut twin = Twin::new(&lab, "skvq:page=256", shape(1, 1, 256, 256), 512);
         let ints = twin.layer.plan(0..3);
         let rows = [(); 5].map(|()| lab.upload(&[0f32; 4096]));
-        let given = Workspace { memory: twin.workspace.pointer(), bytes: twin.workspace.bytes() };
-        assert!(given.bytes >= 256 * 256 * 4);
+        let bytes = workspace_bytes(lab.device(), &twin.layer.layout, 3);
+        let given = Workspace { memory: twin.workspace.pointer(), bytes };
+        assert!((256 * 256 * 4..=twin.workspace.bytes()).contains(&bytes));
         let short = Workspace { bytes: given.bytes - 1, ..given };
         for (workspace, len, status) in
             [(short, ints.len(), Status::BufferTooSmall), (given, ints.len() - 1, Status::InvalidArgument)]
