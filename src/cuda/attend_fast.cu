@@ -668,33 +668,56 @@ template <int ROWS, int DIM_V> struct Fast {
     __device__ void attend_exact(const ExactRows &rows, uint32_t first, uint32_t n, Exact &exact) {
         const uint32_t dim = k.head_dim;
         exact.any = true;
-        // Operand A: rows g and g + 8, 8 channels a lane.
+        // Operand A: rows g and g + 8, 8 channels a lane. What memory has to give is asked for at once, before it is known who
+        // sees it: rows that hold nothing are hidden, or not added up.
+        const bool is_stored = rows.kind != ExactRows::CURRENT, has_value = 4 * lane < uint32_t(DIM_V);
+        uint4 keys[4][2];
+        uint2 values[PIECE];
+        if (is_stored) {
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++)
+#pragma unroll
+                for (uint32_t half = 0; half < 2; half++) {
+                    const bool is_there = 32 * i < dim && g + 8 * half < n;
+                    keys[i][half] = is_there ? *reinterpret_cast<const uint4 *>(rows.half_row(k, p.k_mem, tile.head, first + g + 8 * half) + 32 * i + 8 * t) : make_uint4(0, 0, 0, 0);
+                }
+#pragma unroll
+            for (uint32_t i = 0; i < PIECE; i++)
+                values[i] = has_value && i < n ? *reinterpret_cast<const uint2 *>(rows.half_row(v, p.v_mem, tile.head, first + i) + 4 * lane) : make_uint2(0, 0);
+        }
         const auto cell_of = [&](uint32_t i) { return i < n ? rows.cell(p, tile.head, first + i) : -1; };
-        const int cells[2] = {cell_of(g), cell_of(g + 8)};
-        if (!__any_sync(FULL, cells[0] >= 0 || cells[1] >= 0)) return;
+        const int own_cell = lane < PIECE ? cell_of(lane) : -1;
+        const int cells[2] = {__shfl_sync(FULL, own_cell, g), __shfl_sync(FULL, own_cell, g + 8)};
+        const uint32_t seen = __ballot_sync(FULL, own_cell >= 0);
+        if (seen == 0) return;
         float c[4] = {};
+        const uint16_t *q = halves + (TWICE ? g % 4 : g) * (dim + 8) + 8 * t;
+        const auto add = [&](uint32_t at, const uint4 &a, const uint4 &a8) {
+            const uint4 b = *reinterpret_cast<const uint4 *>(q + at);
+            mma(c, a.x, a8.x, a.y, a8.y, b.x, b.y);
+            mma(c, a.z, a8.z, a.w, a8.w, b.z, b.w);
+        };
+        if (is_stored) {
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++)
+                if (32 * i < dim) add(32 * i, keys[i][0], keys[i][1]);
+        } else {
 #pragma unroll 1
-        for (uint32_t at = 0; at < dim; at += 32) {
-            uint32_t a[2][4] = {};
+            for (uint32_t at = 0; at < dim; at += 32) {
+                uint32_t a[2][4] = {};
+#pragma unroll 1
+                for (uint32_t half = 0; half < 2; half++) {
+                    if (g + 8 * half >= n) continue;
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                if (cells[half] < 0) continue;
-                const uint32_t row = first + g + 8 * half;
-                if (rows.kind != ExactRows::CURRENT) {
-                    const uint4 key = *reinterpret_cast<const uint4 *>(rows.half_row(k, p.k_mem, tile.head, row) + at + 8 * t);
-                    a[half][0] = key.x, a[half][1] = key.y, a[half][2] = key.z, a[half][3] = key.w;
-                    continue;
+                    for (uint32_t i = 0; i < 4; i++) {
+                        const uint32_t row = first + g + 8 * half, channel = at + 8 * t + 2 * i;
+                        const uint32_t pair = pack_halves(rows.key(p, tile.head, row, channel), rows.key(p, tile.head, row, channel + 1));
+                        a[0][i] = half ? a[0][i] : pair;
+                        a[1][i] = half ? pair : a[1][i];
+                    }
                 }
-#pragma unroll
-                for (uint32_t i = 0; i < 4; i++) {
-                    const uint32_t channel = at + 8 * t + 2 * i;
-                    a[half][i] = pack_halves(rows.key(p, tile.head, row, channel), rows.key(p, tile.head, row, channel + 1));
-                }
+                add(at, make_uint4(a[0][0], a[0][1], a[0][2], a[0][3]), make_uint4(a[1][0], a[1][1], a[1][2], a[1][3]));
             }
-            const uint16_t *q = halves + (TWICE ? g % 4 : g) * (dim + 8) + at + 8 * t;
-            const uint4 b = *reinterpret_cast<const uint4 *>(q);
-            mma(c, a[0][0], a[1][0], a[0][1], a[1][1], b.x, b.y);
-            mma(c, a[0][2], a[1][2], a[0][3], a[1][3], b.z, b.w);
         }
         float score[2][2], most[2] = {DEAD, DEAD};
 #pragma unroll
@@ -723,24 +746,27 @@ template <int ROWS, int DIM_V> struct Fast {
                 }
             }
         __syncwarp();
-        const uint32_t seen = __ballot_sync(FULL, (lane < n ? cell_of(lane) : -1) >= 0);
-        if (4 * lane < uint32_t(DIM_V)) {
-#pragma unroll 2
+        const auto add_value = [&](uint32_t i, const float (&x)[4]) {
+#pragma unroll
+            for (int r = 0; r < ROWS; r++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) exact.of[r][j] += table[i * ROWS + r] * x[j];
+        };
+        if (has_value && is_stored) {
+#pragma unroll
             for (uint32_t i = 0; i < PIECE; i++) {
                 if (!(seen >> i & 1)) continue;
+                const uint2 y = values[i];
+                add_value(i, {half_to_float(uint16_t(y.x)), half_to_float(uint16_t(y.x >> 16)), half_to_float(uint16_t(y.y)), half_to_float(uint16_t(y.y >> 16))});
+            }
+        } else if (has_value) {
+#pragma unroll 1
+            for (uint32_t i = 0; i < n; i++) {
+                if (!(seen >> i & 1)) continue;
                 float x[4];
-                if (rows.kind != ExactRows::CURRENT) {
-                    const uint2 value = *reinterpret_cast<const uint2 *>(rows.half_row(v, p.v_mem, tile.head, first + i) + 4 * lane);
-                    x[0] = half_to_float(uint16_t(value.x)), x[1] = half_to_float(uint16_t(value.x >> 16));
-                    x[2] = half_to_float(uint16_t(value.y)), x[3] = half_to_float(uint16_t(value.y >> 16));
-                } else {
 #pragma unroll
-                    for (uint32_t j = 0; j < 4; j++) x[j] = rows.value(p, tile.head, first + i, 4 * lane + j);
-                }
-#pragma unroll
-                for (int r = 0; r < ROWS; r++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) exact.of[r][j] += table[i * ROWS + r] * x[j];
+                for (uint32_t j = 0; j < 4; j++) x[j] = rows.value(p, tile.head, first + i, 4 * lane + j);
+                add_value(i, x);
             }
         }
         __syncwarp();
@@ -833,13 +859,14 @@ template <int ROWS, int DIM_V> struct Fast {
         copy_commit();
         if (has_first) fetch(v_target, v_region, v, first);
         copy_commit();
-        const Pieces pieces = Pieces::of(p);
+        prefetch_exact();
+        prefetch(p.plan + p.plan_at.n_pages[p.view]);
+        load_query();
         Look at{};
         if (has_first) look(first, at);
-        prefetch_exact();
-        load_query();
         __syncthreads();
         prepare_mask();
+        const Pieces pieces = Pieces::of(p);
         uint32_t page = first;
         if (!(first < pieces.pages && __any_sync(FULL, lane < BLOCKS && at.word != 0))) {
             page = next_page(first + stride, pieces.pages, stride);
