@@ -8,7 +8,7 @@ use std::env;
 use std::path::PathBuf;
 
 /// Sources of the header, in the order in which their functions appear in it.
-const HEADER_SOURCES: [&str; 14] = [
+const HEADER_SOURCES: [&str; 16] = [
     "src/capi/version.rs",
     "src/error.rs",
     "src/capi/status.rs",
@@ -16,7 +16,9 @@ const HEADER_SOURCES: [&str; 14] = [
     "src/shape.rs",
     "src/capi/layout.rs",
     "src/capi/memory.rs",
+    "src/location.rs",
     "src/capi/planner.rs",
+    "src/capi/shift.rs",
     "src/capi/attention.rs",
     "src/capi/store.rs",
     "src/learned.rs",

@@ -7,6 +7,7 @@
 typedef struct {
     kvq_planner *planner;
     kvq_layout *layout;
+    const kvq_rotation *rotation; /* NULL unless positions move */
     uint32_t n_cells;
     uint8_t *k_mem, *v_mem;
     void *raw[2];
@@ -106,7 +107,7 @@ static inline kvq_attend_args layer_attend_args(const layer *l, const exact *e, 
         .q = l->q, .q_stride_token = (size_t)s.n_heads * s.head_dim_k, .q_stride_head = s.head_dim_k,
         .k_cur = l->k, .k_stride_token = (size_t)s.n_kv_heads * s.head_dim_k, .k_stride_head = s.head_dim_k,
         .v_cur = l->v, .v_stride_token = (size_t)s.n_kv_heads * s.head_dim_v, .v_stride_head = s.head_dim_v,
-        .k_mem = l->k_mem, .v_mem = l->v_mem, .plan = l->plan, .plan_len = l->plan_len,
+        .k_mem = l->k_mem, .v_mem = l->v_mem, .plan = l->plan, .plan_len = l->plan_len, .rotation = l->rotation,
         .mask = l->mask, .mask_stride_token = e->n, .n_kv = (uint32_t)e->n,
         .scale = 1.0f / sqrtf((float)s.head_dim_k), .n_tokens = l->n, .n_splits = 1, .out = out,
     };
@@ -117,7 +118,8 @@ static inline kvq_store_args layer_store_args(const layer *l, const exact *e) {
     return (kvq_store_args){
         .k_cur = l->k, .k_stride_token = (size_t)s.n_kv_heads * s.head_dim_k, .k_stride_head = s.head_dim_k,
         .v_cur = l->v, .v_stride_token = (size_t)s.n_kv_heads * s.head_dim_v, .v_stride_head = s.head_dim_v,
-        .k_mem = l->k_mem, .v_mem = l->v_mem, .plan = l->plan, .plan_len = l->plan_len, .n_tokens = l->n,
+        .k_mem = l->k_mem, .v_mem = l->v_mem, .plan = l->plan, .plan_len = l->plan_len, .rotation = l->rotation,
+        .n_tokens = l->n,
     };
 }
 

@@ -83,6 +83,19 @@ for isa in scalar avx2 avx512; do
 done
 step "cargo test, debug assertions and overflow checks" cargo test
 
+step "imports of src/" c_tests/floors.py
+# Kernels: compiled for every architecture, and run on the CPU. GPU tests say that they were skipped where there is none.
+step "cargo test, kernels emulated" cargo test --release --features cuda-emulation device
+rc=0
+nvcc=$(patches/nvcc.sh 2>"$logs/nvcc.log") || rc=$?
+if ((rc == 3)); then
+    skip "kernels for all GPUs" "$(tail -n 1 "$logs/nvcc.log")"
+else
+    step "kernels for all GPUs" env NVCC="$nvcc" CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$root/target}/cuda" cargo build --release --features cuda
+    step "the library with CUDA, where there may be no GPU" c_tests cuda "-DKVQ_LIB_DIR=${CARGO_TARGET_DIR:-$root/target}/cuda/release"
+    step "C tests with CUDA" ctest --test-dir "$cmake_dir/cuda" --output-on-failure -LE valgrind -R 'device|abi|boundary'
+fi
+
 step "C tests: build" c_tests plain
 step "C tests" ctest --test-dir "$cmake_dir/plain" --output-on-failure -LE valgrind
 step "C tests: valgrind" ctest --test-dir "$cmake_dir/plain" --output-on-failure -L valgrind --no-tests=error

@@ -49,6 +49,7 @@ static void planner(kvq_recipe *recipe, kvq_planner *planner) {
     kvq_planner *new_planner = UNTOUCHED;
     const kvq_row row = {0, 0, 0};
     const uint32_t cell = 0;
+    const int32_t turned = 0;
     const size_t len = kvq_planner_plan_len(planner, 1);
     int32_t *plan = make(len, sizeof(int32_t));
     size_t size = 77;
@@ -62,7 +63,8 @@ static void planner(kvq_recipe *recipe, kvq_planner *planner) {
     CHECK_INVALID(kvq_planner_plan(planner, 0, &row, 1, always, NULL, NULL, len));
     kvq_planner_reset(NULL, 0);
     CHECK_INVALID(kvq_planner_copy_stream(NULL, 0, 0));
-    CHECK_INVALID(kvq_planner_locate(NULL, 0, plan));
+    kvq_location location[1];
+    CHECK_INVALID(kvq_planner_locate(NULL, 0, location));
     CHECK_INVALID(kvq_planner_locate(planner, 0, NULL));
     CHECK_INVALID(kvq_planner_export_size(NULL, 0, &size));
     CHECK_INVALID(kvq_planner_export_size(planner, 0, NULL));
@@ -70,8 +72,9 @@ static void planner(kvq_recipe *recipe, kvq_planner *planner) {
     CHECK_INVALID(kvq_planner_export(planner, 0, NULL, 1));
     CHECK_INVALID(kvq_planner_import(NULL, 0, &byte, 1));
     CHECK_INVALID(kvq_planner_import(planner, 0, NULL, 1));
-    CHECK_INVALID(kvq_planner_adopt(NULL, 0, &cell, 1));
-    CHECK_INVALID(kvq_planner_adopt(planner, 0, NULL, 1));
+    CHECK_INVALID(kvq_planner_adopt(NULL, 0, &cell, &turned, 1));
+    CHECK_INVALID(kvq_planner_adopt(planner, 0, NULL, &turned, 1));
+    CHECK_INVALID(kvq_planner_adopt(planner, 0, &cell, NULL, 1));
     CHECK(new_planner == UNTOUCHED && size == 77);
     kvq_planner_free(NULL);
     free(plan);
@@ -80,9 +83,9 @@ static void planner(kvq_recipe *recipe, kvq_planner *planner) {
 static void layer(kvq_layout *layout, kvq_planner *planner) {
     static float rows[4 * 64], out[4 * 66];
     const size_t len = kvq_planner_plan_len(planner, 1);
-    int32_t *plan = make(len, sizeof(int32_t)), *location = make(64, sizeof(int32_t));
+    int32_t *plan = make(len, sizeof(int32_t));
+    kvq_location *location = make(64, sizeof *location);
     uint8_t *k_mem = make(kvq_layout_k_bytes(layout), 1), *v_mem = make(kvq_layout_v_bytes(layout), 1);
-    const uint8_t changed = 1;
     const kvq_row row = {0, 0, 0};
     CHECK_OK(kvq_planner_plan(planner, 0, &row, 1, always, NULL, plan, len));
     CHECK_OK(kvq_planner_locate(planner, 0, location));
@@ -156,19 +159,36 @@ static void layer(kvq_layout *layout, kvq_planner *planner) {
     CHECK_INVALID(kvq_layer_key_error(layout, k_mem, NULL));
     CHECK_OK(kvq_layer_key_error(layout, k_mem, &key_error));
 
-    CHECK_INVALID(kvq_dequantize(NULL, k_mem, v_mem, location, 0, 1, rows, rows));
-    CHECK_INVALID(kvq_dequantize(layout, NULL, v_mem, location, 0, 1, rows, NULL));
-    CHECK_INVALID(kvq_dequantize(layout, k_mem, NULL, location, 0, 1, NULL, rows));
-    CHECK_INVALID(kvq_dequantize(layout, k_mem, v_mem, NULL, 0, 1, rows, rows));
-    CHECK_OK(kvq_dequantize(layout, NULL, NULL, location, 0, 1, NULL, NULL));
+    CHECK_INVALID(kvq_dequantize(NULL, k_mem, v_mem, location, NULL, 0, 1, rows, rows));
+    CHECK_INVALID(kvq_dequantize(layout, NULL, v_mem, location, NULL, 0, 1, rows, NULL));
+    CHECK_INVALID(kvq_dequantize(layout, k_mem, NULL, location, NULL, 0, 1, NULL, rows));
+    CHECK_INVALID(kvq_dequantize(layout, k_mem, v_mem, NULL, NULL, 0, 1, rows, rows));
+    CHECK_OK(kvq_dequantize(layout, NULL, NULL, location, NULL, 0, 1, NULL, NULL));
     CHECK_INVALID(kvq_erase(NULL, k_mem, v_mem, location));
     CHECK_INVALID(kvq_erase(layout, k_mem, v_mem, NULL));
     CHECK_OK(kvq_erase(layout, NULL, NULL, location));
-    CHECK_INVALID(kvq_requantize_k(NULL, k_mem, location, 0, 1, rows, &changed));
-    CHECK_INVALID(kvq_requantize_k(layout, NULL, location, 0, 1, rows, &changed));
-    CHECK_INVALID(kvq_requantize_k(layout, k_mem, NULL, 0, 1, rows, &changed));
-    CHECK_INVALID(kvq_requantize_k(layout, k_mem, location, 0, 1, NULL, &changed));
-    CHECK_INVALID(kvq_requantize_k(layout, k_mem, location, 0, 1, rows, NULL));
+
+    kvq_rotation *rotation = UNTOUCHED;
+    kvq_shift *shift = UNTOUCHED;
+    const double frequency = 1;
+    const int32_t moved[64] = {1};
+    CHECK_INVALID(kvq_rotation_new(NULL, 1, 0, &rotation));
+    CHECK_INVALID(kvq_rotation_new(&frequency, 1, 0, NULL));
+    CHECK_INVALID(kvq_planner_shift(NULL, 0, moved, always, NULL, &shift));
+    CHECK_INVALID(kvq_planner_shift(planner, 0, NULL, always, NULL, &shift));
+    CHECK_INVALID(kvq_planner_shift(planner, 0, moved, NULL, NULL, &shift));
+    CHECK_INVALID(kvq_planner_shift(planner, 0, moved, always, NULL, NULL));
+    CHECK(rotation == UNTOUCHED && shift == UNTOUCHED);
+    CHECK_OK(kvq_rotation_new(&frequency, 1, 0, &rotation));
+    CHECK_OK(kvq_planner_shift(planner, 0, moved, always, NULL, &shift));
+    CHECK_INVALID(kvq_shift_keys(NULL, rotation, shift, k_mem, 0, 1));
+    CHECK_INVALID(kvq_shift_keys(layout, NULL, shift, k_mem, 0, 1));
+    CHECK_INVALID(kvq_shift_keys(layout, rotation, NULL, k_mem, 0, 1));
+    CHECK_INVALID(kvq_shift_keys(layout, rotation, shift, NULL, 0, 1));
+    kvq_rotation_free(rotation);
+    kvq_rotation_free(NULL);
+    kvq_shift_free(shift);
+    kvq_shift_free(NULL);
     free(plan);
     free(location);
     free(k_mem);

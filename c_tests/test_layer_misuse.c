@@ -68,13 +68,13 @@ static void store_misuse(const layer *l, const exact *e) {
 /* Locations that no planner gives. */
 static void location_misuse(const layer *l) {
     static float rows[2 * 64];
-    int32_t *location = make(l->n_cells, sizeof(int32_t));
-    const uint8_t changed = 1;
-    const int32_t values[] = {INT32_MAX, INT32_MIN, -3, (int32_t)kvq_planner_n_slots(l->planner)};
+    kvq_location *location = make(l->n_cells, sizeof *location);
+    const uint32_t n_slots = kvq_planner_n_slots(l->planner);
+    const kvq_location values[] = {{KVQ_IN_SLOT, n_slots, 0}, {KVQ_IN_SLOT | KVQ_IN_PAGE, UINT32_MAX, 0}, {4, 0, 0},
+                                   {UINT32_MAX, 0, 0}};
     for (size_t i = 0; i < 4; i++) {
         location[7] = values[i];
-        CHECK_INVALID(kvq_dequantize(l->layout, l->k_mem, NULL, location, 7, 1, rows, NULL));
-        CHECK_INVALID(kvq_requantize_k(l->layout, l->k_mem, location, 7, 1, rows, &changed));
+        CHECK_INVALID(kvq_dequantize(l->layout, l->k_mem, NULL, location, NULL, 7, 1, rows, NULL));
     }
     free(location);
 }

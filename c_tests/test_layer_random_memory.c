@@ -35,6 +35,10 @@ static void use(const char *spec, kvq_shape shape, uint64_t seed) {
     l.v_mem = guarded(&raw[1], &raw_bytes[1], v_bytes);
     fill(&seed, l.k_mem, k_bytes);
     fill(&seed, l.v_mem, v_bytes);
+    const double frequencies[] = {1.0, 0.5, 0.1};
+    kvq_rotation *rotation = NULL;
+    CHECK_OK(kvq_rotation_new(frequencies, 3, 0, &rotation));
+    l.rotation = rotation;
     exact e = exact_new(shape, n_cells);
     const uint32_t counts[] = {200, 100, 1, 40, 1};
     for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
@@ -51,22 +55,26 @@ static void use(const char *spec, kvq_shape shape, uint64_t seed) {
         CHECK_OK(kvq_store(l.layout, &store, 0, 1));
         free(out);
 
-        int32_t *location = make(n_cells, sizeof(int32_t));
+        kvq_location *location = make(n_cells, sizeof *location);
         CHECK_OK(kvq_planner_locate(l.planner, 0, location));
         float *k = make((size_t)n_cells * shape.n_kv_heads * shape.head_dim_k, sizeof(float));
         float *v = make((size_t)n_cells * shape.n_kv_heads * shape.head_dim_v, sizeof(float));
-        CHECK_OK(kvq_dequantize(l.layout, l.k_mem, l.v_mem, location, 0, n_cells, k, v));
-        uint8_t *changed = make(n_cells, 1);
+        CHECK_OK(kvq_dequantize(l.layout, l.k_mem, l.v_mem, location, l.rotation, 0, n_cells, k, v));
+        int32_t *moved = make(n_cells, sizeof(int32_t));
         for (uint32_t cell = 0; cell < n_cells; cell++) {
-            changed[cell] = cell % 3 != 0;
+            moved[cell] = (int32_t)(cell / 100);
         }
-        CHECK_OK(kvq_requantize_k(l.layout, l.k_mem, location, 0, n_cells, k, changed));
-        free(changed);
+        kvq_shift *shift = NULL;
+        CHECK_OK(kvq_planner_shift(l.planner, 0, moved, layer_is_live, &l, &shift));
+        CHECK_OK(kvq_shift_keys(l.layout, l.rotation, shift, l.k_mem, 0, 1));
+        kvq_shift_free(shift);
+        free(moved);
         free(location);
         free(k);
         free(v);
     }
     CHECK(munmap(raw[0], raw_bytes[0]) == 0 && munmap(raw[1], raw_bytes[1]) == 0);
+    kvq_rotation_free(rotation);
     layer_free(&l);
     exact_free(&e);
 }

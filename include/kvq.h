@@ -42,6 +42,16 @@
 // Largest supported number of query heads of one KV head.
 #define KVQ_MAX_GQA_RATIO 128
 
+// Of a kvq_location: no place holds the cell's row.
+#define KVQ_NOWHERE 0
+
+// Of a kvq_location: an exact slot holds the row.
+#define KVQ_IN_SLOT 1
+
+// Of a kvq_location: the cell's page holds the row. Heads whose outlier pool has the cell keep the exact row there as
+// well; which ones do, the layer's memory says.
+#define KVQ_IN_PAGE 2
+
 // What kind of failure an [`Error`] is. The numbers are the C status codes: 0 is success, 1 to 99 are stable and are
 // never reused.
 enum kvq_status
@@ -87,6 +97,11 @@ typedef uint32_t kvq_status;
 // made from.
 typedef struct kvq_cache kvq_cache;
 
+// A GPU and the kernels for it.
+//
+// It never changes after kvq_device_new, so threads may share it. It outlives every call that is enqueued with it.
+typedef struct kvq_device kvq_device;
+
 // Where everything lies in the memory of one attention layer: sizes, offsets, codecs.
 //
 // It never changes after kvq_layout_new, so threads may share it. It does not refer to the recipe it was made from.
@@ -101,6 +116,16 @@ typedef struct kvq_planner kvq_planner;
 //
 // It never changes after kvq_recipe_parse, so threads may share it.
 typedef struct kvq_recipe kvq_recipe;
+
+// How the keys of a layer turn with their positions (RoPE).
+//
+// It never changes after kvq_rotation_new, so threads may share it.
+typedef struct kvq_rotation kvq_rotation;
+
+// What one shift of positions does to the keys of a stream, alike for all layers.
+//
+// It never changes after kvq_planner_shift, so threads may share it.
+typedef struct kvq_shift kvq_shift;
 
 // Heads and head sizes of one attention layer.
 //
@@ -142,6 +167,17 @@ typedef struct {
 // runs, about cells as they were before the rows of that call were placed. It must return (no longjmp, no exception).
 typedef bool (*kvq_is_live_fn)(void *user, uint32_t stream, uint32_t cell);
 
+// Where the row of a cell is. A row in both places is read from its slot, and from its page once it leaves the slot.
+typedef struct {
+    // KVQ_NOWHERE, KVQ_IN_SLOT, KVQ_IN_PAGE, or KVQ_IN_SLOT | KVQ_IN_PAGE.
+    uint32_t places;
+    // The exact slot if KVQ_IN_SLOT is set, otherwise 0.
+    uint32_t slot;
+    // By how many positions the row in the page has moved since it was encoded: its key is to be turned by that. Slots
+    // and pools hold rows that are turned already.
+    int32_t turned;
+} kvq_location;
+
 // What kvq_attend reads and writes: one layer, one stream. All strides count elements.
 typedef struct {
     // Queries, float [n_tokens][n_heads][head_dim_k].
@@ -171,6 +207,8 @@ typedef struct {
     const int32_t *plan;
     // Integers in `plan`.
     size_t plan_len;
+    // How the layer's keys turn with their positions; may be NULL as long as no kvq_planner_shift was carried out.
+    const kvq_rotation *rotation;
     // Added to the scores: [n_tokens][n_kv], column = cell, -INFINITY hides. NULL: every held cell is visible.
     const void *mask;
     // Distance between tokens in `mask`, at least `n_kv`.
@@ -221,6 +259,8 @@ typedef struct {
     const int32_t *plan;
     // Integers in `plan`.
     size_t plan_len;
+    // As in kvq_attend_args.
+    const kvq_rotation *rotation;
     // Queries of this ubatch, float [n_tokens][n_heads][head_dim_k], from which some recipes learn which channels of
     // the keys matter. NULL: they learn nothing from this ubatch.
     const float *q;
@@ -475,9 +515,8 @@ void kvq_planner_reset(kvq_planner *planner, uint32_t stream);
 // Makes stream `dst` equal to stream `src`. The caller copies the memory of all layers likewise.
 kvq_status kvq_planner_copy_stream(kvq_planner *planner, uint32_t src, uint32_t dst);
 
-// Tells where the row of each cell of a stream is: location[cell] is -1 if it is nowhere, a slot if >= 0, -2 if it is
-// in its page. `location` has room for n_cells.
-kvq_status kvq_planner_locate(const kvq_planner *planner, uint32_t stream, int32_t *location);
+// Tells where the row of each cell of a stream is. `location` has room for n_cells.
+kvq_status kvq_planner_locate(const kvq_planner *planner, uint32_t stream, kvq_location *location);
 
 // Writes the size of what kvq_planner_export gives to `size`.
 kvq_status kvq_planner_export_size(const kvq_planner *planner, uint32_t stream, size_t *size);
@@ -492,9 +531,53 @@ kvq_status kvq_planner_export(const kvq_planner *planner, uint32_t stream, uint8
 kvq_status kvq_planner_import(kvq_planner *planner, uint32_t stream, const uint8_t *bytes, size_t size);
 
 // Tells the planner that the caller has copied whole pages into the memory of a stream: the `n_cells` cells at `cells`
-// are read from their pages from now on. Whatever was held for them and for the other cells of those pages is
-// forgotten. Exact rows follow through kvq_planner_plan and kvq_store, like a new ubatch.
-kvq_status kvq_planner_adopt(kvq_planner *planner, uint32_t stream, const uint32_t *cells, size_t n_cells);
+// are read from their pages from now on, where the row of cells[i] has moved by turned[i] positions since it was
+// encoded (kvq_location). Whatever was held for them and for the other cells of those pages is forgotten. Exact rows
+// follow through kvq_planner_plan and kvq_store, like a new ubatch.
+kvq_status kvq_planner_adopt(kvq_planner *planner,
+                             uint32_t stream,
+                             const uint32_t *cells,
+                             const int32_t *turned,
+                             size_t n_cells);
+
+// Makes the rotation that turns pair i of a head by frequencies[i] radians a position: double [n_pairs]. With linear
+// scaling, YaRN or frequency factors they are what those make of them; what RoPE does to a unit vector at position 1
+// tells. `interleaved` 0: pairs are (i, i + n_pairs), as in GPT-NeoX; 1: pairs are neighbours (2i, 2i + 1).
+//
+// `n_pairs` 0, with `frequencies` NULL or not: keys do not depend on their positions. Free the result with
+// kvq_rotation_free.
+kvq_status kvq_rotation_new(const double *frequencies, uint32_t n_pairs, uint32_t interleaved, kvq_rotation **out);
+
+// Frees a rotation. NULL is ignored.
+void kvq_rotation_free(kvq_rotation *rotation);
+
+// Takes note that the positions of a stream's tokens move, that of cell i by moved[i], int32 [n_cells]; values of cells
+// without a live token do not matter. Then kvq_shift_keys has to be called for every layer before the next kvq_attend,
+// and these get the layer's kvq_rotation from then on. `is_live` and `user` as for kvq_planner_plan, asked about cells
+// as they are now.
+//
+// On failure the planner is as before. Free the result with kvq_shift_free.
+kvq_status kvq_planner_shift(kvq_planner *planner,
+                             uint32_t stream,
+                             const int32_t *moved,
+                             kvq_is_live_fn is_live,
+                             void *user,
+                             kvq_shift **out);
+
+// Frees a shift. NULL is ignored.
+void kvq_shift_free(kvq_shift *shift);
+
+// Carries out part `part` of `n_parts` of a shift in the key memory of one layer: exact rows are turned, packed ones
+// stay as they are as long as the plan can say how far they have moved, which loses nothing.
+//
+// Parts touch disjoint memory and may run concurrently. Each shift is carried out exactly once per layer, and not while
+// that layer attends or stores.
+kvq_status kvq_shift_keys(const kvq_layout *layout,
+                          const kvq_rotation *rotation,
+                          const kvq_shift *shift,
+                          uint8_t *k_mem,
+                          uint32_t part,
+                          uint32_t n_parts);
 
 // Computes part `part` of `n_parts` of the attention of one layer over the cells that the mask shows: sealed pages,
 // exact rows and the rows of this ubatch. It changes neither memory, and must run before kvq_store of the same plan
@@ -530,30 +613,17 @@ kvq_status kvq_combine(const kvq_layout *layout,
 kvq_status kvq_store(const kvq_layout *layout, const kvq_store_args *args, uint32_t part, uint32_t n_parts);
 
 // Reads rows of the cells [cell0, cell0 + n) as float [n][n_kv_heads][head_dim]. `location` comes from
-// kvq_planner_locate; cells that are nowhere give zeros. `k_out` (with `k_mem`) or `v_out` (with `v_mem`) may be NULL,
-// then that side is left out.
+// kvq_planner_locate; cells that are nowhere give zeros. `rotation` as in kvq_attend_args. `k_out` (with `k_mem`) or
+// `v_out` (with `v_mem`) may be NULL, then that side is left out.
 kvq_status kvq_dequantize(const kvq_layout *layout,
                           const uint8_t *k_mem,
                           const uint8_t *v_mem,
-                          const int32_t *location,
+                          const kvq_location *location,
+                          const kvq_rotation *rotation,
                           uint32_t cell0,
                           uint32_t n,
                           float *k_out,
                           float *v_out);
-
-// Overwrites key rows: for each i with changed[i] != 0 the row of cell cell0 + i becomes k_rows[i], float
-// [n][n_kv_heads][head_dim_k]. Exact rows stay exact (half precision), rows in pages are encoded again. Meant for
-// shifts of positions that rotate the keys. `location` comes from kvq_planner_locate; cells that are nowhere are
-// skipped.
-//
-// Ask for whole pages (kvq_recipe_page) where you can: only a page of which all rows change is encoded from scratch.
-kvq_status kvq_requantize_k(const kvq_layout *layout,
-                            uint8_t *k_mem,
-                            const int32_t *location,
-                            uint32_t cell0,
-                            uint32_t n,
-                            const float *k_rows,
-                            const uint8_t *changed);
 
 // Takes over saved members of the outlier pool: those of the cells `from[i]` become members for the cells `to[i]`,
 // whose pages the caller has put into the memory. `saved_k` and `saved_v` hold the bytes of kvq_layout_pool_ranges, one
@@ -569,12 +639,12 @@ kvq_status kvq_pool_adopt(const kvq_layout *layout,
                           uint32_t n);
 
 // Wipes what the memory of one stream still holds of rows that `location` does not name, so that a copy of it can be
-// given away: slots, the outlier pool and the rows of pages. `location` has an integer per cell, as kvq_planner_locate
-// gives them; write -1 for cells that are not to be read. Rows of cells in slots are kept in their pages as well.
+// given away: slots, the outlier pool and the rows of pages. `location` is as kvq_planner_locate gives it; write
+// KVQ_NOWHERE for cells that are not to be read.
 //
 // The other rows decode to the same values as before. What a page holds for all its rows together (its mean, ranges and
 // order of tokens) stays. `k_mem` or `v_mem` may be NULL, then that side is left out.
-kvq_status kvq_erase(const kvq_layout *layout, uint8_t *k_mem, uint8_t *v_mem, const int32_t *location);
+kvq_status kvq_erase(const kvq_layout *layout, uint8_t *k_mem, uint8_t *v_mem, const kvq_location *location);
 
 // Reads the error of a stream's packed keys from its key memory, kvq_layout_k_bytes. Takes some nanoseconds per head;
 // must not run beside kvq_store on the same memory.
@@ -660,6 +730,48 @@ kvq_status kvq_cache_save_memory(const kvq_cache *cache, uint8_t *buf, size_t bu
 // Loads what kvq_cache_save_memory or kvq_cache_save_file wrote from the `buf_size` bytes at `buf`. As
 // kvq_cache_load_file otherwise.
 kvq_status kvq_cache_load_memory(kvq_cache *cache, const uint8_t *buf, size_t buf_size);
+
+// Opens a device: "cuda:0" is the first that the CUDA driver lists, with its primary context, which the CUDA runtime
+// uses as well. The kernels are loaded into it. Without a driver, or in a library built without CUDA,
+// KVQ_STATUS_UNSUPPORTED; for names of no device KVQ_STATUS_INVALID_ARGUMENT. Free the result with kvq_device_free.
+kvq_status kvq_device_new(const char *name, kvq_device **out);
+
+// Frees a device once everything enqueued with it has finished. NULL is ignored.
+void kvq_device_free(kvq_device *device);
+
+// Bytes of device memory that kvq_attend_enqueue needs as workspace for `n_tokens` query rows and `n_kv` columns of the
+// mask. Zero it once when it is made (256-byte aligned): every call leaves it ready for the next one, of any layer for
+// which it is large enough. Calls that may run at the same time need a workspace each.
+kvq_status kvq_attend_workspace(const kvq_layout *layout,
+                                const kvq_device *device,
+                                uint32_t n_tokens,
+                                uint32_t n_kv,
+                                size_t *bytes);
+
+// Enqueues kvq_attend for a layer whose memory is on `device`, on a CUDA stream (a cudaStream_t or CUstream; NULL: the
+// default stream). Every pointer in `args` is a device pointer, `plan` included, and `n_splits` is 1: the result is
+// final. The host reads nothing of them, allocates nothing and does not wait, so the call can be captured in a CUDA
+// graph; `args` itself is read during the call only. The plan is trusted: it must come from kvq_planner_plan.
+//
+// What no kernel can do is refused with KVQ_STATUS_UNSUPPORTED before anything is enqueued.
+kvq_status kvq_attend_enqueue(const kvq_device *device,
+                              const kvq_layout *layout,
+                              const kvq_attend_args *args,
+                              void *workspace,
+                              size_t workspace_bytes,
+                              void *stream);
+
+// Bytes of device memory that kvq_store_enqueue needs as workspace for `n_tokens` rows; as kvq_attend_workspace.
+kvq_status kvq_store_workspace(const kvq_layout *layout, const kvq_device *device, uint32_t n_tokens, size_t *bytes);
+
+// Enqueues kvq_store for a layer whose memory is on `device`; pointers, workspace and stream as for
+// kvq_attend_enqueue, after which it is enqueued on the same stream.
+kvq_status kvq_store_enqueue(const kvq_device *device,
+                             const kvq_layout *layout,
+                             const kvq_store_args *args,
+                             void *workspace,
+                             size_t workspace_bytes,
+                             void *stream);
 
 #ifdef __cplusplus
 }  // extern "C"

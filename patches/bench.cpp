@@ -456,7 +456,7 @@ public:
         std::vector<float> all(STEP * width);
         for (int cell = 0; cell < case_.n_kv; cell += STEP) {
             const int n = std::min(STEP, case_.n_kv - cell);
-            ok(kvq_dequantize(layout_, k_mem_->data, v_mem_->data, location_.data(), cell, n,
+            ok(kvq_dequantize(layout_, k_mem_->data, v_mem_->data, location_.data(), nullptr, cell, n,
                               value ? nullptr : all.data(), value ? all.data() : nullptr));
             for (int i = 0; i < n; i++) {
                 std::copy_n(&all[i * width + kv_head * dim], dim, &out[(cell + i) * dim]);
@@ -483,7 +483,8 @@ private:
     std::unique_ptr<Buffer> k_mem_, v_mem_;
     uint32_t n_splits_;
     std::vector<float> out_, lse_, partial_, k_cur_, v_cur_;
-    std::vector<int32_t> plan_, location_;
+    std::vector<int32_t> plan_;
+    std::vector<kvq_location> location_;
     std::vector<double> store_us_;
 };
 

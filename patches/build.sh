@@ -159,7 +159,7 @@ prepare "$build/llama.cpp" "$root"/patches/[0-9]*.patch
 compile "$build/llama.cpp" "$build/llama" "$build/llama.log" "${targets[*]}" -DGGML_KVQ=ON "-DKVQ_DIR=$root" \
     "-DKVQ_LIB=${CARGO_TARGET_DIR:-$root/target}/release/libkvq.a"
 if [ "$want_tests" = yes ]; then
-    for test in test_llama test_state; do
+    for test in test_llama test_shift test_state; do
         run_logged "$build/tests.log" "compiling patches/tests/$test.cpp" g++ -std=c++17 -O2 -Wall -Wextra \
             -I "$build/llama.cpp/include" -I "$build/llama.cpp/ggml/include" -I "$root/patches/glue" \
             "$root/patches/tests/$test.cpp" -o "$build/llama/bin/$test" -L "$build/llama/bin" -lllama -lggml \

@@ -27,6 +27,7 @@ import sys
 
 import texts
 from models import MODELS, find_model
+from results import provenance
 from runs import FLOOR, ROOT, RunError, Runs, markdown
 
 FIELDS = ["model", "text", "context", "cache", "bits", "bits_4k", "bits_32k", "mib", "ppl", "mean", "mean_error", "median",
@@ -110,11 +111,12 @@ def over_bars(rows, bars, field, what):
 
 
 def write(output, rows):
-    """CSV and markdown; returns the latter."""
+    """CSV, whose head says where it comes from, and markdown; returns the latter."""
     table = markdown(TITLES, [[format(row[f], spec) for f, spec in zip(FIELDS, FORMATS)] for row in rows])
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".md").write_text(table + "\n")
     with open(output.with_suffix(".csv"), "w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in provenance().items())
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

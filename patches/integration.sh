@@ -264,6 +264,7 @@ if [ -x "$bin/test_llama" ] && [ -x "$bin/test-llama-archs" ]; then
     check "the same with outlier tokens" "$bin/test_llama" "$model" ott:k=4,v=8,skip-layers=0 0.01
     check "the same with widths by attention" "$bin/test_llama" "$model" qaq:bits=3.5 0.01
     check "saved states: what is in them, and those that nobody saved" "$bin/test_state" "$model"
+    check "64 K-shifts lose nothing" "$bin/test_shift" "$model" "$text" skvq skvq:k=2,v=2 kivi:k=2.25 ott:k=2.25 qaq
     # Small random models, one of each architecture. Status 2: refused, with a reason; that is right for some.
     mkdir -p archs
     check "making the models" "$bin/test-llama-archs" -o archs

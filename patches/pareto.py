@@ -9,13 +9,13 @@ a row of panels per text, and the mean alone is drawn. Filled marks count everyt
 """
 
 import argparse
-import csv
 import math
 import pathlib
 import sys
 from xml.sax.saxutils import escape
 
-from runs import FLOOR, STOCK_BITS
+from results import read
+from runs import FLOOR, STOCK_BITS, RunError
 
 PANEL_W, PANEL_H, LEFT, TOP, GAP = 470, 300, 70, 60, 70
 # "kvq" stands for recipes that go by a number or by `on`.
@@ -127,13 +127,12 @@ def main():
     parser.add_argument("csv", type=pathlib.Path, help="written by patches/eval.py")
     parser.add_argument("svg", type=pathlib.Path)
     args = parser.parse_args()
-    with open(args.csv, newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        rows = read(args.csv.absolute())
+    except RunError as error:
+        sys.exit(f"pareto.py: error: {error}")
     if not rows:
         sys.exit(f"pareto.py: error: no rows in {args.csv}")
-    for row in rows:
-        for field in ("bits_4k", "bits_32k", "mean", "p999"):
-            row[field] = float(row[field])
     args.svg.parent.mkdir(parents=True, exist_ok=True)
     args.svg.write_text(draw(rows))
 

@@ -1,13 +1,17 @@
 #!/usr/bin/env -S python3 -B
-"""Writes the tables of README.md, and their picture, from what patches/eval.py has measured.
+"""Writes the tables of README.md and docs/, and their picture, from what patches/eval.py and patches/bench.sh have measured.
 
     patches/tables.py             renews every block
     patches/tables.py --check     changes nothing and fails if one is not what its CSV says
+
+A CSV begins with lines `# commit: ...`, `# machine: ...`, `# command: ...`, which are said below its table.
 
 A block lies between two comments, of which the first says what it shows; a picture's is followed by the picture:
 
     <!-- table: docs/results/a.csv docs/results/b.csv columns=bits,total cells=mean,ratio models=a,b texts=c,d
          caches=q4_0|kivi:k=2.5 -->
+    <!-- end of table -->
+    <!-- bench: docs/results/bench.csv -->
     <!-- end of table -->
     <!-- picture: docs/pareto.svg docs/results/a.csv -->
 
@@ -16,12 +20,12 @@ range over all of those. Without models, texts or caches all are shown. Where tw
 """
 
 import argparse
-import csv
 import pathlib
 import re
 import sys
 
 import pareto
+from results import head_and_lines, read
 from runs import FLOOR, ROOT, STOCK_BITS, RunError
 
 
@@ -53,13 +57,16 @@ CELLS = {
 }
 
 
-def read(path):
-    """Rows of a CSV of eval.py, numbers as numbers."""
-    if not (ROOT / path).is_file():
-        raise RunError(f"no {path}")
-    with open(ROOT / path, newline="") as file:
-        return [{field: value if field in ("model", "text", "context", "cache") else float(value)
-                 for field, value in row.items()} for row in csv.DictReader(file)]
+def sources(paths):
+    """What stands below a table: where its numbers come from."""
+    said = []
+    for path in paths:
+        head, _ = head_and_lines(path)
+        missing = {"commit", "machine", "command"} - set(head)
+        if missing:
+            raise RunError(f"{path} does not say its {', '.join(sorted(missing))}")
+        said.append(f"[{pathlib.Path(path).name}](/{path}): commit {head['commit']}, {head['machine']}; `{head['command']}`")
+    return "\n" + "\n".join(said) + "\n"
 
 
 def read_all(paths):
@@ -129,27 +136,48 @@ def table(paths, options):
                       *(CELLS[c][1](here[one]) if one in here else "-" for one in places for c in cells)])
     written = ["| " + " | ".join(line) + " |\n" for line in [head, *lines]]
     written.insert(1, "|" + "---|" * len(head) + "\n")
-    return "".join(written)
+    return "".join(written) + sources(paths)
 
 
-BLOCK = re.compile(r"(<!-- table: ([^>]*?) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+def milliseconds(us):
+    return f"{us / 1e6:.1f} s" if us >= 1e7 else f"{us / 1e3:.0f}" if us >= 1e4 else f"{us / 1e3:.2f}"
+
+
+def bench_table(paths, options):
+    """Rows of patches/bench.sh, cold caches only."""
+    if options:
+        raise RunError(f"no such key: {' '.join(sorted(options))}")
+    lines = ["| recipe | cells | queries | head size | GQA | threads | kvq ms | stock f16 | q8_0 | q4_0 | x f16 | x q4_0 | "
+             "floor | over floor | store us |", "|" + "---|" * 15]
+    for row in (row for path in paths for row in read(path)):
+        if row["cache"] == "cold":
+            shape = " | ".join(f"{row[f]:,.0f}".replace(",", " ") for f in ("n_kv", "n_q", "head_dim", "gqa", "threads"))
+            times = " | ".join(milliseconds(row[f]) for f in ("us_kvq", "us_f16", "us_q8_0", "us_q4_0"))
+            lines.append(f"| `{row['recipe']}` | {shape} | {times} | {row['ratio_f16']:.0f} | {row['ratio_q4_0']:.0f} | "
+                         f"{row['floor_us'] / 1e3:.2f} | {row['us_kvq'] / row['floor_us']:.1f} | "
+                         f"{row['seal_us_per_token']:.0f} |")
+    return "\n".join(lines) + "\n" + sources(paths)
+
+
+MAKERS = {"table": table, "bench": bench_table}
+BLOCK = re.compile(r"(<!-- (table|bench): ([^>]*?) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 PICTURE = re.compile(r"<!-- picture: (\S+) ([^>]*?) -->")
 
 
 def render(document):
     """{path: text} of the document with its tables renewed, and of its pictures."""
     text = document.read_text()
-    if len(re.findall("<!-- (?:table:|end of)", text)) != 2 * len(BLOCK.findall(text)):
+    if len(re.findall("<!-- (?:table:|bench:|end of)", text)) != 2 * len(BLOCK.findall(text)):
         raise RunError(f"{document.name}: a table without its end, or an end without its table")
 
     def renew(block):
-        words = block.group(2).split()
+        words = block.group(3).split()
         try:
-            made = table([w for w in words if w.endswith(".csv")],
+            made = MAKERS[block.group(2)]([w for w in words if w.endswith(".csv")],
                          dict(w.split("=", 1) for w in words if not w.endswith(".csv")))
         except (RunError, ValueError) as error:
-            raise RunError(f"{document.name}: table {' '.join(words)}: {error}") from None
-        return block.group(1) + made + block.group(4)
+            raise RunError(f"{document.name}: {block.group(2)} {' '.join(words)}: {error}") from None
+        return block.group(1) + made + block.group(5)
     made = {document: BLOCK.sub(renew, text)}
     for svg, paths in PICTURE.findall(text):
         made[ROOT / svg] = pareto.draw(read_all(paths.split()))
@@ -159,14 +187,15 @@ def render(document):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, fail if something would change")
-    parser.add_argument("document", nargs="?", default=ROOT / "README.md", type=pathlib.Path)
+    parser.add_argument("documents", nargs="*", type=pathlib.Path, help="instead of README.md and those in docs/")
     args = parser.parse_args()
-    stale = [path for path, text in render(args.document).items() if not path.exists() or path.read_text() != text]
-    if args.check:
-        if stale:
-            raise RunError(f"not what docs/results says: {' '.join(p.name for p in stale)}; run patches/tables.py")
-        return
-    for path, text in render(args.document).items():
+    made = {}
+    for document in args.documents or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        made.update(render(document))
+    stale = {path: text for path, text in made.items() if not path.exists() or path.read_text() != text}
+    if args.check and stale:
+        raise RunError(f"not what docs/results says: {' '.join(p.name for p in stale)}; run patches/tables.py")
+    for path, text in stale.items():
         path.write_text(text)
 
 

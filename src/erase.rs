@@ -4,14 +4,16 @@
 //! What a page's other rows need stays: its mean, ranges and order were made from all rows that were sealed together.
 #![forbid(unsafe_code)]
 
-use crate::codec::{SealRows, Side};
+use crate::codec::page::{SealRows, Side};
 use crate::error::Result;
+use crate::head::HeadMut;
 use crate::layout::Layout;
+use crate::location::Location;
 use crate::pool;
-use crate::store::{check_location, Location, ABSENT, IN_PAGE};
+use crate::store::check_location;
 
 /// Wipes the rows of one side of one head that `location` does not name: slots, members of the outlier pool, and rows of
-/// pages. A cell that is in a slot keeps its row in the page if `is_sealed` says that it has one there.
+/// pages.
 ///
 /// Slots and pool rows become zero. A row of a page becomes what a row of zeros is encoded to, whatever it was; a page
 /// of which no row is left becomes zero.
@@ -19,48 +21,42 @@ use crate::store::{check_location, Location, ABSENT, IN_PAGE};
 /// # Errors
 ///
 /// [`crate::error::Status::InvalidArgument`] if `location` is not one of this layout's.
-pub fn erase_head(
-    layout: &Layout,
-    side: Side,
-    region: &mut [u8],
-    location: &[Location],
-    is_sealed: &dyn Fn(usize) -> bool,
-) -> Result<()> {
-    check_location(layout, location, 0, layout.n_cells())?;
-    let in_page = |cell: usize| location[cell] == IN_PAGE || (location[cell] != ABSENT && is_sealed(cell));
-    erase_slots(layout, side, region, location);
-    erase_pool(layout, side, region, &in_page);
+pub fn erase_head(layout: &Layout, side: Side, region: &mut [u8], location: &[Location]) -> Result<()> {
+    check_location(layout, location, &(0..layout.n_cells()))?;
+    let in_page = |cell: usize| location[cell].in_page();
+    let mut head = HeadMut::new(layout, side, region);
+    erase_slots(layout, &mut head, location);
+    erase_pool(layout, &mut head, &in_page);
     for page in 0..layout.n_pages() {
-        erase_page_rows(layout, side, region, page, &in_page);
+        erase_page_rows(layout, &mut head, page, &in_page);
     }
     Ok(())
 }
 
-fn erase_slots(layout: &Layout, side: Side, region: &mut [u8], location: &[Location]) {
+fn erase_slots(layout: &Layout, head: &mut HeadMut, location: &[Location]) {
     let mut is_used = vec![false; layout.n_slots()];
-    location.iter().filter(|at| **at >= 0).for_each(|at| is_used[*at as usize] = true);
+    location.iter().filter_map(Location::slot).for_each(|slot| is_used[slot] = true);
     for slot in (0..layout.n_slots()).filter(|slot| !is_used[*slot]) {
-        layout.side(side).slot_mut(region, slot).fill(0);
+        head.slot_mut(slot).fill(0);
     }
 }
 
-fn erase_pool(layout: &Layout, side: Side, region: &mut [u8], in_page: &dyn Fn(usize) -> bool) {
-    let side = layout.side(side);
-    let members: Vec<Option<usize>> = pool::cells(side, region).take(layout.pool_rows()).collect();
+fn erase_pool(layout: &Layout, head: &mut HeadMut, in_page: &dyn Fn(usize) -> bool) {
+    let members: Vec<Option<usize>> = pool::cells(head.as_ref()).collect();
     for (row, cell) in members.into_iter().enumerate() {
         if !cell.is_some_and(|cell| cell < layout.n_cells() && in_page(cell)) {
-            side.pool_row_mut(region, row).fill(0);
-            pool::set_cell(side, region, row, None);
+            head.pool_row_mut(row).fill(0);
+            pool::set_cell(head, row, None);
         }
     }
 }
 
-fn erase_page_rows(layout: &Layout, side: Side, region: &mut [u8], page: usize, in_page: &dyn Fn(usize) -> bool) {
-    let side = layout.side(side);
+fn erase_page_rows(layout: &Layout, head: &mut HeadMut, page: usize, in_page: &dyn Fn(usize) -> bool) {
     let (first, n) = (page * layout.page(), layout.page());
     let keeps = |row: &u32| first + (*row as usize) < layout.n_cells() && in_page(first + *row as usize);
     let at: Vec<u32> = (0..n as u32).filter(|row| !keeps(row)).collect();
-    let (header, bytes) = side.page_mut(region, page);
+    let side = head.layout;
+    let (header, bytes) = head.page_mut(page);
     if at.len() == n {
         header.fill(0);
         bytes.fill(0);
@@ -84,10 +80,11 @@ fn erase_page_rows(layout: &Layout, side: Side, region: &mut [u8], page: usize, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::Rows;
+    use crate::location::IN_SLOT;
     use crate::plan::{plan_len, Plan};
     use crate::planner::{Planner, Row};
     use crate::recipe::Recipe;
+    use crate::rows::Rows;
     use crate::shape::Shape;
     use crate::store::{dequantize_head, store_head, StoreRows};
 
@@ -121,13 +118,11 @@ mod tests {
             let mut ints = vec![0; plan_len(rows.len(), planner.n_slots(), N_CELLS, 64)];
             planner.plan(0, &rows, &|cell| cell < start, &mut ints).unwrap();
             let current = Rows { data: &data, stride_token: DIM, stride_head: DIM };
-            let store = StoreRows { k: current, v: current, q: None, attended: None };
+            let store = StoreRows { k: current, v: current, q: None, attended: None, rotation: None };
             let [k, v] = &mut memory;
             store_head(&layout, 0, [k, v], &store, &Plan::new(&ints).unwrap()).unwrap();
         }
-        let mut location = vec![ABSENT; N_CELLS];
-        planner.locate(0, &mut location).unwrap();
-        (layout, memory, location)
+        (layout, memory, planner.locate(0).unwrap())
     }
 
     fn decoded(layout: &Layout, memory: &[Vec<u8>; 2], location: &[Location]) -> Vec<Vec<f32>> {
@@ -135,7 +130,7 @@ mod tests {
         sides
             .map(|(side, memory)| {
                 let mut out = vec![0f32; N_CELLS * DIM];
-                dequantize_head(layout, side, memory, location, 0, N_CELLS, &mut out).unwrap();
+                dequantize_head(layout, side, memory, location, None, 0..N_CELLS, &mut out).unwrap();
                 out
             })
             .collect()
@@ -143,7 +138,7 @@ mod tests {
 
     fn erase(layout: &Layout, memory: &mut [Vec<u8>; 2], location: &[Location]) {
         for (side, memory) in [Side::Key, Side::Value].into_iter().zip(memory) {
-            erase_head(layout, side, memory, location, &|_| true).unwrap();
+            erase_head(layout, side, memory, location).unwrap();
         }
     }
 
@@ -151,7 +146,7 @@ mod tests {
     fn other_rows_stay_bit_for_bit() {
         for spec in SPECS {
             let (layout, mut memory, mut location) = stored(spec, &[70]);
-            (60..80).chain([1, 140]).for_each(|cell| location[cell] = ABSENT);
+            (60..80).chain([1, 140]).for_each(|cell| location[cell] = Location::default());
             let before = decoded(&layout, &memory, &location);
             erase(&layout, &mut memory, &location);
             assert_eq!(decoded(&layout, &memory, &location), before, "{spec}");
@@ -165,10 +160,10 @@ mod tests {
             let foreign: Vec<usize> = (64..128).chain(140..150).collect();
             let [a, b] = [&[][..], &foreign].map(|changed| {
                 let (layout, mut memory, mut location) = stored(spec, changed);
-                foreign.iter().for_each(|&cell| location[cell] = ABSENT);
+                foreign.iter().for_each(|&cell| location[cell] = Location::default());
                 erase(&layout, &mut memory, &location);
                 // What was learned is the stream's, not a row.
-                layout.side(Side::Key).learned_mut(&mut memory[0]).fill(0);
+                HeadMut::new(&layout, Side::Key, &mut memory[0]).learned_mut().fill(0);
                 memory
             });
             assert!(a == b, "{spec}");
@@ -182,10 +177,11 @@ mod tests {
         for spec in SPECS {
             let (layout, memory, location) = stored(spec, &[]);
             let mut kept = location.clone();
-            kept[70] = ABSENT;
+            kept[70] = Location::default();
             let mut overwritten = memory.clone();
             for (side, memory) in [Side::Key, Side::Value].into_iter().zip(&mut overwritten) {
-                let (header, bytes) = layout.side(side).page_mut(memory, 1);
+                let mut head = HeadMut::new(&layout, side, memory);
+                let (header, bytes) = head.page_mut(1);
                 let mut rows: Vec<f32> = (0..DIM).map(|i| (i * 37 % 11) as f32 - 5.0).collect();
                 let (at, none): (_, &[f32]) = (&[6], &[]);
                 let mut rows = SealRows {
@@ -211,9 +207,9 @@ mod tests {
     #[test]
     fn what_is_no_location_is_refused() {
         let (layout, mut memory, mut location) = stored(SPECS[0], &[]);
-        let mut refused = |location: &[Location]| erase_head(&layout, Side::Key, &mut memory[0], location, &|_| true);
+        let mut refused = |location: &[Location]| erase_head(&layout, Side::Key, &mut memory[0], location);
         assert!(refused(&location[1..]).is_err());
-        location[3] = layout.n_slots() as i32;
+        location[3] = Location { places: IN_SLOT, slot: layout.n_slots() as u32, turned: 0 };
         assert!(refused(&location).is_err());
     }
 }

@@ -3,15 +3,16 @@
 
 use std::sync::Arc;
 
-use crate::codec::{PageCodec, PageRef, Side, HEADER_BYTES};
-use crate::cuda::desc::SideDesc;
+use crate::codec::page::{bits_per_value, PageCodec, Side, HEADER_BYTES};
+use crate::codec::CodecParams;
+use crate::cuda::desc::{LayerDesc, SideDesc, ABSENT};
 use crate::error::{Error, Result};
-use crate::learned::learned_bytes;
-use crate::pool::PoolParams;
-use crate::recent::ring_bytes;
-use crate::recipe::{Recipe, SideRecipe};
+use crate::plan::{Plan, View};
+use crate::recipe::{PoolParams, Recipe};
 use crate::shape::Shape;
-use crate::simd::{kernels, IsaToken, Kernels};
+use crate::simd::exact::Kernels;
+use crate::simd::isa::IsaToken;
+use crate::simd::kernels;
 
 /// The layout and the codecs of one attention layer. Immutable; may be shared by threads.
 ///
@@ -48,16 +49,16 @@ pub struct Layout {
 pub(crate) struct SideLayout {
     pub(crate) codec: Arc<dyn PageCodec>,
     pub(crate) head_dim: usize,
-    pool: usize,
-    pool_table: usize,
-    pool_table_end: usize,
-    learned: usize,
-    learned_end: usize,
-    recent: usize,
-    recent_end: usize,
-    headers: usize,
-    pages: usize,
-    page_bytes: usize,
+    pub(crate) pool: usize,
+    pub(crate) pool_table: usize,
+    pub(crate) pool_table_end: usize,
+    pub(crate) learned: usize,
+    pub(crate) learned_end: usize,
+    pub(crate) recent: usize,
+    pub(crate) recent_end: usize,
+    pub(crate) headers: usize,
+    pub(crate) pages: usize,
+    pub(crate) page_bytes: usize,
     head_bytes: usize,
 }
 
@@ -90,9 +91,9 @@ impl Layout {
         }
         let n_pages = n_cells.div_ceil(recipe.page);
         let pool_rows = recipe.pool.map_or(0, |pool| pool.rows(layer));
-        let side = |side, head_dim: u32, side_recipe: &SideRecipe| -> Result<SideLayout> {
+        let side = |side, head_dim: u32, params: &CodecParams| -> Result<SideLayout> {
             let head_dim = head_dim as usize;
-            let codec = side_recipe.codec(side, head_dim, recipe.page, token)?;
+            let codec = params.build(side, head_dim, recipe.page, token)?;
             let pool = (n_slots * head_dim * 2).next_multiple_of(64);
             let pool_table = pool + (pool_rows * head_dim * 2).next_multiple_of(64);
             let pool_table_end = pool_table + pool_rows * 4;
@@ -270,6 +271,92 @@ impl Layout {
     }
 }
 
+impl Layout {
+    /// The layer for device code.
+    pub fn describe(&self) -> LayerDesc {
+        let shape = self.shape();
+        LayerDesc {
+            n_heads: shape.n_heads,
+            n_kv_heads: shape.n_kv_heads,
+            gqa_ratio: shape.gqa_ratio() as u32,
+            n_cells: self.n_cells() as u32,
+            n_slots: self.n_slots() as u32,
+            page: self.page() as u32,
+            n_pages: self.n_pages() as u32,
+            pool_rows: self.pool_rows() as u32,
+            pool_outliers: self.pool().map_or(0, |pool| pool.outliers) as u32,
+            attn_window: self.attn_window() as u32,
+            k: self.side(Side::Key).describe(),
+            v: self.side(Side::Value).describe(),
+        }
+    }
+}
+
+/// What all codecs have in common; the parts that a codec has, it fills in.
+fn describe_codec(codec: &dyn PageCodec, head_dim: usize) -> SideDesc {
+    let absent = SideDesc {
+        mids: ABSENT,
+        mean: ABSENT,
+        exponents: ABSENT,
+        order: ABSENT,
+        outliers: ABSENT,
+        ..SideDesc::default()
+    };
+    let dim = head_dim as u32;
+    let mut desc = SideDesc { page_bytes: codec.page_bytes() as u32, head_dim: dim, group: dim, n_groups: 1, ..absent };
+    codec.describe(&mut desc);
+    desc
+}
+
+/// Bytes of the ring of a KV head for a window of so many query tokens: how many there were (u32), then FP16 queries, each
+/// with an f32 logarithm.
+fn ring_bytes(window: usize, gqa_ratio: usize, head_dim: usize) -> usize {
+    match window * gqa_ratio {
+        0 => 0,
+        n => COUNT_BYTES + n * entry_bytes(head_dim),
+    }
+}
+
+/// Bytes in front of the ring: how many queries there were.
+pub(crate) const COUNT_BYTES: usize = 4;
+
+/// Bytes of one query of the ring.
+pub(crate) fn entry_bytes(head_dim: usize) -> usize {
+    2 * head_dim + 4
+}
+
+/// Numbers behind the moments: queries seen, and those of a [`KeyError`](crate::learned::KeyError).
+pub(crate) const COUNTERS: usize = 4;
+
+/// Bytes of what is learned, for keys of `dim` channels:
+///
+/// | part | bytes | |
+/// |---|---|---|
+/// | moments | `4 * head_dim` | f32: mean square of the queries, by channel |
+/// | seen | 4 | f32: how many queries that mean stands for |
+/// | key error | 12 | f32: noise, signal, rows of a [`KeyError`](crate::learned::KeyError) |
+/// | exponents | `head_dim` | of the page sealed last; see [`crate::codec::smooth`] |
+fn learned_bytes(dim: usize) -> usize {
+    4 * (dim + COUNTERS) + dim
+}
+
+/// Fails unless the plan was made for this layout.
+pub(crate) fn check_plan(layout: &Layout, plan: &Plan) -> Result<()> {
+    if plan.n_cells() == layout.n_cells() && plan.n_slots() == layout.n_slots() && plan.page() == layout.page() {
+        debug_assert!(plan.slot_cells(View::Before).len() == layout.n_slots());
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "the plan is for {} cells, {} slots and pages of {}, the layout for {}, {} and {}",
+        plan.n_cells(),
+        plan.n_slots(),
+        plan.page(),
+        layout.n_cells(),
+        layout.n_slots(),
+        layout.page()
+    )))
+}
+
 impl SideLayout {
     /// The same for device code.
     pub(crate) fn describe(&self) -> SideDesc {
@@ -284,92 +371,11 @@ impl SideLayout {
             recent_end: offset(self.recent_end),
             headers: offset(self.headers),
             pages: offset(self.pages),
-            ..SideDesc::of_codec(&*self.codec, self.head_dim)
+            ..describe_codec(&*self.codec, self.head_dim)
         }
     }
 
     fn bits(&self, page: usize) -> f64 {
-        (self.page_bytes + HEADER_BYTES) as f64 * 8.0 / (page * self.head_dim) as f64
-    }
-
-    /// A page of a head region.
-    pub(crate) fn page<'a>(&self, region: &'a [u8], page: usize) -> PageRef<'a> {
-        PageRef {
-            header: &region[self.headers + page * HEADER_BYTES..][..HEADER_BYTES],
-            bytes: &region[self.pages + page * self.page_bytes..][..self.page_bytes],
-        }
-    }
-
-    /// Header and bytes of a page, to write to.
-    pub(crate) fn page_mut<'a>(&self, region: &'a mut [u8], page: usize) -> (&'a mut [u8], &'a mut [u8]) {
-        let (front, pages) = region.split_at_mut(self.pages);
-        let header = &mut front[self.headers + page * HEADER_BYTES..][..HEADER_BYTES];
-        (header, &mut pages[page * self.page_bytes..][..self.page_bytes])
-    }
-
-    /// The FP16 row of an exact slot.
-    pub(crate) fn slot<'a>(&self, region: &'a [u8], slot: usize) -> &'a [u8] {
-        &region[slot * self.head_dim * 2..][..self.head_dim * 2]
-    }
-
-    /// The FP16 rows of `n` exact slots from `first`.
-    pub(crate) fn slots<'a>(&self, region: &'a [u8], first: usize, n: usize) -> &'a [u8] {
-        &region[first * self.head_dim * 2..][..n * self.head_dim * 2]
-    }
-
-    /// The FP16 row of a member of the outlier pool.
-    pub(crate) fn pool_row<'a>(&self, region: &'a [u8], row: usize) -> &'a [u8] {
-        self.pool_rows(region, row + 1).split_at(row * self.head_dim * 2).1
-    }
-
-    /// The first `n` FP16 rows of the outlier pool.
-    pub(crate) fn pool_rows<'a>(&self, region: &'a [u8], n: usize) -> &'a [u8] {
-        &region[self.pool..][..n * self.head_dim * 2]
-    }
-
-    /// The FP16 row of a member of the outlier pool, to write to.
-    pub(crate) fn pool_row_mut<'a>(&self, region: &'a mut [u8], row: usize) -> &'a mut [u8] {
-        &mut region[self.pool + row * self.head_dim * 2..][..self.head_dim * 2]
-    }
-
-    /// The cells of the outlier pool, as the layout has them.
-    pub(crate) fn pool_table<'a>(&self, region: &'a [u8]) -> &'a [u8] {
-        &region[self.pool_table..self.pool_table_end]
-    }
-
-    /// [`SideLayout::pool_table`], to write to.
-    pub(crate) fn pool_table_mut<'a>(&self, region: &'a mut [u8]) -> &'a mut [u8] {
-        &mut region[self.pool_table..self.pool_table_end]
-    }
-
-    /// All that a stream's tokens leave beside their rows, to be forgotten with the last of them: who is in the outlier
-    /// pool, what was learned, recent queries.
-    pub(crate) fn remembered_mut<'a>(&self, region: &'a mut [u8]) -> &'a mut [u8] {
-        &mut region[self.pool_table..self.recent_end]
-    }
-
-    /// What the store step has learned, as [`crate::learned`] has it; empty for values.
-    pub(crate) fn learned<'a>(&self, region: &'a [u8]) -> &'a [u8] {
-        &region[self.learned..self.learned_end]
-    }
-
-    /// [`SideLayout::learned`], to write to.
-    pub(crate) fn learned_mut<'a>(&self, region: &'a mut [u8]) -> &'a mut [u8] {
-        &mut region[self.learned..self.learned_end]
-    }
-
-    /// The ring of recent queries, as the layout has it; empty if the recipe has no attention window.
-    pub(crate) fn recent<'a>(&self, region: &'a [u8]) -> &'a [u8] {
-        &region[self.recent..self.recent_end]
-    }
-
-    /// [`SideLayout::recent`], to write to.
-    pub(crate) fn recent_mut<'a>(&self, region: &'a mut [u8]) -> &'a mut [u8] {
-        &mut region[self.recent..self.recent_end]
-    }
-
-    /// The FP16 row of an exact slot, to write to.
-    pub(crate) fn slot_mut<'a>(&self, region: &'a mut [u8], slot: usize) -> &'a mut [u8] {
-        &mut region[slot * self.head_dim * 2..][..self.head_dim * 2]
+        bits_per_value(self.page_bytes, page, self.head_dim)
     }
 }

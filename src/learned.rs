@@ -2,31 +2,15 @@
 //! factors its last page was smoothed with, and how far packed keys are off. It lies in the head's key region.
 #![forbid(unsafe_code)]
 
-use crate::attention::Rows;
-use crate::layout::Layout;
-use crate::shape::MAX_HEAD_DIM;
-use crate::store::{finite, read_float};
+use crate::layout::COUNTERS;
+use crate::rows::{finite, read_float, Rows};
+use crate::shape::{Shape, MAX_HEAD_DIM};
 
 /// Queries that the mean of their squares remembers: older ones fade.
 const MOMENT_MEMORY: f32 = 4096.0;
 
 /// Rows that [`KeyError`] remembers.
 const ERROR_MEMORY: f32 = 4096.0;
-
-/// Numbers behind the moments: queries seen, and those of a [`KeyError`].
-const COUNTERS: usize = 4;
-
-/// Bytes of what is learned, for keys of `dim` channels:
-///
-/// | part | bytes | |
-/// |---|---|---|
-/// | moments | `4 * head_dim` | f32: mean square of the queries, by channel |
-/// | seen | 4 | f32: how many queries that mean stands for |
-/// | key error | 12 | f32: noise, signal, rows of a [`KeyError`] |
-/// | exponents | `head_dim` | of the page sealed last; see [`crate::codec::smooth`] |
-pub(crate) fn learned_bytes(dim: usize) -> usize {
-    4 * (dim + COUNTERS) + dim
-}
 
 /// The squares of queries that codecs weigh errors with; empty without any queries so far.
 pub(crate) fn read_moments(learned: &[u8], out: &mut Vec<f32>) {
@@ -38,8 +22,8 @@ pub(crate) fn read_moments(learned: &[u8], out: &mut Vec<f32>) {
 }
 
 /// Adds the squares of the ubatch's queries of a KV head to its moments.
-pub(crate) fn learn_queries(layout: &Layout, head: usize, learned: &mut [u8], q: &Rows, n_tokens: usize) {
-    let (dim, gqa) = (layout.shape().head_dim_k as usize, layout.shape().gqa_ratio());
+pub(crate) fn learn_queries(shape: Shape, head: usize, learned: &mut [u8], q: &Rows, n_tokens: usize) {
+    let (dim, gqa) = (shape.head_dim_k as usize, shape.gqa_ratio());
     if n_tokens == 0 {
         return;
     }

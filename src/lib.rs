@@ -6,21 +6,26 @@
 //! * [`recipe`]: what a user names, such as `skvq:k=2,v=2`.
 //! * [`layout`]: where everything of a layer lies in memory that the host owns.
 //! * [`planner`]: which row goes where, decided once per ubatch for all layers; [`plan`]: that decision as plain ints.
-//! * [`attention`] and [`store`]: what a layer does with a plan.
+//! * [`attention`] and [`store`]: what a layer does with a plan; [`shift`] and [`rotation`]: what it does when positions
+//!   move.
 //! * [`codec`]: how a page becomes bytes; [`simd`]: instruction sets and their tables.
 //! * [`reference`]: the same in 64-bit floats, short and slow; the oracle of all tests.
 //! * [`cuda`]: the same attention on a GPU.
 //! * `capi`: the C boundary behind `include/kvq.h`.
 
 pub mod attention;
+#[doc(hidden)]
+pub mod bench_api;
 pub mod cache;
 mod capi;
 pub mod codec;
 pub mod cuda;
 pub mod erase;
 pub mod error;
+mod head;
 pub mod layout;
 pub mod learned;
+pub mod location;
 pub mod parallel;
 pub mod plan;
 pub mod planner;
@@ -28,7 +33,10 @@ pub mod pool;
 pub mod recent;
 pub mod recipe;
 pub mod reference;
+pub mod rotation;
+pub mod rows;
 pub mod shape;
+pub mod shift;
 pub mod simd;
 pub mod store;
 

@@ -16,14 +16,18 @@ pub const CELLS_PER_WORD: usize = 32;
 
 /// Sources (slots and ubatch rows together) stay below the flag.
 pub(crate) const MAX_SOURCES: usize = FRESH as usize;
-/// First int of the header that is zero.
-const FIRST_RESERVED: usize = 9;
+/// Most different distances (but 0) by which the rows of one page may have moved.
+pub const MAX_TURNS: usize = 4;
+/// Ints of the header that are zero.
+const RESERVED: [Range<usize>; 2] = [9..10, 11..STARTS_ANEW];
 /// Int of the header that holds the number of records.
 const N_RECORDS: usize = 6;
 /// Ints of the header that hold [`Plan::n_pages`] of both views.
 const N_PAGES: usize = 7;
+/// Int of the header that holds [`Plan::n_turns`].
+const N_TURNS: usize = 10;
 /// Int of the header that holds [`Plan::starts_anew`].
-const STARTS_ANEW: usize = 15;
+const STARTS_ANEW: usize = HEADER_INTS - 1;
 
 /// Which moment of an ubatch a list describes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +59,17 @@ pub struct Record {
     pub fresh: bool,
 }
 
+/// Rows of a page that have moved by the same distance since they were encoded: their keys are to be turned by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn<'a> {
+    /// The page.
+    pub page: usize,
+    /// The distance, not 0.
+    pub distance: i32,
+    /// Bit `i % 32` of word `i / 32` for the page's `i`-th cell.
+    pub cells: &'a [i32],
+}
+
 /// Reader of one plan.
 ///
 /// Layout, in int32 (P = cells per page, `n_words` = ceil(`n_cells` / P) * P / 32):
@@ -69,9 +84,14 @@ pub struct Record {
 /// | `n_words` | before: bit `cell % 32` of word `cell / 32` is 1 if the cell is to be read from its page |
 /// | `n_words` | after: the same |
 /// | 2 * (`n_slots` + `n_tokens`) | records {cell, source}, sorted by cell, `n_records` of them in use, zeros behind |
+/// | 4 * `n_pages` * (2 + P / 32) | turns {page, distance, P / 32 words of cells}, sorted by page, `n_turns` of them in use, zeros behind |
 ///
 /// Header: 0 version, 1 stream, 2 `n_tokens`, 3 `n_slots`, 4 `n_cells`, 5 P, 6 `n_records`, 7 pages to scan before,
-/// 8 pages to scan after, 9 to 14 zero, 15: 1 if the stream starts anew ([`Plan::starts_anew`]), else 0.
+/// 8 pages to scan after, 9 zero, 10 `n_turns`, 11 to 14 zero, 15: 1 if the stream starts anew ([`Plan::starts_anew`]),
+/// else 0.
+///
+/// Turns hold for both views and for the rows that records name: a row that joins a page that has moved is turned back
+/// before it is encoded. A cell without a turn has not moved.
 ///
 /// A source below `n_slots` is a slot, otherwise `n_slots` + ubatch row; bit 30 is [`Record::fresh`]. Pages to scan:
 /// 1 + the last page with a bit, 0 without any. A page bit may belong to a cell that no longer holds a live token: the
@@ -82,6 +102,7 @@ pub struct Plan<'a> {
     stream: usize,
     n_cells: usize,
     n_records: usize,
+    n_turns: usize,
     n_pages: [usize; 2],
     starts_anew: bool,
     extent: Extent,
@@ -124,6 +145,14 @@ impl Extent {
     fn max_records(&self) -> usize {
         self.n_slots + self.n_tokens
     }
+
+    fn turns(&self) -> Range<usize> {
+        range(self.records().end, self.max_turns() * turn_ints(self.page))
+    }
+
+    fn max_turns(&self) -> usize {
+        MAX_TURNS * (self.n_words / (self.page / CELLS_PER_WORD))
+    }
 }
 
 /// Where the arrays of a plan of these sizes lie, for device code. The sizes must fit an `i32`.
@@ -138,6 +167,8 @@ pub(crate) fn describe(n_tokens: usize, n_slots: usize, n_cells: usize, page: us
         records: at(extent.records()),
         n_records: N_RECORDS as u32,
         n_pages: [N_PAGES as u32, N_PAGES as u32 + 1],
+        turns: at(extent.turns()),
+        n_turns: N_TURNS as u32,
         starts_anew: STARTS_ANEW as u32,
     }
 }
@@ -146,12 +177,18 @@ fn range(start: usize, len: usize) -> Range<usize> {
     start..start + len
 }
 
+/// Ints of a [`Turn`].
+pub(crate) fn turn_ints(page: usize) -> usize {
+    2 + page / CELLS_PER_WORD
+}
+
 /// Ints in a plan of these sizes. `page` is a positive multiple of [`CELLS_PER_WORD`]; sizes that no address space
 /// holds give `usize::MAX`.
 pub fn plan_len(n_tokens: usize, n_slots: usize, n_cells: usize, page: usize) -> usize {
     let n_words = Extent::new(n_tokens, n_slots, n_cells, page).n_words;
     let rows = n_slots.saturating_add(n_tokens).saturating_mul(4);
-    HEADER_INTS.saturating_add(rows).saturating_add(n_words.saturating_mul(2))
+    let turns = n_cells.div_ceil(page).saturating_mul(MAX_TURNS * turn_ints(page));
+    HEADER_INTS.saturating_add(rows).saturating_add(n_words.saturating_mul(2)).saturating_add(turns)
 }
 
 impl<'a> Plan<'a> {
@@ -171,6 +208,7 @@ impl<'a> Plan<'a> {
         let (n_tokens, n_slots) = (size(2, "tokens")?, size(3, "slots")?);
         let (n_cells, page) = (size(4, "cells")?, size(5, "cells per page")?);
         let (stream, n_records) = (size(1, "as its stream")?, size(N_RECORDS, "records")?);
+        let n_turns = size(N_TURNS, "turns")?;
         let n_pages = [size(N_PAGES, "pages to scan before")?, size(N_PAGES + 1, "pages to scan after")?];
         if n_cells == 0 || page == 0 || !page.is_multiple_of(CELLS_PER_WORD) {
             return Err(Error::invalid(format!("plan has {n_cells} cells in pages of {page}")));
@@ -180,21 +218,24 @@ impl<'a> Plan<'a> {
             return Err(Error::invalid(format!("plan needs {len} ints for its sizes, but has {}", ints.len())));
         }
         let extent = Extent::new(n_tokens, n_slots, n_cells, page);
-        if n_records > extent.max_records() || n_pages.iter().any(|&n| n > n_cells.div_ceil(page)) {
-            return Err(Error::invalid("plan names more records or pages than it can have"));
+        if n_records > extent.max_records()
+            || n_turns > extent.max_turns()
+            || n_pages.iter().any(|&n| n > n_cells.div_ceil(page))
+        {
+            return Err(Error::invalid("plan names more records, turns or pages than it can have"));
         }
         if extent.max_records() > MAX_SOURCES
-            || header[FIRST_RESERVED..STARTS_ANEW].iter().any(|&int| int != 0)
+            || RESERVED.into_iter().any(|ints| header[ints].iter().any(|&int| int != 0))
             || !matches!(header[STARTS_ANEW], 0 | 1)
         {
             return Err(Error::invalid("plan header is malformed"));
         }
         let starts_anew = header[STARTS_ANEW] == 1;
-        Ok(Plan { ints, stream, n_cells, n_records, n_pages, starts_anew, extent })
+        Ok(Plan { ints, stream, n_cells, n_records, n_turns, n_pages, starts_anew, extent })
     }
 
-    /// Fails unless every slot, cell and source named by the plan exists, records are sorted, and the records of a page
-    /// agree on [`Record::fresh`]. For plans that come from outside the planner.
+    /// Fails unless every slot, cell, source and page named by the plan exists, records and turns are sorted, and the
+    /// records of a page agree on [`Record::fresh`]. For plans that come from outside the planner.
     pub fn check_entries(&self) -> Result<()> {
         let within = |ints: &[i32], first: i32, end: usize| {
             ints.iter().all(|&int| int >= first && usize::try_from(int).map_or(true, |index| index < end))
@@ -210,11 +251,14 @@ impl<'a> Plan<'a> {
             let same_page = a[0] as usize / self.page() == b[0] as usize / self.page();
             a[0] < b[0] && (!same_page || (a[1] ^ b[1]) & FRESH == 0)
         });
-        if slots && rows && records && sorted {
+        let pages = (0..self.n_turns).map(|index| self.turn(index).page);
+        let turns = pages.clone().all(|page| page < self.n_cells.div_ceil(self.page()))
+            && pages.clone().zip(pages.skip(1)).all(|(a, b)| a <= b);
+        if slots && rows && records && sorted && turns {
             Ok(())
         } else {
             Err(Error::invalid(
-                "plan names a slot, cell or source that does not exist, or its records are out of order",
+                "plan names a slot, cell, source or page that does not exist, or its records or turns are out of order",
             ))
         }
     }
@@ -276,6 +320,41 @@ impl<'a> Plan<'a> {
     pub fn page_bits(&self, view: View, page: usize) -> &'a [i32] {
         let n_words = self.page() / CELLS_PER_WORD;
         &self.ints[self.extent.page_bits(view)][page * n_words..][..n_words]
+    }
+
+    /// Turns of all pages together.
+    pub fn n_turns(&self) -> usize {
+        self.n_turns
+    }
+
+    /// The turns of a page; cells in none of them have not moved.
+    pub fn turns(&self, page: usize) -> impl Iterator<Item = Turn<'a>> + Clone + use<'a> {
+        // Turns are sorted by page.
+        let (mut first, mut end) = (0, self.n_turns);
+        while first < end {
+            let middle = (first + end) / 2;
+            if self.turn(middle).page < page {
+                first = middle + 1;
+            } else {
+                end = middle;
+            }
+        }
+        let plan = *self;
+        (first..self.n_turns).map(move |index| plan.turn(index)).take_while(move |turn| turn.page == page)
+    }
+
+    fn turn(&self, index: usize) -> Turn<'a> {
+        let n_ints = turn_ints(self.page());
+        let ints = &self.ints[self.extent.turns()][index * n_ints..][..n_ints];
+        // A negative page is none that exists.
+        Turn { page: ints[0] as usize, distance: ints[1], cells: &ints[2..] }
+    }
+
+    /// By how many positions the page row of a cell has moved since it was encoded.
+    pub fn turned(&self, cell: usize) -> i32 {
+        let (word, bit) = (cell % self.page() / CELLS_PER_WORD, cell % CELLS_PER_WORD);
+        let holds = |turn: &Turn| turn.cells[word] >> bit & 1 == 1;
+        self.turns(cell / self.page()).find(holds).map_or(0, |turn| turn.distance)
     }
 
     /// The rows to encode, sorted by cell, so that the records of a page are adjacent. An entry that
@@ -370,6 +449,14 @@ impl<'a> PlanWriter<'a> {
         }
         unused.fill(0);
         self.ints[N_RECORDS] = records.len() as i32;
+    }
+
+    /// Sets the turns, which are as [`Plan`] describes them.
+    pub(crate) fn set_turns(&mut self, turns: &[i32]) {
+        let (used, unused) = self.ints[self.extent.turns()].split_at_mut(turns.len());
+        used.copy_from_slice(turns);
+        unused.fill(0);
+        self.ints[N_TURNS] = (turns.len() / turn_ints(self.extent.page)) as i32;
     }
 }
 

@@ -10,42 +10,15 @@
 //! counts among the `outliers`.
 #![forbid(unsafe_code)]
 
-use half::f16;
-use half::slice::HalfFloatSliceExt;
+use std::ops::Range;
 
-use crate::codec::Side;
-use crate::layout::{Layout, SideLayout};
+use crate::head::{Head, HeadMut};
 use crate::plan::{Plan, View, CELLS_PER_WORD};
-use crate::shape::MAX_HEAD_DIM;
-
-/// Sizes of the pool. The default is the published one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PoolParams {
-    /// Tokens that compete for a place.
-    pub outliers: usize,
-    /// Room for members that lost their place.
-    pub extra: usize,
-    /// First layers without a pool, where the pattern does not show.
-    pub skip_layers: usize,
-}
-
-impl PoolParams {
-    /// Most rows of a pool: one block of exact rows.
-    pub const MAX_ROWS: usize = 128;
-
-    /// Rows in a layer's pool.
-    pub(crate) fn rows(&self, layer: usize) -> usize {
-        if self.outliers == 0 || layer < self.skip_layers {
-            0
-        } else {
-            self.outliers + self.extra
-        }
-    }
-}
+use crate::recipe::PoolParams;
 
 /// The cell of each row of a pool.
-pub(crate) fn cells<'a>(side: &SideLayout, region: &'a [u8]) -> impl ExactSizeIterator<Item = Option<usize>> + use<'a> {
-    side.pool_table(region).chunks_exact(4).map(parse_cell)
+pub(crate) fn cells<'a>(head: Head<'a>) -> impl ExactSizeIterator<Item = Option<usize>> + use<'a> {
+    head.pool_table().chunks_exact(4).map(parse_cell)
 }
 
 /// An entry of the table; zeroed memory is an empty pool.
@@ -54,31 +27,30 @@ fn parse_cell(entry: &[u8]) -> Option<usize> {
 }
 
 /// The row of the pool that belongs to a cell.
-pub(crate) fn find(side: &SideLayout, region: &[u8], cell: usize) -> Option<usize> {
-    cells(side, region).position(|member| member == Some(cell))
+pub(crate) fn find(head: Head, cell: usize) -> Option<usize> {
+    cells(head).position(|member| member == Some(cell))
 }
 
 /// Writes the cell of a row, or that it is free.
-pub(crate) fn set_cell(side: &SideLayout, region: &mut [u8], row: usize, cell: Option<usize>) {
+pub(crate) fn set_cell(head: &mut HeadMut, row: usize, cell: Option<usize>) {
     let stored = cell.map_or(0, |cell| cell as u32 + 1);
-    side.pool_table_mut(region)[4 * row..][..4].copy_from_slice(&stored.to_le_bytes());
+    head.pool_table_mut()[4 * row..][..4].copy_from_slice(&stored.to_le_bytes());
 }
 
 /// Removes the members whose cells hold no token any more, or another one.
-pub(crate) fn drop_stale(layout: &Layout, regions: &mut [&mut [u8]; 2], plan: &Plan) {
+pub(crate) fn drop_stale(heads: &mut [HeadMut; 2], plan: &Plan) {
     let holds = |cell: usize| {
         let bit = |word: i32| word >> (cell % CELLS_PER_WORD) & 1 == 1;
         let in_page = || {
-            let words = plan.page_bits(View::After, cell / layout.page());
-            bit(words[cell % layout.page() / CELLS_PER_WORD])
+            let words = plan.page_bits(View::After, cell / plan.page());
+            bit(words[cell % plan.page() / CELLS_PER_WORD])
         };
-        cell < layout.n_cells()
+        cell < plan.n_cells()
             && !plan.row_cells().contains(&(cell as i32))
             && (in_page() || plan.slot_cells(View::After).contains(&(cell as i32)))
     };
-    for side in [Side::Key, Side::Value] {
-        let region = &mut *regions[side as usize];
-        for entry in layout.side(side).pool_table_mut(region).chunks_exact_mut(4) {
+    for head in heads {
+        for entry in head.pool_table_mut().chunks_exact_mut(4) {
             if parse_cell(entry).is_some_and(|cell| !holds(cell)) {
                 entry.fill(0);
             }
@@ -88,11 +60,10 @@ pub(crate) fn drop_stale(layout: &Layout, regions: &mut [&mut [u8]; 2], plan: &P
 
 /// Takes the cells of a page off the pool: the page is sealed anew, with all that is live in it, and its tokens compete
 /// again. A member that stayed would be read beside the row that enters for the same cell.
-pub(crate) fn give_back(layout: &Layout, regions: &mut [&mut [u8]; 2], page: usize) {
-    for side in [Side::Key, Side::Value] {
-        let region = &mut *regions[side as usize];
-        for entry in layout.side(side).pool_table_mut(region).chunks_exact_mut(4) {
-            if parse_cell(entry).is_some_and(|cell| cell / layout.page() == page) {
+pub(crate) fn give_back(heads: &mut [HeadMut; 2], page: Range<usize>) {
+    for head in heads {
+        for entry in head.pool_table_mut().chunks_exact_mut(4) {
+            if parse_cell(entry).is_some_and(|cell| page.contains(&cell)) {
                 entry.fill(0);
             }
         }
@@ -101,21 +72,20 @@ pub(crate) fn give_back(layout: &Layout, regions: &mut [&mut [u8]; 2], page: usi
 
 /// Chooses the rows of a page that enter the pool: for each of `keys`, `[n][head_dim]`, the row of the pool it is to have.
 /// None of them is a member.
-pub(crate) fn trace(layout: &Layout, params: &PoolParams, region: &[u8], keys: &[f32]) -> Vec<Option<usize>> {
-    let side = layout.side(Side::Key);
-    let members: Vec<Option<usize>> = cells(side, region).collect();
+pub(crate) fn trace(params: &PoolParams, head: Head, keys: &[f32]) -> Vec<Option<usize>> {
+    let members: Vec<Option<usize>> = cells(head).collect();
     let norm = |row: &[f32]| row.iter().map(|x| x.abs()).sum::<f32>();
-    let mut exact = vec![0f32; side.head_dim];
+    let mut exact = vec![0f32; head.layout.head_dim];
     // The members that hold the places: the smallest ones. Candidates of the page take them in the order of their norms.
     let mut places: Vec<f32> = Vec::new();
     for (row, _) in members.iter().enumerate().filter(|(_, cell)| cell.is_some()) {
-        read_half(side.pool_row(region, row), &mut exact);
+        head.read_pooled(row, &mut exact);
         places.push(norm(&exact));
     }
     places.sort_by(f32::total_cmp);
     places.truncate(params.outliers);
     let mut candidates: Vec<(f32, usize)> =
-        keys.chunks_exact(side.head_dim).enumerate().map(|(i, row)| (norm(row), i)).collect();
+        keys.chunks_exact(head.layout.head_dim).enumerate().map(|(i, row)| (norm(row), i)).collect();
     candidates.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
     let mut free = members.iter().enumerate().filter(|(_, cell)| cell.is_none()).map(|(row, _)| row);
     let mut chosen = vec![None; candidates.len()];
@@ -130,68 +100,48 @@ pub(crate) fn trace(layout: &Layout, params: &PoolParams, region: &[u8], keys: &
 
 /// Takes over the members of a saved pool ([`Layout::pool_range`]) that belong to the cells `from`, as members for `to`. Both
 /// sides of a cell find the same place, since their pools hold the same cells.
-pub(crate) fn adopt(layout: &Layout, side: Side, region: &mut [u8], saved: &[u8], from: &[u32], to: &[u32]) {
-    let side = layout.side(side);
-    for entry in side.pool_table_mut(region).chunks_exact_mut(4) {
+pub(crate) fn adopt(head: &mut HeadMut, saved: &[u8], from: &[u32], to: &[u32]) {
+    for entry in head.pool_table_mut().chunks_exact_mut(4) {
         if parse_cell(entry).is_some_and(|cell| to.contains(&(cell as u32))) {
             entry.fill(0);
         }
     }
-    let (rows, table) = saved.split_at(saved.len() - 4 * layout.pool_rows());
-    let free: Vec<usize> = cells(side, region)
-        .take(layout.pool_rows())
-        .enumerate()
-        .filter_map(|(i, c)| c.is_none().then_some(i))
-        .collect();
+    let (rows, table) = saved.split_at(saved.len() - head.as_ref().pool_table().len());
+    let free = cells(head.as_ref()).enumerate().filter_map(|(i, cell)| cell.is_none().then_some(i));
+    let free: Vec<usize> = free.collect();
     let mut free = free.into_iter();
-    for (entry, row) in table.chunks_exact(4).zip(rows.chunks_exact(side.head_dim * 2)) {
+    for (entry, row) in table.chunks_exact(4).zip(rows.chunks_exact(head.layout.head_dim * 2)) {
         let index = parse_cell(entry).and_then(|cell| from.iter().position(|from| *from as usize == cell));
         let Some(index) = index else { continue };
         let Some(place) = free.next() else { return };
-        side.pool_row_mut(region, place).copy_from_slice(row);
-        set_cell(side, region, place, Some(to[index] as usize));
+        head.pool_row_mut(place).copy_from_slice(row);
+        set_cell(head, place, Some(to[index] as usize));
     }
-}
-
-/// Writes an FP16 row.
-pub(crate) fn write_half(to: &mut [u8], row: &[f32]) {
-    let mut halves = [f16::ZERO; MAX_HEAD_DIM as usize];
-    let halves = &mut halves[..row.len()];
-    halves.convert_from_f32_slice(row);
-    to.chunks_exact_mut(2).zip(halves).for_each(|(to, x)| to.copy_from_slice(&x.to_le_bytes()));
-}
-
-/// Reads an FP16 row.
-pub(crate) fn read_half(from: &[u8], row: &mut [f32]) {
-    let mut halves = [f16::ZERO; MAX_HEAD_DIM as usize];
-    let halves = &mut halves[..row.len()];
-    halves.iter_mut().zip(from.chunks_exact(2)).for_each(|(x, from)| *x = f16::from_le_bytes([from[0], from[1]]));
-    halves.convert_to_f32_slice(row);
 }
 
 #[cfg(test)]
 mod tests {
-    use std::ops::Range;
-
     use super::*;
-    use crate::attention::Rows;
+    use crate::codec::page::Side;
+    use crate::layout::Layout;
     use crate::plan::{plan_len, Plan};
     use crate::planner::{Planner, Row};
     use crate::recipe::Recipe;
+    use crate::rows::Rows;
     use crate::shape::Shape;
     use crate::store::{store_head, StoreRows};
 
     const DIM: usize = 64;
 
     /// One head with pages of 64 cells: each is sealed as it gets full.
-    struct Head {
+    struct OneHead {
         layout: Layout,
         planner: Planner,
         memory: [Vec<u8>; 2],
         live: Vec<bool>,
     }
 
-    impl Head {
+    impl OneHead {
         fn new(spec: &str, layer: usize, window: usize) -> Self {
             let recipe = Recipe::parse(&format!("{spec}:page=64,window={window},sinks=0")).unwrap();
             let shape = Shape { n_heads: 1, n_kv_heads: 1, head_dim_k: DIM as u32, head_dim_v: DIM as u32 };
@@ -221,10 +171,10 @@ mod tests {
             rows.iter().for_each(|row| self.live[row.cell as usize] = true);
             let current = Rows { data: &keys, stride_token: DIM, stride_head: DIM };
             let [k, v] = &mut self.memory;
-            let store = StoreRows { k: current, v: current, q: None, attended: None };
+            let store = StoreRows { k: current, v: current, q: None, attended: None, rotation: None };
             store_head(&self.layout, 0, [k, v], &store, &Plan::new(&ints).unwrap()).unwrap();
             let members = |side: Side| {
-                let found = cells(self.layout.side(side), &self.memory[side as usize]).flatten();
+                let found = cells(Head::new(&self.layout, side, &self.memory[side as usize])).flatten();
                 let mut found: Vec<usize> = found.collect();
                 found.sort_unstable();
                 found
@@ -236,7 +186,7 @@ mod tests {
 
     #[test]
     fn the_smallest_keys_enter_and_losers_stay_until_the_pool_is_full() {
-        let mut head = Head::new("ott:outliers=2,pool=2", 2, 0);
+        let mut head = OneHead::new("ott:outliers=2,pool=2", 2, 0);
         assert_eq!(head.append(0, &[(5, 0.2), (9, 0.1), (11, 0.3)]), [5, 9]);
         // One smaller key displaces the larger member, which stays as an extra one.
         assert_eq!(head.append(1, &[(3, 0.15), (4, 0.25)]), [5, 9, 64 + 3]);
@@ -247,12 +197,11 @@ mod tests {
         // Full: even a smaller key finds no place.
         assert_eq!(head.append(3, &[(0, 0.01)]).len(), 4);
         // The exact row is what is read back.
-        let mut location = vec![0; 512];
-        head.planner.locate(0, &mut location).unwrap();
+        let location = head.planner.locate(0).unwrap();
         let mut out = vec![0f32; DIM];
         for side in [Side::Key, Side::Value] {
             let memory = &head.memory[side as usize];
-            crate::store::dequantize_head(&head.layout, side, memory, &location, 9, 1, &mut out).unwrap();
+            crate::store::dequantize_head(&head.layout, side, memory, &location, None, 9..10, &mut out).unwrap();
             assert!(out.iter().all(|x| (x.abs() - 0.1).abs() < 1e-4), "{out:?}");
         }
         // Removed and overwritten cells leave and make room.
@@ -264,7 +213,7 @@ mod tests {
     /// A page that was sealed inside the window, lost its tail and is full again is sealed anew.
     #[test]
     fn a_page_that_is_sealed_again_enters_once() {
-        let mut head = Head::new("ott:outliers=3,pool=4", 2, 128);
+        let mut head = OneHead::new("ott:outliers=3,pool=4", 2, 128);
         assert_eq!(head.append(0, &[(5, 0.1), (9, 0.2), (60, 0.3)]), [5, 9, 60]);
         for round in 0..4 {
             head.live[54..64].fill(false);
@@ -280,8 +229,8 @@ mod tests {
 
     #[test]
     fn first_layers_have_no_pool() {
-        assert_eq!(Head::new("ott", 1, 0).layout.pool_rows(), 0);
-        assert_eq!(Head::new("ott", 2, 0).layout.pool_rows(), 35);
-        assert!(Head::new("ott", 0, 0).append(0, &[(5, 0.1)]).is_empty());
+        assert_eq!(OneHead::new("ott", 1, 0).layout.pool_rows(), 0);
+        assert_eq!(OneHead::new("ott", 2, 0).layout.pool_rows(), 35);
+        assert!(OneHead::new("ott", 0, 0).append(0, &[(5, 0.1)]).is_empty());
     }
 }

@@ -7,28 +7,11 @@
 //! that they may belong to other sequences is not looked at. Soft caps and ALiBi are left out of these weights.
 #![forbid(unsafe_code)]
 
-use crate::attention::Rows;
 use crate::codec::quantizer::dot;
-use crate::codec::Side;
-use crate::layout::Layout;
-use crate::pool::{read_half, write_half};
+use crate::head::{Head, HeadMut};
+use crate::layout::{entry_bytes, Layout, COUNT_BYTES};
+use crate::rows::{finite, read_float, read_half, write_half, Rows};
 use crate::shape::MAX_HEAD_DIM;
-use crate::store::{finite, read_float};
-
-/// Bytes of the ring of a KV head for a window of so many query tokens: how many there were (u32), then FP16 queries, each
-/// with an f32 logarithm.
-pub(crate) fn ring_bytes(window: usize, gqa_ratio: usize, head_dim: usize) -> usize {
-    match window * gqa_ratio {
-        0 => 0,
-        n => COUNT_BYTES + n * entry_bytes(head_dim),
-    }
-}
-
-const COUNT_BYTES: usize = 4;
-
-fn entry_bytes(head_dim: usize) -> usize {
-    2 * head_dim + 4
-}
 
 /// Queries of a ubatch, as attention saw them.
 #[derive(Clone, Copy)]
@@ -39,24 +22,23 @@ pub struct Attended<'a> {
     pub scale: f32,
 }
 
-/// Puts the last queries of a ubatch into the ring of KV head `head`.
+/// Puts the last queries of a ubatch into the ring of KV head `index`.
 pub(crate) fn remember(
     layout: &Layout,
-    head: usize,
-    region: &mut [u8],
+    index: usize,
+    head: &mut HeadMut,
     q: &Rows,
     attended: &Attended,
     n_tokens: usize,
 ) {
     let (window, gqa) = (layout.attn_window(), layout.shape().gqa_ratio());
-    let side = layout.side(Side::Key);
-    let (dim, n_heads) = (side.head_dim, layout.shape().n_heads as usize);
-    let (count, ring) = side.recent_mut(region).split_at_mut(COUNT_BYTES);
+    let (dim, n_heads) = (head.layout.head_dim, layout.shape().n_heads as usize);
+    let (count, ring) = head.recent_mut().split_at_mut(COUNT_BYTES);
     let seen = read_count(count);
     for token in n_tokens.saturating_sub(window)..n_tokens {
         let entry = (seen + token) % window;
         for i in 0..gqa {
-            let q_head = head * gqa + i;
+            let q_head = index * gqa + i;
             let bytes = &mut ring[(entry * gqa + i) * entry_bytes(dim)..][..entry_bytes(dim)];
             let (query, lse) = bytes.split_at_mut(2 * dim);
             let mut scaled = [0f32; MAX_HEAD_DIM as usize];
@@ -72,15 +54,14 @@ pub(crate) fn remember(
 }
 
 /// Largest attention weight of each of the keys `[n][head_dim]` under the queries of the ring; empty without any.
-pub(crate) fn attention(layout: &Layout, region: &[u8], keys: &[f32], out: &mut Vec<f32>) {
+pub(crate) fn attention(layout: &Layout, head: Head, keys: &[f32], out: &mut Vec<f32>) {
     out.clear();
-    let side = layout.side(Side::Key);
-    if side.recent(region).is_empty() {
+    if head.recent().is_empty() {
         return;
     }
-    let (count, ring) = side.recent(region).split_at(COUNT_BYTES);
+    let (count, ring) = head.recent().split_at(COUNT_BYTES);
     let n_entries = read_count(count).min(layout.attn_window()) * layout.shape().gqa_ratio();
-    let dim = side.head_dim;
+    let dim = head.layout.head_dim;
     if n_entries > 0 {
         out.resize(keys.len() / dim, f32::NEG_INFINITY);
     }

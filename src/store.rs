@@ -1,39 +1,19 @@
 //! After attention: seal pages as the plan says, then keep the new rows exact. Also the way back, from bytes to rows.
 #![forbid(unsafe_code)]
 
-use crate::attention::Rows;
-use crate::codec::{SealRows, Side};
+use std::ops::Range;
+
+use crate::codec::page::{SealRows, Side};
 use crate::error::{Error, Result};
-use crate::layout::{Layout, SideLayout};
-use crate::learned::{exponents, learn_queries, read_moments, KeyError, Sample};
-use crate::plan::{Plan, Record, Source, View};
+use crate::head::{Head, HeadMut};
+use crate::layout::{check_plan, Layout};
+use crate::learned::{learn_queries, read_moments, KeyError, Sample};
+use crate::location::Location;
+use crate::plan::{Plan, Record, Source};
 use crate::pool;
 use crate::recent::{self, Attended};
-use crate::shape::MAX_HEAD_DIM;
-
-/// Keys and values are kept within the range of FP16; NaN counts as 0.
-#[inline(always)]
-pub(crate) fn finite(x: f32) -> f32 {
-    if x.is_nan() {
-        0.0
-    } else {
-        x.clamp(-65504.0, 65504.0)
-    }
-}
-
-/// Writes a row to an exact slot.
-fn write_slot(side: &SideLayout, region: &mut [u8], slot: usize, row: &[f32]) {
-    let mut kept = [0f32; MAX_HEAD_DIM as usize];
-    let kept = &mut kept[..row.len()];
-    kept.iter_mut().zip(row).for_each(|(to, x)| *to = finite(*x));
-    pool::write_half(side.slot_mut(region, slot), kept);
-}
-
-/// Reads a row from an exact slot.
-fn read_slot(side: &SideLayout, region: &[u8], slot: usize, out: &mut [f32]) {
-    pool::read_half(side.slot(region, slot), out);
-    out.iter_mut().for_each(|x| *x = finite(*x));
-}
+use crate::rotation::{Angles, Rotation};
+use crate::rows::{finite, write_half, Rows};
 
 /// What a layer's store step takes in, `[n_tokens][heads][head_dim]`.
 #[derive(Clone, Copy)]
@@ -47,34 +27,31 @@ pub struct StoreRows<'a> {
     /// What attention made of the queries, for layouts with an attention window. `None`: widths of tokens that are
     /// encoded now do not follow these queries.
     pub attended: Option<Attended<'a>>,
+    /// How keys turn when their positions move. `None`: no position has moved, the plan has no turns.
+    pub rotation: Option<&'a Rotation>,
 }
 
 /// Executes a plan for one KV head of one layer: encodes the rows that leave the exact part, then writes the ubatch's rows
-/// that stay exact to their slots. `regions` are that head's key and value regions ([`Layout::head_bytes`]).
+/// that stay exact to their slots. `[k, v]` are that head's key and value regions ([`Layout::head_bytes`]).
 ///
 /// # Errors
 ///
 /// [`crate::error::Status::InvalidArgument`] if the plan was made for other sizes.
-pub fn store_head(
-    layout: &Layout,
-    head: usize,
-    mut regions: [&mut [u8]; 2],
-    rows: &StoreRows,
-    plan: &Plan,
-) -> Result<()> {
+pub fn store_head(layout: &Layout, head: usize, [k, v]: [&mut [u8]; 2], rows: &StoreRows, plan: &Plan) -> Result<()> {
     check_plan(layout, plan)?;
+    check_rotation(layout, plan, rows.rotation)?;
+    let mut heads = [HeadMut::new(layout, Side::Key, k), HeadMut::new(layout, Side::Value, v)];
     if plan.starts_anew() {
-        forget(layout, &mut regions);
+        forget(&mut heads);
     }
     if let Some(q) = &rows.q {
-        let learned = layout.side(Side::Key).learned_mut(regions[0]);
-        learn_queries(layout, head, learned, q, plan.n_tokens());
+        learn_queries(layout.shape(), head, heads[0].learned_mut(), q, plan.n_tokens());
         if let Some(attended) = rows.attended.as_ref().filter(|_| layout.attn_window() > 0) {
-            recent::remember(layout, head, regions[0], q, attended, plan.n_tokens());
+            recent::remember(layout, head, &mut heads[0], q, attended, plan.n_tokens());
         }
     }
     if layout.pool().is_some() {
-        pool::drop_stale(layout, &mut regions, plan);
+        pool::drop_stale(&mut heads, plan);
     }
     let mut page = SealedPage::default();
     let mut records = plan.records().peekable();
@@ -84,32 +61,31 @@ pub fn store_head(
         while let Some(record) = records.next_if(|r| r.cell / layout.page() == first.cell / layout.page()) {
             page.records.push(record);
         }
-        seal_page(layout, head, &mut regions, rows, &mut page);
+        page.turned.clear();
+        page.turned.extend(page.records.iter().map(|record| if record.fresh { 0 } else { plan.turned(record.cell) }));
+        seal_page(layout, head, &mut heads, rows, &mut page);
     }
-    for (side, current) in [(Side::Key, &rows.k), (Side::Value, &rows.v)] {
-        let side_layout = layout.side(side);
+    for (to, current) in heads.iter_mut().zip([&rows.k, &rows.v]) {
         for (row, &slot) in plan.row_slots().iter().enumerate().filter(|(_, slot)| **slot >= 0) {
-            let row = current.row(row, head, side_layout.head_dim);
-            write_slot(side_layout, regions[side as usize], slot as usize, row);
+            to.write_slot(slot as usize, current.row(row, head, to.layout.head_dim));
         }
     }
     Ok(())
 }
 
 /// Makes a head as new, but for what is known of the model rather than of its tokens: how far packed keys are off.
-fn forget(layout: &Layout, regions: &mut [&mut [u8]; 2]) {
-    let key = layout.side(Side::Key);
-    let error = KeyError::read(key.learned(regions[0]));
-    for side in [Side::Key, Side::Value] {
-        layout.side(side).remembered_mut(regions[side as usize]).fill(0);
-    }
-    error.write(key.learned_mut(regions[0]));
+fn forget(heads: &mut [HeadMut; 2]) {
+    let error = KeyError::read(heads[0].as_ref().learned());
+    heads.iter_mut().for_each(|head| head.remembered_mut().fill(0));
+    error.write(heads[0].learned_mut());
 }
 
 /// One page on its way, with its buffers.
 #[derive(Default)]
 struct SealedPage {
     records: Vec<Record>,
+    /// For each record by how much the rows that it joins have moved.
+    turned: Vec<i32>,
     at: Vec<u32>,
     rows: Vec<f32>,
     /// For each record the row of the outlier pool that it enters.
@@ -120,24 +96,24 @@ struct SealedPage {
 }
 
 /// Encodes the records of one page, keys first: they decide which tokens enter the outlier pool.
-fn seal_page(layout: &Layout, head: usize, regions: &mut [&mut [u8]; 2], rows: &StoreRows, page: &mut SealedPage) {
-    let SealedPage { records, at, rows: gathered, pooled, exact, channel_weights, attention } = page;
-    let (index, fresh) = (records[0].cell / layout.page(), records[0].fresh);
+fn seal_page(layout: &Layout, index: usize, heads: &mut [HeadMut; 2], rows: &StoreRows, sealed: &mut SealedPage) {
+    let SealedPage { records, turned, at, rows: gathered, pooled, exact, channel_weights, attention } = sealed;
+    let (page, fresh) = (records[0].cell / layout.page(), records[0].fresh);
     at.clear();
     at.extend(records.iter().map(|record| (record.cell % layout.page()) as u32));
     if fresh && layout.pool().is_some() {
-        pool::give_back(layout, regions, index);
+        pool::give_back(heads, page * layout.page()..(page + 1) * layout.page());
     }
     for (side, current) in [(Side::Key, &rows.k), (Side::Value, &rows.v)] {
-        let (side_layout, region) = (layout.side(side), &mut *regions[side as usize]);
-        let dim = side_layout.head_dim;
+        let head = &mut heads[side as usize];
+        let dim = head.layout.head_dim;
         gathered.clear();
         gathered.resize(records.len() * dim, 0.0);
         for (record, to) in records.iter().zip(gathered.chunks_exact_mut(dim)) {
             match record.source {
-                Source::Slot(slot) => read_slot(side_layout, region, slot, to),
+                Source::Slot(slot) => head.as_ref().read_slot(slot, to),
                 Source::Row(row) => {
-                    to.iter_mut().zip(current.row(row, head, dim)).for_each(|(t, x)| *t = finite(*x));
+                    to.iter_mut().zip(current.row(row, index, dim)).for_each(|(t, x)| *t = finite(*x));
                 }
             }
         }
@@ -145,158 +121,103 @@ fn seal_page(layout: &Layout, head: usize, regions: &mut [&mut [u8]; 2], rows: &
             pooled.clear();
             // Rows that join a page whose range is fixed are too few to tell an outlier among.
             if let Some(pool) = layout.pool().filter(|_| fresh) {
-                pooled.extend(pool::trace(layout, pool, region, gathered));
+                pooled.extend(pool::trace(pool, head.as_ref(), gathered));
             }
             exact.clear();
             exact.extend(pooled.iter().map(Option::is_some));
-            recent::attention(layout, region, gathered, attention);
+            recent::attention(layout, head.as_ref(), gathered, attention);
         }
         for (i, row) in pooled.iter().enumerate() {
             let Some(row) = *row else { continue };
-            pool::write_half(side_layout.pool_row_mut(region, row), &gathered[i * dim..][..dim]);
-            pool::set_cell(side_layout, region, row, Some(records[i].cell));
+            write_half(head.pool_row_mut(row), &gathered[i * dim..][..dim]);
+            pool::set_cell(head, row, Some(records[i].cell));
         }
-        read_moments(side_layout.learned(region), channel_weights);
+        if let Some(rotation) = rows.rotation.filter(|_| side == Side::Key) {
+            turn_back(rotation, turned, gathered);
+        }
+        read_moments(head.as_ref().learned(), channel_weights);
         let sample = (side == Side::Key).then(|| Sample::take(gathered, dim, exact));
         let rows = SealRows { at, rows: gathered, fresh, exact, channel_weights, last_exponents: &mut [], attention };
-        seal_rows(side_layout, region, index, rows);
+        head.seal(page, rows);
         if let Some(sample) = sample {
-            let page = side_layout.page(region, index);
-            let error = sample.error(channel_weights, |i, out| side_layout.codec.decode(page, at[i] as usize, out));
-            let mut known = KeyError::read(side_layout.learned(region));
+            let sealed = head.as_ref();
+            let error = sample.error(channel_weights, |i, out| sealed.decode(page, at[i] as usize, out));
+            let mut known = KeyError::read(sealed.learned());
             known.add(&error);
-            known.write(side_layout.learned_mut(region));
+            known.write(head.learned_mut());
         }
     }
 }
 
-pub(crate) fn read_float(bytes: &[u8]) -> f32 {
-    f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
-}
-
-/// Encodes rows into page `index`, which goes on from the factors of the page sealed before it.
-fn seal_rows(side: &SideLayout, region: &mut [u8], index: usize, rows: SealRows) {
-    let mut kept = [0u8; MAX_HEAD_DIM as usize];
-    let last = exponents(side.learned_mut(region));
-    let kept = &mut kept[..last.len()];
-    kept.copy_from_slice(last);
-    let (header, bytes) = side.page_mut(region, index);
-    side.codec.seal(header, bytes, &mut SealRows { last_exponents: kept, ..rows });
-    exponents(side.learned_mut(region)).copy_from_slice(kept);
-}
-
-/// Fails unless the plan was made for this layout.
-pub(crate) fn check_plan(layout: &Layout, plan: &Plan) -> Result<()> {
-    if plan.n_cells() == layout.n_cells() && plan.n_slots() == layout.n_slots() && plan.page() == layout.page() {
-        debug_assert!(plan.slot_cells(View::Before).len() == layout.n_slots());
-        return Ok(());
+/// Turns keys back to where the rows that they join were encoded.
+fn turn_back(rotation: &Rotation, turned: &[i32], keys: &mut [f32]) {
+    let mut angles = Angles::default();
+    for (&distance, key) in turned.iter().zip(keys.chunks_exact_mut(keys.len() / turned.len())) {
+        if distance != 0 {
+            rotation.angles(distance, &mut angles);
+            rotation.turn_back(key, &angles);
+        }
     }
-    Err(Error::invalid(format!(
-        "the plan is for {} cells, {} slots and pages of {}, the layout for {}, {} and {}",
-        plan.n_cells(),
-        plan.n_slots(),
-        plan.page(),
-        layout.n_cells(),
-        layout.n_slots(),
-        layout.page()
-    )))
 }
 
-/// Location of a cell's row, as the planner reports it: exact slot if not negative, [`IN_PAGE`], or [`ABSENT`].
-pub type Location = i32;
-/// The row is in its page.
-pub const IN_PAGE: Location = -2;
-/// The cell holds nothing.
-pub const ABSENT: Location = -1;
-
-pub(crate) fn check_location(layout: &Layout, location: &[Location], cell0: usize, n: usize) -> Result<()> {
-    let end = cell0.checked_add(n).filter(|end| *end <= layout.n_cells() && location.len() == layout.n_cells());
-    let end = end.ok_or_else(|| Error::invalid(format!("cells {cell0} and {n} more are not all in the cache")))?;
-    match location[cell0..end].iter().find(|l| **l >= layout.n_slots() as i32 || **l < IN_PAGE) {
-        Some(l) => Err(Error::invalid(format!("{l} is not a location"))),
+pub(crate) fn check_location(layout: &Layout, location: &[Location], cells: &Range<usize>) -> Result<()> {
+    if cells.start > cells.end || cells.end > layout.n_cells() || location.len() != layout.n_cells() {
+        return Err(Error::invalid(format!("cells {cells:?} are not all in the cache")));
+    }
+    match location[cells.clone()].iter().find(|location| !location.is_possible(layout.n_slots())) {
+        Some(location) => Err(Error::invalid(format!("{location:?} is not possible with {} slots", layout.n_slots()))),
         None => Ok(()),
     }
 }
 
-/// Decodes the rows of cells `cell0..cell0 + n` of one head into `out`, `[n][head_dim]`; absent cells give zeros.
+/// Fails unless the turns of the plan can be carried out.
+pub(crate) fn check_rotation(layout: &Layout, plan: &Plan, rotation: Option<&Rotation>) -> Result<()> {
+    match rotation {
+        Some(rotation) => rotation.check(layout.side(Side::Key).head_dim),
+        None if plan.n_turns() == 0 => Ok(()),
+        None => Err(no_rotation()),
+    }
+}
+
+fn no_rotation() -> Error {
+    Error::invalid("positions have moved since pages were encoded: give the rotation of the layer's keys")
+}
+
+/// Decodes the rows of some cells of one head into `out`, `[cells.len()][head_dim]`; absent cells give zeros. Keys are turned
+/// to where their positions are now, which needs the layer's `rotation` if any has moved.
 pub fn dequantize_head(
     layout: &Layout,
     side: Side,
     region: &[u8],
     location: &[Location],
-    cell0: usize,
-    n: usize,
+    rotation: Option<&Rotation>,
+    cells: Range<usize>,
     out: &mut [f32],
 ) -> Result<()> {
-    check_location(layout, location, cell0, n)?;
-    let side = layout.side(side);
-    for (cell, out) in (cell0..cell0 + n).zip(out.chunks_exact_mut(side.head_dim)) {
-        match location[cell] {
-            ABSENT => out.fill(0.0),
-            IN_PAGE => match pool::find(side, region, cell) {
-                Some(row) => pool::read_half(side.pool_row(region, row), out),
-                None => side.codec.decode(side.page(region, cell / layout.page()), cell % layout.page(), out),
-            },
-            slot => read_slot(side, region, slot as usize, out),
-        }
+    check_location(layout, location, &cells)?;
+    let (is_key, head) = (side == Side::Key, Head::new(layout, side, region));
+    if is_key
+        && rotation.is_none()
+        && location[cells.clone()].iter().any(|location| location.slot().is_none() && location.turned != 0)
+    {
+        return Err(no_rotation());
     }
-    Ok(())
-}
-
-/// Replaces the key rows of those cells of `cell0..cell0 + changed.len()` for which `changed` is not 0: exact slots are
-/// overwritten, page rows are encoded again, with a new page header if no other row of the page is left. `rows` is
-/// `[n][head_dim_k]`.
-pub fn requantize_k_head(
-    layout: &Layout,
-    region: &mut [u8],
-    location: &[Location],
-    cell0: usize,
-    rows: &[f32],
-    changed: &[u8],
-) -> Result<()> {
-    check_location(layout, location, cell0, changed.len())?;
-    let side = layout.side(Side::Key);
-    let (mut at, mut packed, mut exact, mut channel_weights) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    read_moments(side.learned(region), &mut channel_weights);
-    let mut cell = cell0;
-    while cell < cell0 + changed.len() {
-        let page = cell / layout.page();
-        let end = ((page + 1) * layout.page()).min(cell0 + changed.len());
-        at.clear();
-        packed.clear();
-        exact.clear();
-        for i in cell..end {
-            let row = &rows[(i - cell0) * side.head_dim..][..side.head_dim];
-            match location[i] {
-                _ if changed[i - cell0] == 0 => {}
-                ABSENT => {}
-                IN_PAGE => {
-                    at.push((i % layout.page()) as u32);
-                    packed.extend(row.iter().map(|x| finite(*x)));
-                    let pooled = pool::find(side, region, i);
-                    exact.push(pooled.is_some());
-                    if let Some(pooled) = pooled {
-                        pool::write_half(side.pool_row_mut(region, pooled), &packed[packed.len() - side.head_dim..]);
-                    }
-                }
-                slot => write_slot(side, region, slot as usize, row),
+    rotation.filter(|_| is_key).map_or(Ok(()), |rotation| rotation.check(head.layout.head_dim))?;
+    let mut angles = Angles::default();
+    for (cell, out) in cells.zip(out.chunks_exact_mut(head.layout.head_dim)) {
+        if let Some(slot) = location[cell].slot() {
+            head.read_slot(slot, out);
+        } else if !location[cell].in_page() {
+            out.fill(0.0);
+        } else if let Some(row) = pool::find(head, cell) {
+            head.read_pooled(row, out);
+        } else {
+            head.decode(cell / layout.page(), cell % layout.page(), out);
+            if let Some(rotation) = rotation.filter(|_| is_key && location[cell].turned != 0) {
+                rotation.angles(location[cell].turned, &mut angles);
+                rotation.turn(out, &angles);
             }
         }
-        if !at.is_empty() {
-            let cells = page * layout.page()..((page + 1) * layout.page()).min(layout.n_cells());
-            let fresh = cells.filter(|i| location[*i] == IN_PAGE).count() == at.len();
-            let rows = SealRows {
-                at: &at,
-                rows: &mut packed,
-                fresh,
-                exact: &exact,
-                channel_weights: &channel_weights,
-                last_exponents: &mut [],
-                attention: &[],
-            };
-            seal_rows(side, region, page, rows);
-        }
-        cell = end;
     }
     Ok(())
 }

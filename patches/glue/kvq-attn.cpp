@@ -9,7 +9,8 @@
 #include <cstring>
 
 bool operator==(const llama_kvq_node & a, const llama_kvq_node & b) {
-    return a.layout == b.layout && a.progress == b.progress && a.has_rows == b.has_rows && a.has_sinks == b.has_sinks &&
+    return a.layout == b.layout && a.progress == b.progress && a.rotation == b.rotation &&
+           a.has_rows == b.has_rows && a.has_sinks == b.has_sinks &&
            a.scale  == b.scale  && a.softcap  == b.softcap  && a.max_bias  == b.max_bias;
 }
 
@@ -72,6 +73,7 @@ static void kvq_attend_part(ggml_tensor * dst, uint32_t n_splits, int ith, int n
         args.v_mem    = (const uint8_t *) v_mem->data + s*v_mem->nb[1];
         args.plan     = (const int32_t *) plan->data  + s*plan->ne[0];
         args.plan_len = plan->ne[0];
+        args.rotation = node.rotation->get();
 
         args.mask              = (const char *) mask->data + s*mask->nb[3];
         args.mask_is_f16       = mask->type == GGML_TYPE_F16;
@@ -152,6 +154,7 @@ static void kvq_node_store(ggml_tensor * dst, int ith, int nth, void * userdata)
         args.v_mem          = (uint8_t *) v_mem->data + s*v_mem->nb[1];
         args.plan           = (const int32_t *) plan->data + s*plan->ne[0];
         args.plan_len       = plan->ne[0];
+        args.rotation       = node.rotation->get();
         args.q              = (const float *) ((const char *) q->data + i0*q->nb[2]);
         args.q_stride_token = q->nb[2]/sizeof(float);
         args.q_stride_head  = q->nb[1]/sizeof(float);
@@ -183,6 +186,10 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
     const auto & hparams = graph.hparams;
     const auto & cparams = graph.cparams;
 
+    if (!this->cparams) {
+        this->cparams = std::make_unique<llama_cparams>(cparams);
+    }
+
     if (kq_b) {
         throw std::runtime_error("kvq: this model adds a bias to KQ: run it with --kvq off");
     }
@@ -209,6 +216,7 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
 
     node.layout    = layout;
     node.progress  = &progress.at(kv.map_layer_ids.at(il));
+    node.rotation  = &rotations.at(kv.map_layer_ids.at(il));
     node.has_rows  = k_cur != nullptr;
     node.has_sinks = sinks != nullptr;
     node.scale     = kq_scale;

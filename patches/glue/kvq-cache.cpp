@@ -117,6 +117,7 @@ ggml_tensor * llama_kvq_cache::new_k(ggml_context * ctx, ggml_backend_buffer_typ
     }
     layouts.emplace_back(layout);
     progress.push_back(KVQ_LAYER_IDLE);
+    rotations.emplace_back();
 
     return ggml_new_tensor_3d(ctx, GGML_TYPE_I8, kvq_layout_k_bytes(layout), 1, kv.n_stream);
 }

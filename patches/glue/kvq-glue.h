@@ -1,6 +1,7 @@
 #pragma once
 
 #include "llama-kvq.h"
+#include "llama-cparams.h"
 #include "llama-kv-cache.h"
 
 #include <kvq.h>
@@ -14,11 +15,17 @@ struct kvq_deleter {
     void operator()(kvq_recipe  * p) const { kvq_recipe_free (p); }
     void operator()(kvq_layout  * p) const { kvq_layout_free (p); }
     void operator()(kvq_planner * p) const { kvq_planner_free(p); }
+
+    void operator()(kvq_rotation * p) const { kvq_rotation_free(p); }
+    void operator()(kvq_shift    * p) const { kvq_shift_free   (p); }
 };
 
 using kvq_recipe_ptr  = std::unique_ptr<kvq_recipe,  kvq_deleter>;
 using kvq_layout_ptr  = std::unique_ptr<kvq_layout,  kvq_deleter>;
 using kvq_planner_ptr = std::unique_ptr<kvq_planner, kvq_deleter>;
+
+using kvq_rotation_ptr = std::unique_ptr<kvq_rotation, kvq_deleter>;
+using kvq_shift_ptr    = std::unique_ptr<kvq_shift,    kvq_deleter>;
 
 // how far a layer is with the latest plan
 enum kvq_layer_plan : uint8_t {
@@ -32,6 +39,8 @@ struct llama_kvq_node {
     const kvq_layout * layout;
 
     kvq_layer_plan * progress; // of the layer that stores
+
+    const kvq_rotation_ptr * rotation; // made before the first graph runs
 
     bool has_rows;  // k_cur and v_cur are sources
     bool has_sinks;
@@ -107,8 +116,8 @@ private:
     void guard(size_t n_new);
     float logit_scale(size_t i) const;
 
-    bool shift_cells(llama_context * lctx, uint32_t strm, uint32_t cell0, uint32_t n,
-            const std::vector<int32_t> & location);
+    void make_rotations(const llama_cparams & cparams); // unless they are there
+    void shift_layers(llama_context * lctx, uint32_t strm, const kvq_shift & shift);
 
     // sequence copies that llama.cpp has put off to the next decode
     void copy_streams();
@@ -117,10 +126,12 @@ private:
     void state_write_seq(kvq_state_writer & out, llama_seq_id seq_id) const;
     void state_read_all(kvq_state_reader & in);
     void state_read_seq(kvq_state_reader & in, llama_seq_id seq_id);
+    void read_seq_cells(kvq_state_reader & in, llama_seq_id seq_id, kvq_state_seq & saved) const;
 
     kvq_layout_ptr pages_layout(size_t il, uint32_t n_pages) const;
     void write_pages(kvq_state_writer & out, size_t il, uint32_t strm, const std::vector<uint32_t> & pages,
-            const std::vector<int32_t> & location) const;
+            const std::vector<kvq_location> & location) const;
+    void adopt_pages(kvq_planner * planner, uint32_t strm, const kvq_state_seq & saved) const;
     void restore(uint32_t strm, const kvq_state_seq & saved);
     void restore_pages(uint32_t strm, const kvq_state_seq & saved);
     void restore_rows(uint32_t strm, const kvq_state_seq & saved);
@@ -130,6 +141,10 @@ private:
     kvq_recipe_ptr              recipe;
     kvq_planner_ptr             planner;
     std::vector<kvq_layout_ptr> layouts; // as kv.layers
+
+    std::vector<kvq_rotation_ptr> rotations; // as layouts: how their keys turn with positions
+
+    std::unique_ptr<llama_cparams> cparams; // of the context, since its first graph was built
 
     std::deque<llama_kvq_node> nodes;
 
@@ -153,6 +168,9 @@ private:
 
 // says what the caches of this memory take: one line for all
 void llama_kvq_log(const llama_memory_i * memory, const char * spec);
+
+// whether a cell holds a token; user: the llama_kv_cells_vec of the cache
+bool kvq_cell_is_live(void * user, uint32_t stream, uint32_t cell);
 
 // a status that must not be: the arguments were checked when the graph was built
 void llama_kvq_must(kvq_status status, const char * what);

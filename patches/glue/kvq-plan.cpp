@@ -23,13 +23,13 @@ ggml_tensor * llama_kvq_cache::build_plan(ggml_context * ctx, const llama_ubatch
 }
 
 // the ubatch is in the cells already: this is right for every cell but those of its own rows, which the planner knows
-static bool cell_is_live(void * user, uint32_t stream, uint32_t cell) {
+bool kvq_cell_is_live(void * user, uint32_t stream, uint32_t cell) {
     return !(*(const llama_kv_cells_vec *) user)[stream].is_empty(cell);
 }
 
 void llama_kvq_cache::plan_stream(uint32_t strm, const std::vector<kvq_row> & rows, int32_t * plan, size_t len) {
     llama_kvq_must(kvq_planner_plan(planner.get(), strm, rows.data(), rows.size(),
-                cell_is_live, &kv.v_cells, plan, len), "plan");
+                kvq_cell_is_live, &kv.v_cells, plan, len), "plan");
 }
 
 void llama_kvq_cache::set_plan(ggml_tensor * dst, const llama_ubatch & ubatch,
@@ -41,6 +41,7 @@ void llama_kvq_cache::set_plan(ggml_tensor * dst, const llama_ubatch & ubatch,
 
     settle();
     guard(n_tokens*strm.size());
+    make_rotations(*cparams);
 
     std::vector<kvq_row> rows(n_tokens);
 
@@ -70,7 +71,7 @@ void llama_kvq_cache::forget_if_empty(uint32_t strm) {
     const kvq_row none = {};
 
     last_plan.resize(kvq_planner_plan_len(planner.get(), 0));
-    llama_kvq_must(kvq_planner_plan(planner.get(), strm, &none, 0, cell_is_live, &kv.v_cells,
+    llama_kvq_must(kvq_planner_plan(planner.get(), strm, &none, 0, kvq_cell_is_live, &kv.v_cells,
                 last_plan.data(), last_plan.size()), "plan");
     last_streams  = { (llama_seq_id) strm };
     last_n_tokens = 0;
@@ -113,6 +114,7 @@ bool llama_kvq_cache::settle() const {
             args.v_mem          = (uint8_t *) kv.layers[i].v_stream[last_streams[s]]->data;
             args.plan           = last_plan.data() + s*len;
             args.plan_len       = len;
+            args.rotation       = rotations[i].get();
             args.n_tokens       = last_n_tokens;
 
             llama_kvq_must(kvq_store(layouts[i].get(), &args, 0, 1), "store after an aborted graph");

@@ -1,5 +1,5 @@
-// K-shift: the K rows of cells whose position moved are decoded, rotated by RoPE as upstream does it, and encoded
-// again. One graph per chunk of cells, for all layers, so that scratch memory and graph size stay bounded.
+// K-shift: exact rows are turned where they are, packed ones stay as they are and the planner notes how far they have
+// moved; attention turns the query back. How a layer's keys turn is read off upstream's own RoPE.
 
 #include "kvq-glue.h"
 
@@ -7,45 +7,91 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
-#include <algorithm>
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+
+#include <cmath>
 
 struct kvq_shift_node {
-    const kvq_layout * layout;
-    const int32_t    * location; // all cells of the stream
-    const uint8_t    * changed;  // cells of the chunk
+    const kvq_layout   * layout;
+    const kvq_rotation * rotation;
+    const kvq_shift    * shift;
 
     uint8_t * k_mem;
-    uint32_t  cell0;
+    bool      done;
 };
 
-// dst: [head_dim_k, n_head_kv, n_cells]
-static void kvq_node_dequantize(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const auto & node = *(const kvq_shift_node *) userdata;
+static void kvq_node_shift(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    auto & node = *(kvq_shift_node *) userdata;
 
-    const int64_t i0 = dst->ne[2]*(ith + 0)/nth;
-    const int64_t i1 = dst->ne[2]*(ith + 1)/nth;
+    llama_kvq_must(kvq_shift_keys(node.layout, node.rotation, node.shift, node.k_mem, ith, nth), "K-shift");
 
-    if (i0 < i1) {
-        llama_kvq_must(kvq_dequantize(node.layout, node.k_mem, nullptr, node.location, node.cell0 + i0, i1 - i0,
-                    (float *) dst->data + i0*dst->ne[0]*dst->ne[1], nullptr), "K-shift: dequantize");
+    if (ith == 0) {
+        node.done = true;
+        *(float *) dst->data = 0.0f;
     }
 }
 
-// sources: the rows, the rotated view of them (only to come after it)
-static void kvq_node_requantize(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const auto & node = *(const kvq_shift_node *) userdata;
-
-    GGML_UNUSED(nth);
-
-    // every thread comes here, whatever n_tasks says; pages of one call may share headers, so one of them does it all
-    if (ith != 0) {
+// Unit vectors at position 1 come back as cosines and sines of one position's angles, whatever scaling there is. Their
+// length is left out: a shift does not change how long a key is.
+void llama_kvq_cache::make_rotations(const llama_cparams & cparams) {
+    if (layouts.empty() || rotations[0]) {
         return;
     }
 
-    llama_kvq_must(kvq_requantize_k(node.layout, node.k_mem, node.location, node.cell0, dst->src[0]->ne[2],
-                (const float *) dst->src[0]->data, node.changed), "K-shift: requantize");
+    ggml_context_ptr ctx(ggml_init({ 1024*1024 + 16*1024*layouts.size(), nullptr, false }));
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), 4*layouts.size() + 64, false);
 
-    *(float *) dst->data = 0.0f;
+    const bool interleaved = kv.hparams.rope_type == LLAMA_ROPE_TYPE_NORM;
+
+    std::vector<ggml_tensor *> turned;
+    for (const auto & layer : kv.layers) {
+        const uint32_t il = layer.il;
+        if (kv.hparams.rope_type == LLAMA_ROPE_TYPE_NONE || !kv.hparams.has_rope(il)) {
+            turned.push_back(nullptr);
+            continue;
+        }
+
+        const int64_t n_rot = kv.hparams.n_rot(il);
+
+        ggml_tensor * unit = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, n_rot, 1, 1);
+        for (int64_t i = 0; i < n_rot; ++i) {
+            ((float *) unit->data)[i] = interleaved ? i%2 == 0 : i < n_rot/2;
+        }
+        ggml_tensor * pos = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 1);
+        *(int32_t *) pos->data = 1;
+
+        // the model's may be in the memory of a device
+        ggml_tensor * factors = nullptr;
+        if (ggml_tensor * weights = kv.model.get_rope_factors(cparams, il)) {
+            factors = ggml_dup_tensor(ctx.get(), weights);
+            ggml_backend_tensor_get(weights, factors->data, 0, ggml_nbytes(weights));
+        }
+
+        turned.push_back(kv.build_rope_shift(cparams, ctx.get(), unit, pos, nullptr, factors,
+                    kv.model.get_rope_freq_base(cparams, il), kv.model.get_rope_freq_scale(cparams, il), il));
+        ggml_build_forward_expand(gf, turned.back());
+    }
+
+    ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    if (!backend || ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
+        throw std::runtime_error("kvq: cannot compute RoPE on the CPU");
+    }
+
+    for (size_t i = 0; i < turned.size(); ++i) {
+        const int64_t n_pairs = turned[i] ? turned[i]->ne[0]/2 : 0;
+
+        std::vector<double> frequencies(n_pairs);
+        for (int64_t j = 0; j < n_pairs; ++j) {
+            const float * data = (const float *) turned[i]->data;
+            frequencies[j] = std::atan2(interleaved ? data[2*j + 1] : data[j + n_pairs],
+                                        interleaved ? data[2*j]     : data[j]);
+        }
+
+        kvq_rotation * rotation = nullptr;
+        llama_kvq_must(kvq_rotation_new(frequencies.data(), n_pairs, interleaved, &rotation), "rotation");
+        rotations[i].reset(rotation);
+    }
 }
 
 bool llama_kvq_cache::shift(llama_context * lctx) {
@@ -53,12 +99,9 @@ bool llama_kvq_cache::shift(llama_context * lctx) {
         return false;
     }
     settle();
+    make_rotations(lctx->get_cparams());
 
-    int64_t row_size = 1;
-    for (const auto & layer : kv.layers) {
-        row_size = std::max<int64_t>(row_size, sizeof(float)*kv.hparams.n_embd_k_gqa(layer.il));
-    }
-    const uint32_t n_chunk = std::max<int64_t>(128, GGML_PAD(16*1024*1024/row_size, 128));
+    bool shifted = false;
 
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         const auto & cells = kv.v_cells[s];
@@ -66,35 +109,22 @@ bool llama_kvq_cache::shift(llama_context * lctx) {
             continue;
         }
 
-        std::vector<int32_t> location(cells.size());
-        llama_kvq_must(kvq_planner_locate(planner.get(), s, location.data()), "K-shift: locate");
-
-        for (uint32_t i = 0; i < cells.size(); i += n_chunk) {
-            if (!shift_cells(lctx, s, i, std::min(n_chunk, cells.size() - i), location)) {
-                LLAMA_LOG_ERROR("%s: failed to compute K-shift\n", __func__);
-                return false;
-            }
+        std::vector<int32_t> moved(cells.size());
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            moved[i] = cells.is_empty(i) ? 0 : cells.get_shift(i);
         }
+
+        kvq_shift * shift = nullptr;
+        llama_kvq_must(kvq_planner_shift(planner.get(), s, moved.data(), kvq_cell_is_live, &kv.v_cells, &shift), "K-shift");
+
+        shift_layers(lctx, s, *kvq_shift_ptr(shift));
+        shifted = true;
     }
 
-    return true;
+    return shifted;
 }
 
-bool llama_kvq_cache::shift_cells(llama_context * lctx, uint32_t strm, uint32_t cell0, uint32_t n,
-        const std::vector<int32_t> & location) {
-    std::vector<int32_t> shifts (n);
-    std::vector<uint8_t> changed(n);
-
-    for (uint32_t i = 0; i < n; ++i) {
-        const bool is_empty = kv.v_cells[strm].is_empty(cell0 + i);
-
-        shifts [i] = is_empty ? 0 : kv.v_cells[strm].get_shift(cell0 + i);
-        changed[i] = shifts[i] != 0;
-    }
-    if (std::none_of(changed.begin(), changed.end(), [](uint8_t c) { return c != 0; })) {
-        return true;
-    }
-
+void llama_kvq_cache::shift_layers(llama_context * lctx, uint32_t strm, const kvq_shift & shift) {
     auto * sched = lctx->get_sched();
     ggml_backend_sched_reset(sched);
 
@@ -104,51 +134,31 @@ bool llama_kvq_cache::shift_cells(llama_context * lctx, uint32_t strm, uint32_t 
     auto * ctx = res->get_ctx();
     auto * gf  = res->get_gf();
 
-    const auto & cparams = lctx->get_cparams();
-
-    ggml_tensor * inp = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
+    // a node has a source; the memory of the layer is none, as it must not be copied elsewhere for the node
+    ggml_tensor * inp = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
     ggml_set_input(inp);
 
-    std::deque<kvq_shift_node> shift_nodes;
+    std::deque<kvq_shift_node> nodes;
 
-    for (size_t ikv = 0; ikv < kv.layers.size(); ++ikv) {
-        const uint32_t il = kv.layers[ikv].il;
-        if (!kv.hparams.has_rope(il)) {
-            continue;
+    for (size_t i = 0; i < layouts.size(); ++i) {
+        nodes.push_back({ layouts[i].get(), rotations[i].get(), &shift,
+                (uint8_t *) kv.layers[i].k_stream[strm]->data, false });
+
+        ggml_build_forward_expand(gf, ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, &inp, 1,
+                    kvq_node_shift, GGML_N_TASKS_MAX, &nodes.back()));
+    }
+
+    if (ggml_backend_sched_alloc_graph(sched, gf)) {
+        lctx->graph_compute(gf, false);
+
+        // the nodes live on this stack
+        ggml_backend_sched_synchronize(sched);
+    }
+
+    // the planner has taken the shift as done, so an aborted graph must not leave it half done
+    for (auto & node : nodes) {
+        if (!node.done) {
+            llama_kvq_must(kvq_shift_keys(node.layout, node.rotation, node.shift, node.k_mem, 0, 1), "K-shift");
         }
-
-        shift_nodes.push_back({ layouts[ikv].get(), location.data(), changed.data(),
-                (uint8_t *) kv.layers[ikv].k_stream[strm]->data, cell0 });
-
-        // not sources: the nodes write this memory, and it must not be copied elsewhere for them
-        ggml_tensor * rows = ggml_custom_4d(ctx, GGML_TYPE_F32,
-                kv.hparams.n_embd_head_k(il), kv.hparams.n_head_kv(il), n, 1,
-                &inp, 1, kvq_node_dequantize, GGML_N_TASKS_MAX, &shift_nodes.back());
-
-        ggml_tensor * rope = ggml_view_3d(ctx, rows, kv.hparams.n_rot(il), rows->ne[1], n, rows->nb[1], rows->nb[2], 0);
-
-        rope = kv.build_rope_shift(cparams, ctx, rope, inp, nullptr, kv.model.get_rope_factors(cparams, il),
-                kv.model.get_rope_freq_base(cparams, il), kv.model.get_rope_freq_scale(cparams, il), il);
-
-        ggml_tensor * src[2] = { rows, rope };
-
-        ggml_build_forward_expand(gf, ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, src, 2,
-                    kvq_node_requantize, 1, &shift_nodes.back()));
     }
-
-    if (ggml_graph_n_nodes(gf) == 0) {
-        return true;
-    }
-    if (!ggml_backend_sched_alloc_graph(sched, gf)) {
-        return false;
-    }
-
-    ggml_backend_tensor_set(inp, shifts.data(), 0, n*sizeof(int32_t));
-
-    const bool ok = lctx->graph_compute(gf, false) == GGML_STATUS_SUCCESS;
-
-    // the nodes live on this stack
-    ggml_backend_sched_synchronize(sched);
-
-    return ok;
 }

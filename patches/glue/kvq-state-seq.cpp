@@ -1,14 +1,15 @@
 // Saved state of one sequence. Nothing of other sequences and of removed tokens is in it:
 //
-//   pages  that are all the sequence's own move byte for byte. Rows of them that are exact in the cache (window, sink
-//          tokens) are wiped from the page and follow as rows.
-//   rows   everything else, as f16: exact rows, and decoded rows of pages with cells that are not the sequence's (or
+//   pages  of which at least half is the sequence's own and the rest is free move byte for byte. Rows of them that are
+//          exact in the cache (window, sink tokens) are wiped from the page and follow as rows.
+//   rows   everything else, as f16: exact rows, and decoded rows of pages with cells that are another sequence's (or
 //          that its window has left). They are stored anew, as if they were a ubatch, side by side in pages that become
 //          all its own.
 //   pool   members (outlier tokens) that are in those pages.
 //
-// Payload: number of pages and of further cells; cells (page by page with is_exact, then the further ones); per layer K
-// and V: pages and pool; per layer: rows of K and V, of exact cells of pages and of further cells.
+// Payload: number of pages and of further cells; cells of pages, each behind what the page has of it, packed ones with
+// how far they have moved since they were encoded; the further cells; per layer K and V: pages and pool; per layer: rows
+// of K and V, of exact cells of pages and of further cells.
 
 #include "kvq-state.h"
 
@@ -18,13 +19,28 @@
 #include <cinttypes>
 #include <map>
 
+static const uint32_t NO_PAGE = UINT32_MAX;
+
+// what a state has of a cell
+enum saved_as : uint8_t {
+    SAVED_NOT, // of pages: free when they were saved
+    SAVED_PACKED,
+    SAVED_EXACT,
+};
+
 // a saved sequence on its way into the cache
 struct kvq_state_seq {
     uint32_t page;
     uint32_t n_pages;
 
-    std::vector<kvq_state_cell> cells;    // of pages, then the others; where they go once they are placed
-    std::vector<uint8_t>        is_exact; // as cells
+    std::vector<kvq_state_cell> cells;  // of pages, then the others; where they go once they are placed
+    std::vector<uint8_t>        as;     // as cells: saved_as
+    std::vector<int32_t>        turned; // of the cells of pages
+
+    // whether a row comes with its page
+    bool with_page(size_t i) const {
+        return as[i] == SAVED_PACKED && targets[i/page] != NO_PAGE;
+    }
 
     std::vector<kvq_layout_ptr>       layouts; // of just these pages, by layer
     std::vector<kvq_state_memory>     memory;  // as layouts
@@ -32,8 +48,6 @@ struct kvq_state_seq {
 
     std::vector<uint32_t> targets; // a page of the cache for each page; none: its rows are stored anew
 };
-
-static const uint32_t NO_PAGE = UINT32_MAX;
 
 kvq_layout_ptr llama_kvq_cache::pages_layout(size_t il, uint32_t n_pages) const {
     const uint32_t  id    = kv.layers[il].il;
@@ -46,7 +60,7 @@ kvq_layout_ptr llama_kvq_cache::pages_layout(size_t il, uint32_t n_pages) const 
 }
 
 void llama_kvq_cache::write_pages(kvq_state_writer & out, size_t il, uint32_t strm, const std::vector<uint32_t> & pages,
-        const std::vector<int32_t> & location) const {
+        const std::vector<kvq_location> & location) const {
     const uint32_t page   = kvq_recipe_page(recipe.get());
     const auto   * layout = layouts[il].get();
     const auto     own    = pages_layout(il, pages.size());
@@ -55,12 +69,12 @@ void llama_kvq_cache::write_pages(kvq_state_writer & out, size_t il, uint32_t st
 
     std::vector<uint32_t> from; // packed cells
     std::vector<uint32_t> to;
-    std::vector<int32_t>  kept(pages.size()*page, -1);
+    std::vector<kvq_location> kept(pages.size()*page);
 
     for (size_t i = 0; i < kept.size(); ++i) {
         const uint32_t cell = pages[i/page]*page + i%page;
-        if (location[cell] == -2) {
-            kept[i] = -2;
+        if (location[cell].places == KVQ_IN_PAGE) {
+            kept[i] = location[cell];
             from.push_back(cell);
             to.push_back(i);
         }
@@ -96,14 +110,14 @@ void llama_kvq_cache::state_write_seq(kvq_state_writer & out, llama_seq_id seq_i
     const uint32_t page = kvq_recipe_page(recipe.get());
     const auto   & src  = kv.v_cells[strm];
 
-    std::vector<int32_t> location(src.size());
+    std::vector<kvq_location> location(src.size());
     kvq_state_call(kvq_planner_locate(planner.get(), strm, location.data()), "planner");
 
     std::vector<uint8_t> is_own(src.size());
     for (uint32_t i = 0; i < src.size(); ++i) {
         is_own[i] = !src.is_empty(i) && src.seq_has(i, seq_id) &&
             !llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, src.pos_get(i), src.seq_pos_max(seq_id));
-        if (is_own[i] && location[i] == -1) {
+        if (is_own[i] && location[i].places == KVQ_NOWHERE) {
             throw std::runtime_error("kvq: a cell without its row");
         }
     }
@@ -114,17 +128,24 @@ void llama_kvq_cache::state_write_seq(kvq_state_writer & out, llama_seq_id seq_i
 
     for (uint32_t i = 0; i < src.size(); i += page) {
         const uint32_t end = std::min(i + page, src.size());
-        const bool whole  = end - i == page && std::count(is_own.begin() + i, is_own.begin() + end, 1) == page;
-        const bool packed = std::count(location.begin() + i, location.begin() + end, -2) > 0;
 
-        if (whole && packed) {
+        uint32_t n_own = 0, n_free = 0, n_packed = 0;
+        for (uint32_t j = i; j < end; ++j) {
+            n_own    += is_own[j];
+            n_free   += src.is_empty(j);
+            n_packed += is_own[j] && location[j].places == KVQ_IN_PAGE;
+        }
+        const bool as_page = n_own + n_free == page && 2*n_own >= page && n_packed > 0;
+        if (as_page) {
             pages.push_back(i/page);
         }
         for (uint32_t j = i; j < end; ++j) {
-            if (whole && packed && location[j] >= 0) {
-                exact.push_back(j);
-            } else if (!(whole && packed) && is_own[j]) {
+            if (!is_own[j]) {
+                location[j] = {}; // of what was removed, and of others
+            } else if (!as_page) {
                 others.push_back(j);
+            } else if (location[j].places & KVQ_IN_SLOT) {
+                exact.push_back(j);
             }
         }
     }
@@ -134,8 +155,14 @@ void llama_kvq_cache::state_write_seq(kvq_state_writer & out, llama_seq_id seq_i
     out.value<uint32_t>(others.size());
     for (uint32_t p : pages) {
         for (uint32_t i = p*page; i < (p + 1)*page; ++i) {
-            kvq_state_write_cell(out, src, i, kv.has_cell_ext());
-            out.value<uint8_t>(location[i] >= 0);
+            const auto as = !is_own[i] ? SAVED_NOT : location[i].places & KVQ_IN_SLOT ? SAVED_EXACT : SAVED_PACKED;
+            out.value<uint8_t>(as);
+            if (as != SAVED_NOT) {
+                kvq_state_write_cell(out, src, i, kv.has_cell_ext());
+            }
+            if (as == SAVED_PACKED) {
+                out.value<int32_t>(location[i].turned);
+            }
         }
     }
     for (uint32_t i : others) {
@@ -156,8 +183,8 @@ void llama_kvq_cache::state_write_seq(kvq_state_writer & out, llama_seq_id seq_i
         std::vector<ggml_fp16_t> f16(exact.size()*(n_k + n_v));
 
         for (size_t i = 0; i < exact.size(); ++i) {
-            kvq_state_call(kvq_dequantize(layouts[il].get(), k_mem, v_mem, location.data(), exact[i], 1, row.data(),
-                        row.data() + n_k), "rows");
+            kvq_state_call(kvq_dequantize(layouts[il].get(), k_mem, v_mem, location.data(), rotations[il].get(),
+                        exact[i], 1, row.data(), row.data() + n_k), "rows");
             ggml_fp32_to_fp16_row(row.data(), f16.data() + i*(n_k + n_v), n_k + n_v);
         }
         out.buffer((const uint8_t *) f16.data(), f16.size()*sizeof(ggml_fp16_t));
@@ -190,31 +217,37 @@ static bool place(const std::vector<cell_use> & use, kvq_state_seq & saved) {
     }
     saved.targets.resize(saved.n_pages, NO_PAGE);
 
+    std::vector<size_t>  rest; // by position, so that neighbours share a page
+    std::vector<uint8_t> is_taken(use.size());
+    for (size_t i = 0; i < saved.cells.size(); ++i) {
+        const uint32_t target = i/page < saved.n_pages ? saved.targets[i/page] : NO_PAGE;
+        if (saved.as[i] == SAVED_NOT) {
+            continue;
+        }
+        if (target != NO_PAGE) {
+            saved.cells[i].cell = target*page + i%page;
+            is_taken[saved.cells[i].cell] = 1;
+        } else {
+            rest.push_back(i);
+        }
+    }
+
     // cells for the rest, best first
     std::vector<uint32_t> free[3];
     for (uint32_t i = 0; i < use.size(); ++i) {
         const uint32_t p = i/page;
-        if (p < of_page.size() && is_target[p]) {
+        if (is_taken[i]) {
             continue;
         }
         if (use[i] == CELL_LEFT) {
             free[2].push_back(i);
         } else if (use[i] == CELL_FREE) {
-            free[p < of_page.size() && of_page[p] == CELL_FREE ? 0 : 1].push_back(i);
+            free[p < of_page.size() && of_page[p] == CELL_FREE && !is_target[p] ? 0 : 1].push_back(i);
         }
     }
     free[0].insert(free[0].end(), free[1].begin(), free[1].end());
     free[0].insert(free[0].end(), free[2].begin(), free[2].end());
 
-    std::vector<size_t> rest; // by position, so that neighbours share a page
-    for (size_t i = 0; i < saved.cells.size(); ++i) {
-        const uint32_t target = i/page < saved.n_pages ? saved.targets[i/page] : NO_PAGE;
-        if (target != NO_PAGE) {
-            saved.cells[i].cell = target*page + i%page;
-        } else {
-            rest.push_back(i);
-        }
-    }
     if (rest.size() > free[0].size()) {
         return false;
     }
@@ -225,30 +258,52 @@ static bool place(const std::vector<cell_use> & use, kvq_state_seq & saved) {
     return true;
 }
 
+// all the cells, checked against what this context can hold before memory is taken for what follows
+void llama_kvq_cache::read_seq_cells(kvq_state_reader & in, llama_seq_id seq_id, kvq_state_seq & saved) const {
+    const uint64_t size = kv.get_size();
+
+    saved.page    = kvq_recipe_page(recipe.get());
+    saved.n_pages = in.value<uint32_t>();
+
+    const uint64_t of_pages = (uint64_t) saved.n_pages*saved.page;
+    const uint64_t others   = in.value<uint32_t>();
+
+    const auto check = [&](uint64_t n) {
+        if (n > size) {
+            throw std::runtime_error(format("kvq: the saved sequence has at least %" PRIu64 " cells, this context has %"
+                        PRIu64, n, size));
+        }
+    };
+    check(of_pages/2 + others); // of a page at least half of the cells are saved
+
+    uint64_t n_cells = 0;
+    for (uint64_t i = 0; i < of_pages + others; ++i) {
+        const uint8_t as = i < of_pages ? in.value<uint8_t>() : SAVED_EXACT;
+        if (as > SAVED_EXACT) {
+            throw std::runtime_error("kvq: the saved state is damaged (cells)");
+        }
+        kvq_state_cell cell = {};
+        if (as != SAVED_NOT) {
+            kvq_state_read_cell(in, cell, kv.has_cell_ext(), kv.get_can_shift());
+            n_cells++;
+        }
+        cell.seq_ids = { seq_id };
+        saved.cells .push_back(cell);
+        saved.as    .push_back(as);
+        saved.turned.push_back(as == SAVED_PACKED ? in.value<int32_t>() : 0);
+    }
+    saved.turned.resize(of_pages);
+    check(n_cells);
+}
+
 void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id) {
     const uint32_t strm  = kv.seq_to_stream.at(seq_id);
     auto         & cells = kv.v_cells[strm];
 
     kvq_state_seq saved;
+    read_seq_cells(in, seq_id, saved);
 
-    saved.page    = kvq_recipe_page(recipe.get());
-    saved.n_pages = in.value<uint32_t>();
-
-    const uint64_t n_cells = (uint64_t) saved.n_pages*saved.page + in.value<uint32_t>();
-    if (n_cells > cells.size()) {
-        throw std::runtime_error(format("kvq: the saved sequence has %" PRIu64 " cells, this context has %u",
-                    n_cells, cells.size()));
-    }
-
-    size_t n_exact = 0;
-    for (uint64_t i = 0; i < n_cells; ++i) {
-        kvq_state_cell cell;
-        kvq_state_read_cell(in, cell, kv.has_cell_ext(), kv.get_can_shift());
-        cell.seq_ids = { seq_id };
-        saved.cells.push_back(cell);
-        saved.is_exact.push_back(i < (uint64_t) saved.n_pages*saved.page ? in.value<uint8_t>() != 0 : 1);
-        n_exact += saved.is_exact.back();
-    }
+    const size_t n_exact = std::count(saved.as.begin(), saved.as.end(), SAVED_EXACT);
 
     for (size_t il = 0; il < layouts.size() && saved.n_pages > 0; ++il) {
         saved.layouts.push_back(pages_layout(il, saved.n_pages));
@@ -278,12 +333,34 @@ void llama_kvq_cache::state_read_seq(kvq_state_reader & in, llama_seq_id seq_id)
         }
     }
     if (!place(use, saved)) {
-        throw std::runtime_error(format("kvq: no room for the %" PRIu64 " cells of the saved sequence", n_cells));
+        throw std::runtime_error(format("kvq: no room for the %zu cells of the saved sequence",
+                    saved.cells.size() - std::count(saved.as.begin(), saved.as.end(), SAVED_NOT)));
     }
+
+    // a planner of its own tries out what the rows of pages say of how far they have moved
+    kvq_planner * p = nullptr;
+    kvq_state_call(kvq_planner_new(recipe.get(), kv.get_size(), 1, kv.n_seq_max, &p), "planner");
+    adopt_pages(kvq_planner_ptr(p).get(), 0, saved);
 
     kv.seq_rm(seq_id, -1, -1);
     forget_if_empty(strm);
     restore(strm, saved);
+}
+
+// lets a planner know of the packed rows of pages that have a target
+void llama_kvq_cache::adopt_pages(kvq_planner * planner, uint32_t strm, const kvq_state_seq & saved) const {
+    std::vector<uint32_t> cells;
+    std::vector<int32_t>  turned;
+    for (size_t i = 0; i < saved.turned.size(); ++i) {
+        if (saved.with_page(i)) {
+            cells .push_back(saved.cells[i].cell);
+            turned.push_back(saved.turned[i]);
+        }
+    }
+    if (!cells.empty()) {
+        kvq_state_call(kvq_planner_adopt(planner, strm, cells.data(), turned.data(), cells.size()),
+                "the saved state is damaged");
+    }
 }
 
 void llama_kvq_cache::restore(uint32_t strm, const kvq_state_seq & saved) {
@@ -291,8 +368,9 @@ void llama_kvq_cache::restore(uint32_t strm, const kvq_state_seq & saved) {
 
     // as llama_kv_cache::apply_ubatch: a sequence that loses a cell loses what came before it, too
     std::map<llama_seq_id, llama_pos> lost;
-    for (const auto & cell : saved.cells) {
-        if (!cells.is_empty(cell.cell)) {
+    for (size_t i = 0; i < saved.cells.size(); ++i) {
+        const auto & cell = saved.cells[i];
+        if (saved.as[i] != SAVED_NOT && !cells.is_empty(cell.cell)) {
             auto & pos = lost.emplace(cells.seq_get(cell.cell), -1).first->second;
             pos = std::max(pos, cells.pos_get(cell.cell));
             cells.rm(cell.cell);
@@ -303,9 +381,12 @@ void llama_kvq_cache::restore(uint32_t strm, const kvq_state_seq & saved) {
     }
 
     const kvq_state_cell * last = nullptr;
-    for (const auto & cell : saved.cells) {
-        kvq_state_put_cell(cells, cell);
-        last = !last || cell.pos >= last->pos ? &cell : last;
+    for (size_t i = 0; i < saved.cells.size(); ++i) {
+        const auto & cell = saved.cells[i];
+        if (saved.as[i] != SAVED_NOT) {
+            kvq_state_put_cell(cells, cell);
+            last = !last || cell.pos >= last->pos ? &cell : last;
+        }
     }
     if (last) {
         kv.v_heads[strm] = last->cell + 1;
@@ -318,8 +399,8 @@ void llama_kvq_cache::restore(uint32_t strm, const kvq_state_seq & saved) {
 void llama_kvq_cache::restore_pages(uint32_t strm, const kvq_state_seq & saved) {
     std::vector<uint32_t> from; // packed cells of pages that have a target
     std::vector<uint32_t> to;
-    for (size_t i = 0; i < saved.n_pages*(size_t) saved.page; ++i) {
-        if (saved.targets[i/saved.page] != NO_PAGE && !saved.is_exact[i]) {
+    for (size_t i = 0; i < saved.turned.size(); ++i) {
+        if (saved.with_page(i)) {
             from.push_back(i);
             to.push_back(saved.cells[i].cell);
         }
@@ -349,7 +430,7 @@ void llama_kvq_cache::restore_pages(uint32_t strm, const kvq_state_seq & saved) 
         llama_kvq_must(kvq_pool_adopt(layout, mem[0], mem[1], pools[0].data(), pools[1].data(),
                     from.data(), to.data(), to.size()), "restored outlier tokens");
     }
-    llama_kvq_must(kvq_planner_adopt(planner.get(), strm, to.data(), to.size()), "restored pages");
+    adopt_pages(planner.get(), strm, saved);
 }
 
 // everything that has not gone with its page
@@ -358,10 +439,10 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
     std::vector<size_t> source(saved.cells.size()); // of exact ones: which of the saved rows
 
     for (size_t i = 0, n = 0; i < saved.cells.size(); ++i) {
-        if (saved.is_exact[i]) {
+        if (saved.as[i] == SAVED_EXACT) {
             source[i] = n++;
         }
-        if (saved.is_exact[i] || saved.targets[i/saved.page] == NO_PAGE) {
+        if (saved.as[i] != SAVED_NOT && !saved.with_page(i)) {
             anew.push_back(i);
         }
     }
@@ -378,7 +459,10 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
     std::vector<int32_t> plan(kvq_planner_plan_len(planner.get(), ubatch.size()));
     plan_stream(strm, ubatch, plan.data(), plan.size());
 
-    const std::vector<int32_t> location(saved.n_pages*(size_t) saved.page, -2);
+    std::vector<kvq_location> location; // in the saved pages
+    for (const int32_t distance : saved.turned) {
+        location.push_back({ KVQ_IN_PAGE, 0, distance });
+    }
 
     for (size_t il = 0; il < layouts.size(); ++il) {
         const uint32_t id  = kv.layers[il].il;
@@ -389,13 +473,14 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
         std::vector<float> v(anew.size()*n_v);
 
         for (size_t i = 0; i < anew.size(); ++i) {
-            if (saved.is_exact[anew[i]]) {
+            if (saved.as[anew[i]] == SAVED_EXACT) {
                 const auto * row = (const ggml_fp16_t *) saved.rows[il].data() + source[anew[i]]*(n_k + n_v);
                 ggml_fp16_to_fp32_row(row,       k.data() + i*n_k, n_k);
                 ggml_fp16_to_fp32_row(row + n_k, v.data() + i*n_v, n_v);
             } else {
-                llama_kvq_must(kvq_dequantize(saved.layouts[il].get(), saved.memory[il].side[0], saved.memory[il].side[1],
-                            location.data(), anew[i], 1, k.data() + i*n_k, v.data() + i*n_v), "restored rows");
+                llama_kvq_must(kvq_dequantize(saved.layouts[il].get(), saved.memory[il].side[0],
+                            saved.memory[il].side[1], location.data(), rotations[il].get(), anew[i], 1,
+                            k.data() + i*n_k, v.data() + i*n_v), "restored rows");
             }
         }
 
@@ -412,6 +497,7 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
         args.v_mem          = (uint8_t *) kv.layers[il].v_stream[strm]->data;
         args.plan           = plan.data();
         args.plan_len       = plan.size();
+        args.rotation       = rotations[il].get();
         args.n_tokens       = ubatch.size();
 
         llama_kvq_must(kvq_store(layouts[il].get(), &args, 0, 1), "restored rows");

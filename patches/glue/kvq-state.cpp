@@ -7,7 +7,7 @@
 #include <algorithm>
 
 static const uint32_t KVQ_STATE_MAGIC   = 0x5351564b; // "KVQS"
-static const uint32_t KVQ_STATE_VERSION = 2;
+static const uint32_t KVQ_STATE_VERSION = 3;
 
 void kvq_state_call(kvq_status status, const char * what) {
     if (status != 0) {
@@ -159,6 +159,7 @@ void llama_kvq_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) {
 
 void llama_kvq_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
     settle();
+    make_rotations(*cparams);
     copy_streams();
 
     kvq_state_reader in { io, {} };
@@ -228,12 +229,12 @@ void llama_kvq_cache::state_write_all(kvq_state_writer & out) const {
         out.value<uint32_t>(cells.get_used());
         out.value<uint32_t>(kv.v_heads[s]);
 
-        std::vector<int32_t> location(cells.size());
+        std::vector<kvq_location> location(cells.size());
         kvq_state_call(kvq_planner_locate(planner.get(), s, location.data()), "planner");
 
         for (uint32_t i = 0; i < cells.size(); ++i) {
             if (cells.is_empty(i)) {
-                location[i] = -1;
+                location[i] = {};
                 continue;
             }
             out.value<uint32_t>(i);
@@ -327,10 +328,10 @@ void llama_kvq_cache::state_read_all(kvq_state_reader & in) {
         kvq_state_call(kvq_planner_import(planner_new.get(), s, snapshot.data(), snapshot.size()),
                 "the saved state is damaged");
 
-        std::vector<int32_t> location(kv.get_size());
+        std::vector<kvq_location> location(kv.get_size());
         kvq_state_call(kvq_planner_locate(planner_new.get(), s, location.data()), "planner");
         for (const auto & cell : stream.cells) {
-            if (location[cell.cell] == -1) {
+            if (location[cell.cell].places == KVQ_NOWHERE) {
                 damaged("a cell without its row");
             }
         }

@@ -327,7 +327,56 @@ static void test_shift(llama_model * model, const char * recipe, double limit) {
         return;
     }
     const double e = nmse(a, shift(packed));
-    check(e <= 4.0*limit, "decode after the shift", e); // packed rows are encoded twice
+    check(e <= limit, "decode after the shift", e);
+}
+
+// Pages of a sequence that hold no other's rows come back byte for byte, moved or not, full or with holes, wherever a whole
+// page is free for each. Of a page with rows of two sequences nothing but the own rows may be saved, not even the ranges
+// that all share: these are decoded and encoded again, which cannot give the same bits.
+static void test_sequence_state(llama_model * model, const char * recipe) {
+    printf("state of a sequence\n");
+
+    struct { const char * what; llama_pos from, to, first_moved, delta; bool shared; } ways[] = {
+        { "never moved",                  -1, -1,  -1,   0, false },
+        { "moved as a whole",             -1, -1,   0,   7, false },
+        { "without some of it",           60, 70,  -1,   0, false },
+        { "moved over what was removed",  60, 70,  70, -10, false },
+        { "moved by the half of a page", 100, 164, 164, -64, false },
+        { "moved, with another's token where some was removed: NMSE", 60, 70, 70, -10, true },
+    };
+    for (const auto & way : ways) {
+        run r(model, { recipe, true, 2, 1024 });
+        r.feed(0, 0, 333);
+        r.feed(1, 0, 100);
+        r.feed(0, 333, 30, true);
+
+        if ((way.to >= 0 && !llama_memory_seq_rm(r.mem(), 0, way.from, way.to)) ||
+                (way.delta != 0 && !llama_memory_can_shift(r.mem()))) {
+            printf("  (not for this model: %s)\n", way.what);
+            continue;
+        }
+        if (way.delta != 0) {
+            llama_memory_seq_add(r.mem(), 0, way.first_moved, -1, way.delta);
+        }
+        // carries out the shift, with a token in the first cell that was freed
+        r.feed(way.shared, way.shared ? 100 : 363 + way.delta, 1);
+        const llama_pos next = 363 + way.delta + !way.shared;
+
+        std::vector<uint8_t> seq(llama_state_seq_get_size(r.ctx, 0));
+        llama_state_seq_get_data(r.ctx, seq.data(), seq.size(), 0);
+        const auto expected = r.feed(0, next, 1);
+
+        run other(model, { recipe, false, 2, 2048 });
+        other.feed(1, 0, 70);
+        if (llama_state_seq_set_data(other.ctx, seq.data(), seq.size(), 0) == 0) {
+            check(false, way.what);
+        } else if (const auto first = other.feed(0, next, 1); way.shared) {
+            const double e = nmse(expected, first);
+            check(e < 0.01, way.what, e);
+        } else {
+            check(same(expected, first), way.what, seq.size());
+        }
+    }
 }
 
 static void test_state(llama_model * model, const char * recipe) {
@@ -339,20 +388,27 @@ static void test_state(llama_model * model, const char * recipe) {
     r.feed(1, 0, 100);
     r.feed(0, 333, 30, true);
 
+    llama_pos next = 363;
+    if (llama_memory_can_shift(r.mem()) && llama_memory_seq_rm(r.mem(), 0, 60, 70)) {
+        llama_memory_seq_add(r.mem(), 0, 70, -1, -10);
+        next -= 10;
+        r.feed(0, next++, 1); // a state is saved after the shift, which the next decode carries out
+    }
+
     std::vector<uint8_t> all(llama_state_get_size(r.ctx));
     check(llama_state_get_data(r.ctx, all.data(), all.size()) == all.size(), "save all", all.size());
     std::vector<uint8_t> seq(llama_state_seq_get_size(r.ctx, 0));
     check(llama_state_seq_get_data(r.ctx, seq.data(), seq.size(), 0) == seq.size(), "save a sequence", seq.size());
 
-    const auto expected = r.feed(0, 363, 150, true);
+    const auto expected = r.feed(0, next, 150, true);
 
     check(llama_state_set_data(r.ctx, all.data(), all.size()) != 0, "restore all");
-    check(same(expected, r.feed(0, 363, 150, true)), "logits after it are bit-identical");
+    check(same(expected, r.feed(0, next, 150, true)), "logits after it are bit-identical");
 
     {
         run other(model, { recipe, true, 2, 1024 });
         check(llama_state_set_data(other.ctx, all.data(), all.size()) != 0, "restore all in a new context");
-        check(same(expected, other.feed(0, 363, 150, true)), "logits after it are bit-identical");
+        check(same(expected, other.feed(0, next, 150, true)), "logits after it are bit-identical");
     }
     {
         run other(model, { recipe, false, 2, 2048 });
@@ -362,19 +418,20 @@ static void test_state(llama_model * model, const char * recipe) {
         other.feed(1, 0, 70);
         check(llama_state_seq_set_data(other.ctx, seq.data(), seq.size(), 0) != 0,
                 "restore the sequence beside another one");
-        const auto first = other.feed(0, 363, 1);
+        const auto first = other.feed(0, next, 1);
         check(same(std::vector<float>(expected.begin(), expected.begin() + first.size()), first),
                 "the first logits after it are bit-identical");
     }
     {
-        // no whole page is free in between
+        // No whole page is free in between: packed rows are decoded and encoded again beside others, whose ranges they
+        // share. They are off by what one more encoding costs, so the bits cannot be the same.
         run other(model, { recipe, true, 2, 1024 });
         for (int i = 0; i < 1024 - 364; i += 60) {
             other.feed(1, i, std::min(60, 1024 - 364 - i));
         }
         llama_memory_seq_rm(other.mem(), 1, 100, 200);
         if (llama_state_seq_set_data(other.ctx, seq.data(), seq.size(), 0) != 0) {
-            const auto first = other.feed(0, 363, 1);
+            const auto first = other.feed(0, next, 1);
             const double e = nmse(std::vector<float>(expected.begin(), expected.begin() + first.size()), first);
             check(e < 0.01, "restore between other sequences", e);
         } else {
@@ -404,7 +461,7 @@ static void test_state(llama_model * model, const char * recipe) {
     }
     check(n_accepted <= 2, "damaged states are refused (what llama.cpp itself saves has no checksum)", n_accepted);
     if (n_accepted == 0) {
-        check(same(expected, r.feed(0, 363, 150, true)), "the cache is as it was");
+        check(same(expected, r.feed(0, next, 150, true)), "the cache is as it was");
     }
 }
 
@@ -444,6 +501,7 @@ int main(int argc, char ** argv) {
         test_sequences(model, recipe, false, limit);
         test_again(model, recipe);
         test_neighbours(model, recipe);
+        test_sequence_state(model, recipe);
         test_state(model, recipe);
         test_abort(model, recipe, true,  limit);
         test_abort(model, recipe, false, limit);

@@ -207,6 +207,7 @@ class Tables(InFolder):
     def write(self, rows):
         fields = [f for f in evaluation.FIELDS if f not in ("model", "text", "cache", "bits", "mean")]
         with open(self.csv, "w", newline="") as file:
+            file.write("# commit: 1234567\n# machine: a machine\n# command: patches/eval.py a: b\n")
             writer = csv.DictWriter(file, evaluation.FIELDS)
             writer.writeheader()
             for row in rows:
@@ -223,7 +224,8 @@ class Tables(InFolder):
             "before", f"<!-- table: {self.csv} columns=bits cells=mean -->", "| cache | bits | a: mean KLD | b: mean KLD |",
             "|---|---|---|---|", "| stock q4_0 | 4.50 | .01070 | 2.99 |", "| kivi:k=3,v=3 | 3.13 to 3.25 | .00187 | 1.36 |",
             "| skvq | 2.10 | .300 | - |", "| kivi:paper | 2.19 | .200 | - |",
-            "| f16 without flash attention (the floor) | 16.00 | .00100 | - |", "<!-- end of table -->", "after", ""])
+            "| f16 without flash attention (the floor) | 16.00 | .00100 | - |", "",
+            f"[a.csv](/{self.csv}): commit 1234567, a machine; `patches/eval.py a: b`", "<!-- end of table -->", "after", ""])
 
     def test_chosen_rows_come_in_the_order_asked_for(self):
         path = self.document("models=b caches=q4_0|kivi:k=3,v=3")
@@ -237,6 +239,23 @@ class Tables(InFolder):
                 tables.render(self.document(options))
         with self.assertRaisesRegex(RunError, "without its end"):
             tables.render(self.document("", end=""))
+
+    def test_a_table_of_nowhere_is_an_error(self):
+        lines = self.csv.read_text().splitlines(keepends=True)
+        self.csv.write_text("".join(line for line in lines if "machine" not in line))
+        with self.assertRaisesRegex(RunError, "does not say its machine"):
+            tables.render(self.document("columns=bits"))
+
+    def test_times_of_the_benchmark_stand_in_a_table(self):
+        self.csv.write_text("# commit: 1\n# machine: m\n# command: c\n"
+                            "backend,recipe,n_kv,n_q,head_dim,gqa,threads,us_kvq,us_f16,us_q8_0,us_q4_0,ratio_f16,floor_us,"
+                            "ratio_q4_0,cache,seal_us_per_token\n"
+                            'cpu,"skvq:k=2,v=2",32768,1,128,4,2,1130,73000,10300000,75000,64.6,580,66.4,cold,7.2\n'
+                            'cpu,"skvq:k=2,v=2",32768,1,128,4,2,1000,70000,100000,75000,70,580,75,warm,7.2\n')
+        path = self.folder / "doc.md"
+        path.write_text(f"<!-- bench: {self.csv} -->\n<!-- end of table -->\n")
+        self.assertEqual(tables.render(path)[path].split("\n")[3:5], [
+            "| `skvq:k=2,v=2` | 32 768 | 1 | 128 | 4 | 2 | 1.13 | 73 | 10.3 s | 75 | 65 | 66 | 0.58 | 1.9 | 7 |", ""])
 
     def test_check_finds_a_stale_table_and_a_stale_picture(self):
         path = self.document("columns=bits")

@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use super::{AttendArgs, Mask};
+use crate::codec::page::MAX_PAGE;
 use crate::plan::CELLS_PER_WORD;
 
 /// Exact rows that are processed together.
@@ -104,6 +105,46 @@ pub(super) fn page_mask(
         pooled.for_each(|&cell| hide(out, columns, cell as usize % columns));
     }
     classify(out)
+}
+
+/// A set of rows of a page, a bit each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct PageRows([i32; MAX_PAGE / CELLS_PER_WORD]);
+
+impl PageRows {
+    /// Those that `words` has as well.
+    pub(super) fn both(mut self, words: &[i32]) -> Self {
+        let words = words.iter().chain(std::iter::repeat(&0));
+        self.0.iter_mut().zip(words).for_each(|(own, word)| *own &= word);
+        self
+    }
+
+    /// Those that `words` does not have.
+    pub(super) fn without(mut self, words: &[i32]) -> Self {
+        self.0.iter_mut().zip(words).for_each(|(own, word)| *own &= !word);
+        self
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.iter().all(|word| *word == 0)
+    }
+
+    /// The rows, ascending.
+    pub(super) fn iter(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..MAX_PAGE).filter(|row| self.0[row / CELLS_PER_WORD] >> (row % CELLS_PER_WORD) & 1 == 1)
+    }
+}
+
+/// The rows of a page that some query of the tile sees, by what [`page_mask`] gave.
+pub(super) fn seen_rows(visible: Visible, mask: &[f32], columns: usize) -> PageRows {
+    let mut seen = PageRows::default();
+    for column in 0..columns {
+        let is_seen = || mask.iter().skip(column).step_by(columns).any(|m| *m != f32::NEG_INFINITY);
+        if visible == Visible::All || is_seen() {
+            seen.0[column / CELLS_PER_WORD] |= 1 << (column % CELLS_PER_WORD);
+        }
+    }
+    seen
 }
 
 /// Hides a column from all rows of a mask.

@@ -1,15 +1,24 @@
 //! Attention of every recipe and instruction set against the 64-bit oracle on the rows that the cache really holds.
 #![forbid(unsafe_code)]
 
+use super::args::alibi_slope;
 use super::*;
+use crate::codec::page::Side;
+use crate::head::HeadMut;
 use crate::layout::Layout;
+use crate::location::{Location, IN_PAGE, IN_SLOT};
+use crate::plan::{Plan, View};
 use crate::planner::{Planner, Row};
 use crate::recent::Attended;
 use crate::recipe::Recipe;
 use crate::reference;
+use crate::rows::finite;
+use crate::rows::Rows;
 use crate::shape::Shape;
-use crate::simd::{Isa, IsaToken};
-use crate::store::{dequantize_head, finite, store_head, StoreRows};
+use crate::simd::isa::{Isa, IsaToken};
+use crate::store::{dequantize_head, store_head, StoreRows};
+
+const IN_ITS_PAGE: Location = Location { places: IN_PAGE, slot: 0, turned: 0 };
 
 /// Small deterministic generator (xorshift), good enough for test data.
 struct Rng(u64);
@@ -126,6 +135,7 @@ fn run(case: &Case, isa: Isa, seed: u64) -> Option<(f64, Vec<u8>)> {
             k_mem: &k_mem,
             v_mem: &v_mem,
             plan,
+            rotation: None,
             mask: if case.f16_mask { Mask::F16(&half) } else { Mask::F32(&mask) },
             mask_stride_token: n_kv,
             n_kv,
@@ -156,6 +166,7 @@ fn run(case: &Case, isa: Isa, seed: u64) -> Option<(f64, Vec<u8>)> {
             v: rows_of(&v, stride(nkv, dv)),
             q: Some(rows_of(&q, stride(nh, dk))),
             attended: Some(Attended { lse: &lse, scale: args.scale }),
+            rotation: None,
         };
         let keys = k_mem.chunks_exact_mut(layout.head_bytes(Side::Key));
         let values = v_mem.chunks_exact_mut(layout.head_bytes(Side::Value));
@@ -211,17 +222,17 @@ fn oracle(
     let (nh, nkv) = (shape.n_heads as usize, shape.n_kv_heads as usize);
     let (dk, dv) = (shape.head_dim_k as usize, shape.head_dim_v as usize);
     let n_cells = layout.n_cells();
-    let mut location = vec![-1; n_cells];
+    let mut location = vec![Location::default(); n_cells];
     for page in 0..layout.n_pages() {
         for (i, word) in args.plan.page_bits(View::Before, page).iter().enumerate() {
             for bit in (0..32).filter(|bit| word >> bit & 1 == 1) {
-                location[page * layout.page() + i * 32 + bit] = -2;
+                location[page * layout.page() + i * 32 + bit] = IN_ITS_PAGE;
             }
         }
     }
     for (slot, &cell) in args.plan.slot_cells(View::Before).iter().enumerate().filter(|(_, cell)| **cell >= 0) {
-        assert_eq!(location[cell as usize], -1, "a cell is readable twice");
-        location[cell as usize] = slot as i32;
+        assert!(!location[cell as usize].is_held(), "a cell is readable twice");
+        location[cell as usize] = Location { places: IN_SLOT, slot: slot as u32, turned: 0 };
     }
     // Every ninth token of a large ubatch and its last one: the oracle is slow.
     let checked = |token: &usize| token % 9 == 4 || token + 1 == args.n_tokens;
@@ -229,9 +240,10 @@ fn oracle(
     for kv_head in 0..nkv {
         let mut rows = [vec![0f32; n_cells * dk], vec![0f32; n_cells * dv]];
         for (side, mem, new, dim) in [(Side::Key, k_mem, k, dk), (Side::Value, v_mem, v, dv)] {
-            let region = super::region(layout, side, mem, kv_head);
+            let bytes = layout.head_bytes(side);
+            let region = &mem[kv_head * bytes..][..bytes];
             let rows = &mut rows[side as usize];
-            dequantize_head(layout, side, region, &location, 0, n_cells, rows).unwrap();
+            dequantize_head(layout, side, region, &location, None, 0..n_cells, rows).unwrap();
             for (row, &cell) in args.plan.row_cells().iter().enumerate() {
                 let from = &new[(row * nkv + kv_head) * dim..][..dim];
                 let to = &mut rows[cell as usize * dim..][..dim];
@@ -243,7 +255,7 @@ fn oracle(
                 let slope = f64::from(alibi_slope(h, nh, args.max_bias));
                 let bias: Vec<f64> = (0..n_cells)
                     .map(|cell| {
-                        let held = location[cell] != -1 || args.plan.row_cells().contains(&(cell as i32));
+                        let held = location[cell].is_held() || args.plan.row_cells().contains(&(cell as i32));
                         assert!(held || pos_of_cell[cell] < 0, "a live cell is readable nowhere");
                         let mask = if cell < args.n_kv { mask[token * args.n_kv + cell] } else { f32::NEG_INFINITY };
                         f64::from(mask) * slope
@@ -415,8 +427,7 @@ fn kernels_read_what_the_page_says_and_nothing_else() {
     let mut rng = Rng(99);
     let rows = rng.rows(128, 128);
     let at: Vec<u32> = (0..128).collect();
-    let (header, page) = layout.side(Side::Key).page_mut(&mut region, 0);
-    let mut seal = crate::codec::SealRows {
+    let seal = crate::codec::page::SealRows {
         at: &at,
         rows: &mut rows.clone(),
         fresh: true,
@@ -425,9 +436,9 @@ fn kernels_read_what_the_page_says_and_nothing_else() {
         last_exponents: &mut [],
         attention: &[],
     };
-    layout.side(Side::Key).codec.seal(header, page, &mut seal);
+    HeadMut::new(&layout, Side::Key, &mut region).seal(0, seal);
     let mut out = vec![0f32; 128 * 128];
-    dequantize_head(&layout, Side::Key, &region, &[-2; 256], 0, 128, &mut out).unwrap();
+    dequantize_head(&layout, Side::Key, &region, &[IN_ITS_PAGE; 256], None, 0..128, &mut out).unwrap();
     let truth: Vec<f64> = rows.iter().map(|x| f64::from(*x)).collect();
     let error = reference::nmse(&out, &truth);
     assert!(error <= 1e-4, "{error:.2e}");
@@ -445,12 +456,10 @@ fn hostile_values_do_not_spread() {
     let seal = |rows: &[f32]| {
         let mut region = vec![0u8; layout.head_bytes(Side::Value)];
         let at: Vec<u32> = (0..128).collect();
-        let (header, page) = layout.side(Side::Value).page_mut(&mut region, 0);
         let mut rows: Vec<f32> = rows.iter().map(|x| finite(*x)).collect();
-        layout.side(Side::Value).codec.seal(
-            header,
-            page,
-            &mut crate::codec::SealRows {
+        HeadMut::new(&layout, Side::Value, &mut region).seal(
+            0,
+            crate::codec::page::SealRows {
                 at: &at,
                 rows: &mut rows,
                 fresh: true,
@@ -461,7 +470,7 @@ fn hostile_values_do_not_spread() {
             },
         );
         let mut out = vec![0f32; 128 * 128];
-        dequantize_head(&layout, Side::Value, &region, &[-2; 256], 0, 128, &mut out).unwrap();
+        dequantize_head(&layout, Side::Value, &region, &[IN_ITS_PAGE; 256], None, 0..128, &mut out).unwrap();
         out
     };
     let out = seal(&dirty);

@@ -4,16 +4,21 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use super::args::alibi_slope;
 use super::blocks::{
-    blocks, cell_mask, current_cells, is_in_page, mask_columns, page_mask, slot_cells, Block, Visible, EXACT_BLOCK,
+    blocks, cell_mask, current_cells, is_in_page, mask_columns, page_mask, seen_rows, slot_cells, Block, PageRows,
+    Visible, EXACT_BLOCK,
 };
 use super::partial::finish;
-use super::{alibi_slope, region, AttendArgs};
+use super::AttendArgs;
+use crate::codec::page::Side;
 use crate::codec::query::{Probabilities, Query};
-use crate::codec::Side;
+use crate::head::Head;
 use crate::layout::Layout;
+use crate::plan::MAX_TURNS;
 use crate::pool;
-use crate::simd::{ExactRows, Logits, State};
+use crate::rotation::Angles;
+use crate::simd::exact::{ExactRows, Logits, State};
 
 /// Query rows (tokens times query heads of a KV head) of a tile: enough to pay for unpacking a page, few enough that
 /// scores and outputs stay in the first-level cache.
@@ -28,7 +33,13 @@ pub(super) fn tokens_per_tile(gqa_ratio: usize) -> usize {
 #[derive(Default)]
 pub(super) struct Workspace {
     q: Vec<f32>,
+    /// What is prepared of it: turned back by this distance.
     query: Query,
+    query_turned: i32,
+    turned: Vec<f32>,
+    angles: Angles,
+    /// Scores of the rows of a page that have moved by another distance than those before.
+    scores: Vec<f32>,
     probabilities: Probabilities,
     mask: Vec<f32>,
     exact: Vec<f32>,
@@ -57,17 +68,16 @@ pub(super) fn run(
     work: &mut Workspace,
     emit: &mut dyn FnMut(usize, &[f32]),
 ) {
-    let (key, value) = (layout.side(Side::Key), layout.side(Side::Value));
+    let key = Head::of_stream(layout, Side::Key, args.k_mem, head);
+    let value = Head::of_stream(layout, Side::Value, args.v_mem, head);
     prepare(layout, args, head, tokens.clone(), work);
     let n_rows = work.slopes.len();
-    key.codec.begin_query(&work.q, &mut work.query);
-    work.state.reset(n_rows, value.head_dim);
-    let k_region = region(layout, Side::Key, args.k_mem, head);
-    let v_region = region(layout, Side::Value, args.v_mem, head);
+    work.query_turned = 0;
+    key.layout.codec.begin_query(&work.q, &mut work.query);
+    work.state.reset(n_rows, value.layout.head_dim);
     work.pooled.clear();
     work.pooled.extend(
-        pool::cells(key, k_region)
-            .map(|cell| cell.filter(|cell| is_in_page(args, *cell)).map_or(-1, |cell| cell as i32)),
+        pool::cells(key).map(|cell| cell.filter(|cell| is_in_page(args, *cell)).map_or(-1, |cell| cell as i32)),
     );
     for block in blocks(args, split, layout.pool_rows() > 0) {
         match block {
@@ -78,22 +88,22 @@ pub(super) fn run(
                     continue;
                 }
                 work.probabilities.resize(n_rows, columns);
-                key.codec.scores(key.page(k_region, page), &mut work.query, &mut work.probabilities.p);
+                page_scores(layout, args, key, page, visible, work);
                 softmax(layout, args, visible, columns, work);
-                value.codec.accumulate(value.page(v_region, page), &mut work.probabilities, &mut work.state.packed);
+                value.layout.codec.accumulate(value.page(page), &mut work.probabilities, &mut work.state.packed);
             }
             Block::Slots(first) => {
                 let cells = slot_cells(args, first);
                 exact_block(layout, args, cells, tokens.clone(), work, |side, n, work| {
-                    let (side, region) = if side == Side::Key { (key, k_region) } else { (value, v_region) };
-                    (layout.kernels().f16_to_f32)(side.slots(region, first, n), &mut work.exact);
+                    let head = if side == Side::Key { key } else { value };
+                    (layout.kernels().f16_to_f32)(head.slots(first, n), &mut work.exact);
                 });
             }
             Block::Pool => {
                 let cells = std::mem::take(&mut work.pooled);
                 exact_block(layout, args, &cells, tokens.clone(), work, |side, n, work| {
-                    let (side, region) = if side == Side::Key { (key, k_region) } else { (value, v_region) };
-                    (layout.kernels().f16_to_f32)(side.pool_rows(region, n), &mut work.exact);
+                    let head = if side == Side::Key { key } else { value };
+                    (layout.kernels().f16_to_f32)(head.pool_rows(n), &mut work.exact);
                 });
                 work.pooled = cells;
             }
@@ -101,7 +111,8 @@ pub(super) fn run(
                 let Some((k, v)) = args.current else { continue };
                 let cells = current_cells(args, first);
                 exact_block(layout, args, cells, tokens.clone(), work, |side, n, work| {
-                    let (rows, dim) = if side == Side::Key { (k, key.head_dim) } else { (v, value.head_dim) };
+                    let (rows, dim) =
+                        if side == Side::Key { (k, key.layout.head_dim) } else { (v, value.layout.head_dim) };
                     for (i, out) in work.exact.chunks_exact_mut(dim).take(n).enumerate() {
                         (layout.kernels().copy_finite)(rows.row(first + i, head, dim), out);
                     }
@@ -138,6 +149,58 @@ fn prepare(layout: &Layout, args: &AttendArgs, head: usize, tokens: Range<usize>
             work.mask_row.push(i as u32);
         }
     }
+}
+
+/// Scores of all query rows against the keys of a page. Where its rows have moved since they were encoded, the query is
+/// turned back by the same distance; rows that moved by different ones are scored one distance after the other.
+fn page_scores(layout: &Layout, args: &AttendArgs, key: Head, page: usize, visible: Visible, work: &mut Workspace) {
+    let (codec, page_ref, columns) = (&key.layout.codec, key.page(page), layout.page());
+    let mut turns = args.plan.turns(page).peekable();
+    if turns.peek().is_none() {
+        turn_query(layout, args, 0, work);
+        codec.scores(page_ref, &mut work.query, &mut work.probabilities.p);
+        return;
+    }
+    let seen = seen_rows(visible, &work.mask, columns);
+    let mut unmoved = seen;
+    let mut groups: [(i32, PageRows); MAX_TURNS + 1] = Default::default();
+    let mut n = 0;
+    for turn in turns.take(MAX_TURNS) {
+        groups[n] = (turn.distance, seen.both(turn.cells));
+        unmoved = unmoved.without(turn.cells);
+        n += 1;
+    }
+    groups[n] = (0, unmoved);
+    let mut is_first = true;
+    for (distance, rows) in groups.iter().filter(|(_, rows)| !rows.is_empty()) {
+        turn_query(layout, args, *distance, work);
+        if is_first {
+            codec.scores(page_ref, &mut work.query, &mut work.probabilities.p);
+            is_first = false;
+            continue;
+        }
+        work.scores.resize(work.probabilities.p.len(), 0.0);
+        codec.scores(page_ref, &mut work.query, &mut work.scores);
+        let scores = work.probabilities.p.chunks_exact_mut(columns).zip(work.scores.chunks_exact(columns));
+        for (to, from) in scores.take(work.slopes.len()) {
+            rows.iter().for_each(|row| to[row] = from[row]);
+        }
+    }
+}
+
+/// Prepares the query for keys that have moved by a distance since they were encoded.
+fn turn_query(layout: &Layout, args: &AttendArgs, distance: i32, work: &mut Workspace) {
+    if work.query_turned == distance {
+        return;
+    }
+    work.query_turned = distance;
+    work.turned.clone_from(&work.q);
+    if let Some(rotation) = args.rotation.filter(|_| distance != 0) {
+        rotation.angles(distance, &mut work.angles);
+        let rows = work.turned.chunks_exact_mut(layout.shape().head_dim_k as usize);
+        rows.for_each(|row| rotation.turn_back(row, &work.angles));
+    }
+    layout.side(Side::Key).codec.begin_query(&work.turned, &mut work.query);
 }
 
 fn softmax(layout: &Layout, args: &AttendArgs, visible: Visible, columns: usize, work: &mut Workspace) {

@@ -8,12 +8,14 @@
 //!
 //! For attention as a whole, beside stock llama.cpp, see `patches/bench.sh`.
 
+mod shift;
+
 use std::hint::black_box;
 
-use kvq::codec::bench_api::{ExactBench, PageBench};
-use kvq::codec::{Side, HEADER_BYTES};
+use kvq::bench_api::{ExactBench, PageBench};
+use kvq::codec::page::{Side, HEADER_BYTES};
 use kvq::recipe::Recipe;
-use kvq::simd::{Isa, IsaToken};
+use kvq::simd::isa::{Isa, IsaToken};
 
 const PAGE: usize = 128;
 const SAMPLES: usize = 15;
@@ -50,6 +52,9 @@ fn main() {
             bench.codec(token, &format!("qaq:bits={keys}"), &format!("adaptive {name}"), 128);
         }
         bench.exact(token, 128);
+    }
+    if bench.filters.is_empty() || bench.filters.iter().any(|filter| filter == "shift") {
+        ["skvq", "kivi:k=2.25"].into_iter().for_each(|spec| shift::run(spec, 131_072));
     }
 }
 

@@ -15,13 +15,13 @@ mod state;
 mod tests;
 
 pub use cells::MAX_SEQUENCES;
-pub(crate) use rope::split_location;
 pub use rope::Rope;
 
 use std::sync::{Mutex, PoisonError};
 
-use crate::attention::{self, AttendArgs, Rows};
-use crate::codec::Side;
+use crate::attention;
+use crate::attention::AttendArgs;
+use crate::codec::page::Side;
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
 use crate::parallel;
@@ -29,6 +29,8 @@ use crate::plan::{plan_len, Plan};
 use crate::planner::{Planner, Row};
 use crate::recent::Attended;
 use crate::recipe::Recipe;
+use crate::rotation::Rotation;
+use crate::rows::Rows;
 use crate::shape::Shape;
 use crate::store::{self, StoreRows};
 
@@ -78,6 +80,8 @@ pub struct Cache {
     recipe: Recipe,
     params: CacheParams,
     planner: Planner,
+    /// What `params.rope` amounts to.
+    rotation: Option<Rotation>,
     cells: Cells,
     layers: Vec<Layer>,
     batch: Option<Batch>,
@@ -132,6 +136,7 @@ impl Cache {
         Ok(Self {
             recipe,
             params: *params,
+            rotation: params.rope.map(|rope| rope.rotation()).transpose()?,
             layers: layouts.into_iter().map(layer).collect(),
             cells: Cells::new(params.n_cells, params.n_seq_max),
             planner,
@@ -204,6 +209,7 @@ impl Cache {
             k_mem: memory.k.bytes(),
             v_mem: memory.v.bytes(),
             plan: Plan::new(&batch.plan)?,
+            rotation: self.rotation.as_ref(),
             mask: mask.expect("made above"),
             mask_stride_token: batch.n_kv,
             n_kv: batch.n_kv,
@@ -219,7 +225,7 @@ impl Cache {
         attend_parts(layout, &args, n_threads, [&mut *out, &mut lse])?;
         let attended = Some(Attended { lse: &lse, scale: args.scale });
         self.broken = true;
-        let rows = StoreRows { k, v, q: Some(q), attended };
+        let rows = StoreRows { k, v, q: Some(q), attended, rotation: self.rotation.as_ref() };
         store_layer(memory, &rows, &Plan::new(&batch.plan)?, n_threads)?;
         self.broken = false;
         batch.done[layer] = true;
@@ -270,8 +276,8 @@ impl Cache {
     }
 
     /// Adds `delta` to the positions `[start, end)` of a sequence, and turns their keys if the cache knows its
-    /// [`Rope`]; rows in pages are encoded again. Fails, with nothing changed, if a cell in the range is shared with
-    /// another sequence or a position would be negative or taken.
+    /// [`Rope`], which loses nothing: packed rows stay as they are. Fails, with nothing changed, if a cell in the range is
+    /// shared with another sequence or a position would be negative or taken.
     pub fn shift(&mut self, seq: u32, start: i32, end: i32, delta: i32) -> Result<()> {
         self.check_idle()?;
         self.cells.check_sequence(seq)?;
@@ -279,11 +285,7 @@ impl Cache {
         if moved.is_empty() || delta == 0 {
             return Ok(());
         }
-        if let Some(rope) = self.params.rope {
-            self.broken = true;
-            self.rotate_keys(&rope, &moved, delta)?;
-            self.broken = false;
-        }
+        self.turn_keys(&moved, delta)?;
         self.cells.shift(&moved, delta);
         Ok(())
     }

@@ -1,14 +1,12 @@
 //! Rotating stored keys when their positions move.
 #![forbid(unsafe_code)]
 
-use std::ops::Range;
-
 use super::{Cache, STREAM};
-use crate::codec::Side;
+use crate::codec::page::Side;
 use crate::error::{Error, Result};
 use crate::parallel;
-use crate::planner::CellState;
-use crate::store::{self, ABSENT, IN_PAGE};
+use crate::rotation::Rotation;
+use crate::shift;
 
 /// How the keys that a cache stores were rotated (RoPE): pair i of the first `n_rot` values is turned by
 /// `pos * freq_scale * freq_base^(-2i / n_rot)`.
@@ -37,75 +35,32 @@ impl Rope {
         Ok(())
     }
 
-    /// Cosine and sine of each pair for a move by `delta` positions.
-    pub(super) fn angles(&self, delta: i32) -> Vec<(f32, f32)> {
-        let angle = |pair: usize| {
+    pub(super) fn rotation(&self) -> Result<Rotation> {
+        let frequency = |pair: usize| {
             let frequency = f64::from(self.freq_base).powf(-2.0 * pair as f64 / self.n_rot as f64);
-            f64::from(delta) * f64::from(self.freq_scale) * frequency
+            f64::from(self.freq_scale) * frequency
         };
-        (0..self.n_rot / 2).map(|pair| (angle(pair).cos() as f32, angle(pair).sin() as f32)).collect()
-    }
-
-    /// Turns one key row.
-    pub(super) fn rotate(&self, row: &mut [f32], angles: &[(f32, f32)]) {
-        for (pair, &(cos, sin)) in angles.iter().enumerate() {
-            let (i, j) = if self.interleaved { (2 * pair, 2 * pair + 1) } else { (pair, pair + angles.len()) };
-            let (x, y) = (row[i], row[j]);
-            (row[i], row[j]) = (x * cos - y * sin, x * sin + y * cos);
-        }
+        Rotation::new(&(0..self.n_rot / 2).map(frequency).collect::<Vec<_>>(), self.interleaved)
     }
 }
 
 impl Cache {
-    /// Turns the stored keys of cells whose positions move by `delta`.
-    pub(super) fn rotate_keys(&mut self, rope: &Rope, moved: &[usize], delta: i32) -> Result<()> {
-        let mut location = vec![ABSENT; self.params.n_cells];
-        self.planner.locate(STREAM, &mut location)?;
-        let mut changed = vec![0; self.params.n_cells];
-        moved.iter().for_each(|&cell| changed[cell] = 1);
-        let held: Vec<u32> =
-            (0..self.params.n_cells as u32).filter(|&cell| location[cell as usize] != ABSENT).collect();
-        let mut sealed = vec![false; self.params.n_cells];
-        for (&cell, state) in held.iter().zip(self.planner.export(STREAM, &held)?) {
-            sealed[cell as usize] = !matches!(state, CellState::Exact { encoded: false, .. });
-        }
-        let places = split_location(&location, |cell| sealed[cell]);
-        let page = self.planner.config().page;
-        let pages: Vec<Range<usize>> = (0..self.params.n_cells.div_ceil(page))
-            .map(|index| index * page..((index + 1) * page).min(self.params.n_cells))
-            .filter(|cells| changed[cells.clone()].contains(&1))
-            .collect();
-        let angles = rope.angles(delta);
-        let dim = self.params.shape.head_dim_k as usize;
+    /// Turns the stored keys of cells whose positions move by `delta`. Fails, with nothing changed, if one has moved too far.
+    pub(super) fn turn_keys(&mut self, moved: &[usize], delta: i32) -> Result<()> {
+        let Some(rotation) = &self.rotation else { return Ok(()) };
+        let mut distances = vec![0; self.params.n_cells];
+        moved.iter().for_each(|&cell| distances[cell] = delta);
+        let cells = &self.cells;
+        let shift = self.planner.shift(STREAM, &distances, &|cell| cells.is_live(cell))?;
+        self.broken = true;
         let regions = self.layers.iter_mut().flat_map(|super::Layer { layout, k, .. }| {
             let layout = &*layout;
             k.bytes_mut().chunks_exact_mut(layout.head_bytes(Side::Key)).map(move |region| (layout, region))
         });
         parallel::for_each(super::n_threads(&self.params), regions.collect(), |(layout, region)| {
-            let mut rows = vec![0.0; page * dim];
-            for cells in &pages {
-                let (rows, changed) = (&mut rows[..cells.len() * dim], &changed[cells.clone()]);
-                store::dequantize_head(layout, Side::Key, region, &location, cells.start, cells.len(), rows)?;
-                for (row, _) in rows.chunks_exact_mut(dim).zip(changed).filter(|(_, &changed)| changed == 1) {
-                    rope.rotate(row, &angles);
-                }
-                for location in &places {
-                    store::requantize_k_head(layout, region, location, cells.start, rows, changed)?;
-                }
-            }
-            Ok(())
-        })
+            shift::shift_head(layout, region, &shift, rotation)
+        })?;
+        self.broken = false;
+        Ok(())
     }
-}
-
-/// Keys have to be replaced wherever they are: in slots, and in pages also behind a slot, for a row that is sealed
-/// while in the window is in both. `location` is split into the slots and the pages, of which `is_sealed` names those
-/// behind slots. Two calls of [`store::requantize_k_head`] then reach all rows; it makes a new page header if all rows
-/// of the page change, so a page must be given whole.
-pub(crate) fn split_location(location: &[i32], is_sealed: impl Fn(usize) -> bool) -> [Vec<i32>; 2] {
-    // What is no location at all stays, to be refused.
-    let slots = location.iter().map(|&at| if at == IN_PAGE { ABSENT } else { at });
-    let in_page = |(cell, &at): (usize, &i32)| at == IN_PAGE || (at >= 0 && is_sealed(cell));
-    let pages = location.iter().enumerate().map(|cell| if in_page(cell) { IN_PAGE } else { ABSENT });
-    [slots.collect(), pages.collect()]
 }

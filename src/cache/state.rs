@@ -22,14 +22,14 @@ use std::io::{self, Write};
 use super::cells::Cells;
 use super::checksum::Checksum;
 use super::{Cache, Layer, STREAM};
-use crate::codec::Side;
+use crate::codec::page::Side;
 use crate::erase::erase_head;
 use crate::error::{Error, Result, Status};
-use crate::planner::{CellState, Planner};
-use crate::store::{ABSENT, IN_PAGE};
+use crate::location::Location;
+use crate::planner::Planner;
 
 const MAGIC: &[u8; 8] = b"kvqcache";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const CHECKSUM_BYTES: usize = 8;
 /// Unit in which zeros are left out.
 const BLOCK: usize = 4096;
@@ -94,21 +94,16 @@ impl Cache {
 
     /// Hands over K and V of each layer without the rows of removed tokens.
     pub(super) fn for_each_live_memory(&self, use_memory: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let live: Vec<u32> = (0..self.cells.len() as u32).filter(|&cell| self.cells.is_live(cell as usize)).collect();
-        let (mut location, mut sealed) = (vec![ABSENT; self.cells.len()], vec![false; self.cells.len()]);
-        for (&cell, state) in live.iter().zip(self.planner.export(STREAM, &live)?) {
-            (location[cell as usize], sealed[cell as usize]) = match state {
-                CellState::Exact { slot, encoded, .. } => (slot as i32, encoded),
-                CellState::Sealed => (IN_PAGE, true),
-            };
-        }
+        let mut location = self.planner.locate(STREAM)?;
+        let dead = location.iter_mut().enumerate().filter(|(cell, _)| !self.cells.is_live(*cell));
+        dead.for_each(|(_, location)| *location = Location::default());
         let mut copy = Vec::new();
         for Layer { layout, k, v } in &self.layers {
             for (side, memory) in [(Side::Key, k.bytes()), (Side::Value, v.bytes())] {
                 copy.clear();
                 copy.extend_from_slice(memory);
                 for region in copy.chunks_exact_mut(layout.head_bytes(side)) {
-                    erase_head(layout, side, region, &location, &|cell| sealed[cell])?;
+                    erase_head(layout, side, region, &location)?;
                 }
                 use_memory(&copy)?;
             }
@@ -167,10 +162,12 @@ impl Cache {
     fn parse_planner(&self, bytes: &[u8], cells: &Cells) -> Result<Planner> {
         let mut planner = Planner::new(*self.planner.config())?;
         planner.restore(STREAM, bytes)?;
-        let mut location = vec![-1; cells.len()];
-        planner.locate(STREAM, &mut location)?;
-        if (0..cells.len()).any(|cell| cells.is_live(cell) && location[cell] == -1) {
+        let location = planner.locate(STREAM)?;
+        if (0..cells.len()).any(|cell| cells.is_live(cell) && !location[cell].is_held()) {
             return Err(malformed("the state has tokens without rows"));
+        }
+        if self.rotation.is_none() && location.iter().any(|location| location.turned != 0) {
+            return Err(malformed("the state has keys that moved, but this cache does not know how they turn"));
         }
         Ok(planner)
     }

@@ -5,6 +5,7 @@ use crate::reference;
 
 mod learned;
 mod sequences;
+mod shifts;
 mod states;
 mod vectors;
 mod walk;
@@ -68,7 +69,12 @@ struct Model {
     softcap: f32,
     max_bias: f32,
     sink_logits: Option<Vec<f32>>,
+    /// Factor on the scores; 0: the usual one.
+    scale: f32,
     bound: f64,
+    /// Error of each layer of each step, unless `unchecked`.
+    errors: Vec<f64>,
+    unchecked: bool,
 }
 
 impl Model {
@@ -76,7 +82,9 @@ impl Model {
         let n_swa = vec![0; params.n_layers];
         let cache = cache_of(spec, params);
         let (softcap, max_bias, sink_logits, bound) = (0.0, 0.0, None, NMSE_8_BITS);
-        Self { cache, tokens: Vec::new(), rng: Rng::new(7), n_swa, softcap, max_bias, sink_logits, bound }
+        let (tokens, rng, errors) = (Vec::new(), Rng::new(7), Vec::new());
+        let (scale, unchecked) = (0.0, false);
+        Self { cache, tokens, rng, n_swa, softcap, max_bias, sink_logits, scale, bound, errors, unchecked }
     }
 
     /// Appends `n` tokens to one sequence.
@@ -104,15 +112,19 @@ impl Model {
             let v: Vec<f32> = self.tokens[new.clone()].iter().flat_map(|token| token.v[layer].clone()).collect();
             let mut out = vec![f32::NAN; seq_ids.len() * heads * dim_v];
             let options = AttendOptions {
+                scale: self.scale,
                 softcap: self.softcap,
                 max_bias: self.max_bias,
                 n_swa: self.n_swa[layer],
                 sink_logits: self.sink_logits.as_deref(),
-                ..Default::default()
             };
             self.cache.attend(layer, &q, &k, &v, &options, &mut out).unwrap();
+            if self.unchecked {
+                continue;
+            }
             let want = self.reference(layer, new.clone(), &q, &options);
             let error = reference::nmse(&out, &want);
+            self.errors.push(error);
             assert!(error <= self.bound, "layer {layer}, {} tokens held: nmse {error:e}", self.tokens.len());
             total += error;
         }
@@ -144,7 +156,7 @@ impl Model {
                 };
                 let query = reference::Query {
                     q: &q[(index * heads + head) * dim_k..][..dim_k],
-                    scale: 1.0 / (dim_k as f64).sqrt(),
+                    scale: if options.scale > 0.0 { f64::from(options.scale) } else { 1.0 / (dim_k as f64).sqrt() },
                     softcap: f64::from(options.softcap),
                     bias: &self.tokens.iter().map(bias).collect::<Vec<_>>(),
                     sink_logit: options.sink_logits.map(|sinks| f64::from(sinks[head])),
@@ -161,10 +173,16 @@ impl Model {
 /// The keys of a token with the rotation of its position.
 fn rotated(token: &Token, layer: usize, rope: Option<Rope>) -> Vec<f32> {
     let mut k = token.k[layer].clone();
-    if let Some(rope) = rope {
-        let dim = k.len() / SHAPE.n_kv_heads as usize;
-        let angles = rope.angles(token.pos);
-        k.chunks_exact_mut(dim).for_each(|row| rope.rotate(row, &angles));
+    let Some(rope) = rope else { return k };
+    let n_pairs = rope.n_rot / 2;
+    for row in k.chunks_exact_mut(token.k[layer].len() / SHAPE.n_kv_heads as usize) {
+        for pair in 0..n_pairs {
+            let frequency = f64::from(rope.freq_base).powf(-2.0 * pair as f64 / rope.n_rot as f64);
+            let angle = f64::from(token.pos) * f64::from(rope.freq_scale) * frequency;
+            let (cos, sin) = (angle.cos() as f32, angle.sin() as f32);
+            let (i, j) = if rope.interleaved { (2 * pair, 2 * pair + 1) } else { (pair, pair + n_pairs) };
+            (row[i], row[j]) = (row[i] * cos - row[j] * sin, row[i] * sin + row[j] * cos);
+        }
     }
     k
 }

@@ -3,10 +3,14 @@
 use std::ffi::c_void;
 
 use super::layout::kvq_layout;
+use super::shift::kvq_rotation;
 use super::{check, check_len, check_part, guard, guard_or, product, shared, slice};
-use crate::attention::{self, AttendArgs, Mask, Rows};
+use crate::attention;
+use crate::attention::{AttendArgs, Mask};
 use crate::error::{Error, Result, Status};
 use crate::plan::Plan;
+use crate::rotation::Rotation;
+use crate::rows::Rows;
 
 /// What kvq_attend reads and writes: one layer, one stream. All strides count elements.
 #[repr(C)]
@@ -39,6 +43,8 @@ pub struct kvq_attend_args {
     pub plan: *const i32,
     /// Integers in `plan`.
     pub plan_len: usize,
+    /// How the layer's keys turn with their positions; may be NULL as long as no kvq_planner_shift was carried out.
+    pub rotation: *const kvq_rotation,
     /// Added to the scores: [n_tokens][n_kv], column = cell, -INFINITY hides. NULL: every held cell is visible.
     pub mask: *const c_void,
     /// Distance between tokens in `mask`, at least `n_kv`.
@@ -175,6 +181,7 @@ unsafe fn attend_args<'a>(layout: &crate::layout::Layout, args: &kvq_attend_args
             k_mem: slice(args.k_mem, layout.k_bytes(), "k_mem")?,
             v_mem: slice(args.v_mem, layout.v_bytes(), "v_mem")?,
             plan,
+            rotation: rotation(args.rotation, "rotation")?,
             mask: mask(args, n)?,
             mask_stride_token: args.mask_stride_token,
             n_kv: args.n_kv as usize,
@@ -187,6 +194,16 @@ unsafe fn attend_args<'a>(layout: &crate::layout::Layout, args: &kvq_attend_args
             with_lse: !args.lse.is_null(),
         })
     }
+}
+
+/// # Safety
+/// `rotation` is NULL or a live rotation.
+pub(super) unsafe fn rotation<'a>(rotation: *const kvq_rotation, name: &str) -> Result<Option<&'a Rotation>> {
+    if rotation.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: not NULL, so a live rotation by the caller's promise.
+    Ok(Some(unsafe { &shared(rotation, name)?.rotation }))
 }
 
 /// # Safety

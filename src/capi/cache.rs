@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use super::attention::optional;
 use super::memory::advise;
 use super::recipe::kvq_recipe;
+use super::shift::is_interleaved;
 use super::{exclusive, guard, guard_or, output, product, release, shared, slice, slice_mut};
 use crate::cache::{AttendOptions, Cache, CacheParams, Rope};
 use crate::error::{Error, Result, Status};
@@ -106,11 +107,7 @@ pub unsafe extern "C" fn kvq_cache_new(
 }
 
 fn rope(rope: &kvq_rope) -> Result<Rope> {
-    let interleaved = match rope.interleaved {
-        0 => false,
-        1 => true,
-        other => return Err(Error::invalid(format!("interleaved is {other}: use 0 or 1"))),
-    };
+    let interleaved = is_interleaved(rope.interleaved)?;
     let kvq_rope { n_rot, freq_base, freq_scale, .. } = *rope;
     Ok(Rope { n_rot: n_rot as usize, freq_base, freq_scale, interleaved })
 }

@@ -8,7 +8,7 @@ use super::store::kvq_store_args;
 use super::{check, guard, output, release, shared};
 use crate::cuda::attend::{self, Workspace};
 use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc, StoreParams};
-use crate::cuda::{store, Device};
+use crate::cuda::{store, unsupported, Device};
 use crate::error::{Error, Result, Status};
 
 /// A GPU and the kernels for it.
@@ -140,6 +140,12 @@ fn store_params(args: &kvq_store_args) -> Result<StoreParams> {
         check(args.k_cur, "k_cur")?;
         check(args.v_cur, "v_cur")?;
     }
+    if !args.rotation.is_null() {
+        return Err(unsupported(
+            "rotation is not NULL: keys that join a page whose positions have moved cannot be turned back on a device \
+             yet; while a plan has no turns it may be NULL",
+        ));
+    }
     for (rows, name) in [(args.q, "q"), (args.lse, "lse")] {
         if !rows.is_null() {
             check(rows, name)?;
@@ -161,10 +167,13 @@ fn store_params(args: &kvq_store_args) -> Result<StoreParams> {
         k_mem: args.k_mem,
         v_mem: args.v_mem,
         plan: args.plan,
+        rotation: std::ptr::null(),
         rows: std::ptr::null_mut(),
         errors: std::ptr::null_mut(),
         error_stride: 0,
         row_stride: 0,
+        n_pairs: 0,
+        interleaved: 0,
         phases: 0,
         n_key_blocks: 1,
         n_value_blocks: 0,
@@ -241,5 +250,10 @@ fn attend_params(args: &kvq_attend_args) -> Result<AttendParams> {
         n_tokens: args.n_tokens,
         n_splits: 1,
         view: 0,
+        n_warps: 0,
+        shared_warps: 0,
+        shared_warp: 0,
+        coefficient_bytes: 0,
+        weight_bytes: 0,
     })
 }

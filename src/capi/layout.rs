@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::recipe::{kvq_recipe, write_text};
 use super::{guard, guard_or, output, release, shared, slice_mut};
-use crate::codec::Side;
+use crate::codec::page::Side;
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
 use crate::shape::Shape;

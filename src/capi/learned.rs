@@ -2,8 +2,9 @@
 
 use super::layout::kvq_layout;
 use super::{check, guard, output, shared, slice};
-use crate::codec::Side;
+use crate::codec::page::Side;
 use crate::error::Status;
+use crate::head::Head;
 use crate::learned::KeyError;
 
 /// Reads the error of a stream's packed keys from its key memory, kvq_layout_k_bytes. Takes some nanoseconds per head;
@@ -23,7 +24,7 @@ pub unsafe extern "C" fn kvq_layer_key_error(
         };
         let mut error = KeyError::default();
         for region in k_mem.chunks_exact(layout.head_bytes(Side::Key)) {
-            error.add(&KeyError::read(layout.side(Side::Key).learned(region)));
+            error.add(&KeyError::read(Head::new(layout, Side::Key, region).learned()));
         }
         out.write(error);
         Ok(())

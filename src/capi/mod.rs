@@ -17,6 +17,7 @@ mod learned;
 mod memory;
 mod planner;
 mod recipe;
+mod shift;
 mod status;
 mod store;
 mod version;

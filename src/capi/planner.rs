@@ -5,6 +5,7 @@ use std::ffi::c_void;
 use super::recipe::kvq_recipe;
 use super::{exclusive, guard, guard_or, output, release, shared, slice, slice_mut};
 use crate::error::{Error, Status};
+use crate::location::Location;
 use crate::plan::plan_len;
 use crate::planner::{Planner, Row};
 
@@ -12,7 +13,7 @@ use crate::planner::{Planner, Row};
 ///
 /// Deterministic, no I/O. Not thread-safe: one thread at a time. It does not refer to the recipe it was made from.
 pub struct kvq_planner {
-    planner: Planner,
+    pub(super) planner: Planner,
 }
 
 /// One token of an ubatch: the cell it is written to, its sequence and its position there.
@@ -141,17 +142,20 @@ pub unsafe extern "C" fn kvq_planner_copy_stream(planner: *mut kvq_planner, src:
     })
 }
 
-/// Tells where the row of each cell of a stream is: location[cell] is -1 if it is nowhere, a slot if >= 0, -2 if it is
-/// in its page. `location` has room for n_cells.
+/// Tells where the row of each cell of a stream is. `location` has room for n_cells.
 #[no_mangle]
-pub unsafe extern "C" fn kvq_planner_locate(planner: *const kvq_planner, stream: u32, location: *mut i32) -> Status {
+pub unsafe extern "C" fn kvq_planner_locate(
+    planner: *const kvq_planner,
+    stream: u32,
+    location: *mut Location,
+) -> Status {
     guard(|| {
         // SAFETY: a live planner, as the header requires.
         let planner = unsafe { shared(planner, "planner") }?;
-        let mut found = vec![-1; planner.planner.config().n_cells];
-        planner.planner.locate(stream as usize, &mut found)?;
-        // SAFETY: location has room for n_cells integers that no other thread uses.
-        let location = unsafe { slice_mut(location.cast::<std::mem::MaybeUninit<i32>>(), found.len(), "location") }?;
+        let found = planner.planner.locate(stream as usize)?;
+        // SAFETY: location has room for n_cells locations that no other thread uses.
+        let location =
+            unsafe { slice_mut(location.cast::<std::mem::MaybeUninit<Location>>(), found.len(), "location") }?;
         location.iter_mut().zip(&found).for_each(|(to, &from)| {
             to.write(from);
         });
@@ -210,18 +214,22 @@ pub unsafe extern "C" fn kvq_planner_import(
 }
 
 /// Tells the planner that the caller has copied whole pages into the memory of a stream: the `n_cells` cells at `cells`
-/// are read from their pages from now on. Whatever was held for them and for the other cells of those pages is
-/// forgotten. Exact rows follow through kvq_planner_plan and kvq_store, like a new ubatch.
+/// are read from their pages from now on, where the row of cells[i] has moved by turned[i] positions since it was
+/// encoded (kvq_location). Whatever was held for them and for the other cells of those pages is forgotten. Exact rows
+/// follow through kvq_planner_plan and kvq_store, like a new ubatch.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_planner_adopt(
     planner: *mut kvq_planner,
     stream: u32,
     cells: *const u32,
+    turned: *const i32,
     n_cells: usize,
 ) -> Status {
     guard(|| {
-        // SAFETY: a live planner that no other thread uses and n_cells cells, as the header requires.
-        let (planner, cells) = unsafe { (exclusive(planner, "planner")?, slice(cells, n_cells, "cells")?) };
-        planner.planner.adopt(stream as usize, cells)
+        // SAFETY: a live planner that no other thread uses and n_cells elements each, as the header requires.
+        let (planner, cells, turned) = unsafe {
+            (exclusive(planner, "planner")?, slice(cells, n_cells, "cells")?, slice(turned, n_cells, "turned")?)
+        };
+        planner.planner.adopt(stream as usize, cells, turned)
     })
 }

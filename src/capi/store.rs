@@ -1,17 +1,20 @@
 //! Writing and reading the memory of one layer.
 
-use super::attention::{optional, rows};
+use super::attention::{optional, rotation, rows};
 use super::layout::kvq_layout;
+use super::shift::kvq_rotation;
 use super::{check, check_part, guard, product, shared, slice, slice_mut};
-use crate::attention::Rows;
-use crate::cache::split_location;
-use crate::codec::Side;
+use crate::codec::page::Side;
 use crate::erase::erase_head;
 use crate::error::{Error, Result, Status};
+use crate::head::HeadMut;
 use crate::layout::Layout;
+use crate::location::Location;
 use crate::plan::Plan;
 use crate::pool;
 use crate::recent::Attended;
+use crate::rotation::Rotation;
+use crate::rows::Rows;
 use crate::store::{self, StoreRows};
 
 /// What kvq_store reads and writes: one layer, one stream. All strides count elements.
@@ -38,6 +41,8 @@ pub struct kvq_store_args {
     pub plan: *const i32,
     /// Integers in `plan`.
     pub plan_len: usize,
+    /// As in kvq_attend_args.
+    pub rotation: *const kvq_rotation,
     /// Queries of this ubatch, float [n_tokens][n_heads][head_dim_k], from which some recipes learn which channels of
     /// the keys matter. NULL: they learn nothing from this ubatch.
     pub q: *const f32,
@@ -73,7 +78,7 @@ pub unsafe extern "C" fn kvq_store(
         let (n, heads) = (args.n_tokens as usize, shape.n_kv_heads as usize);
         let (dim_k, dim_v) = (shape.head_dim_k as usize, shape.head_dim_v as usize);
         // SAFETY: the arrays in args have the sizes that its comments give, as the header requires.
-        let (q, lse, k, v, plan) = unsafe {
+        let (q, lse, k, v, plan, rotation) = unsafe {
             let q_shape = [n, shape.n_heads as usize, dim_k];
             let q = if args.q.is_null() {
                 None
@@ -86,6 +91,7 @@ pub unsafe extern "C" fn kvq_store(
                 current(args.k_cur, [n, heads, dim_k], args.k_stride_token, args.k_stride_head, "k_cur")?,
                 current(args.v_cur, [n, heads, dim_v], args.v_stride_token, args.v_stride_head, "v_cur")?,
                 Plan::new(slice(args.plan, args.plan_len, "plan")?)?,
+                rotation(args.rotation, "rotation")?,
             )
         };
         plan.check_entries()?;
@@ -100,7 +106,7 @@ pub unsafe extern "C" fn kvq_store(
             let regions = unsafe {
                 [head_region(layout, Side::Key, head, args.k_mem)?, head_region(layout, Side::Value, head, args.v_mem)?]
             };
-            store::store_head(layout, head, regions, &StoreRows { k, v, q, attended }, &plan)?;
+            store::store_head(layout, head, regions, &StoreRows { k, v, q, attended, rotation }, &plan)?;
         }
         Ok(())
     })
@@ -125,14 +131,15 @@ unsafe fn current<'a>(
 }
 
 /// Reads rows of the cells [cell0, cell0 + n) as float [n][n_kv_heads][head_dim]. `location` comes from
-/// kvq_planner_locate; cells that are nowhere give zeros. `k_out` (with `k_mem`) or `v_out` (with `v_mem`) may be NULL,
-/// then that side is left out.
+/// kvq_planner_locate; cells that are nowhere give zeros. `rotation` as in kvq_attend_args. `k_out` (with `k_mem`) or
+/// `v_out` (with `v_mem`) may be NULL, then that side is left out.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_dequantize(
     layout: *const kvq_layout,
     k_mem: *const u8,
     v_mem: *const u8,
-    location: *const i32,
+    location: *const Location,
+    rotation: *const kvq_rotation,
     cell0: u32,
     n: u32,
     k_out: *mut f32,
@@ -142,8 +149,10 @@ pub unsafe extern "C" fn kvq_dequantize(
         // SAFETY: a live layout, as the header requires.
         let layout = unsafe { &shared(layout, "layout")?.layout };
         let cells = cell_range(layout, cell0, n)?;
-        // SAFETY: location has an integer per cell of the layout, as the header requires.
+        // SAFETY: location has an entry per cell of the layout, as the header requires.
         let location = unsafe { slice(location, layout.n_cells(), "location") }?;
+        // SAFETY: rotation is NULL or a live rotation, as the header requires.
+        let rotation = unsafe { self::rotation(rotation, "rotation") }?;
         let sides = [(Side::Key, "k_mem", k_mem, "k_out", k_out), (Side::Value, "v_mem", v_mem, "v_out", v_out)];
         for (side, memory_name, memory, out_name, out) in sides {
             if out.is_null() {
@@ -155,53 +164,7 @@ pub unsafe extern "C" fn kvq_dequantize(
             let (memory, out) = unsafe {
                 (slice(memory, heads * layout.head_bytes(side), memory_name)?, slice_mut(out, n_out, out_name)?)
             };
-            read_rows(layout, side, memory, location, cells.clone(), out)?;
-        }
-        Ok(())
-    })
-}
-
-/// Overwrites key rows: for each i with changed[i] != 0 the row of cell cell0 + i becomes k_rows[i], float
-/// [n][n_kv_heads][head_dim_k]. Exact rows stay exact (half precision), rows in pages are encoded again. Meant for
-/// shifts of positions that rotate the keys. `location` comes from kvq_planner_locate; cells that are nowhere are
-/// skipped.
-///
-/// Ask for whole pages (kvq_recipe_page) where you can: only a page of which all rows change is encoded from scratch.
-#[no_mangle]
-pub unsafe extern "C" fn kvq_requantize_k(
-    layout: *const kvq_layout,
-    k_mem: *mut u8,
-    location: *const i32,
-    cell0: u32,
-    n: u32,
-    k_rows: *const f32,
-    changed: *const u8,
-) -> Status {
-    guard(|| {
-        // SAFETY: a live layout, as the header requires.
-        let layout = unsafe { &shared(layout, "layout")?.layout };
-        let cells = cell_range(layout, cell0, n)?;
-        let (heads, dim) = head_shape(layout, Side::Key);
-        // SAFETY: arrays of the shapes that the header gives, memory that no other thread uses.
-        let (location, all_rows, changed, memory) = unsafe {
-            (
-                slice(location, layout.n_cells(), "location")?,
-                slice(k_rows, product(&[n as usize, heads, dim], "k_rows")?, "k_rows")?,
-                slice(changed, n as usize, "changed")?,
-                slice_mut(k_mem, heads * layout.head_bytes(Side::Key), "k_mem")?,
-            )
-        };
-        // Which slots have a copy in their page is not known here. To rewrite too many does no harm: sealing writes
-        // them.
-        let places = split_location(location, |_| true);
-        let mut head_rows = vec![0.0; cells.len() * dim];
-        for (head, region) in memory.chunks_exact_mut(layout.head_bytes(Side::Key)).enumerate() {
-            for (to, from) in head_rows.chunks_exact_mut(dim).zip(all_rows.chunks_exact(heads * dim)) {
-                to.copy_from_slice(&from[head * dim..][..dim]);
-            }
-            for location in &places {
-                store::requantize_k_head(layout, region, location, cells.start, &head_rows, changed)?;
-            }
+            read_rows(layout, side, memory, location, rotation, cells.clone(), out)?;
         }
         Ok(())
     })
@@ -244,7 +207,8 @@ pub unsafe extern "C" fn kvq_pool_adopt(
             let saved = unsafe { slice(saved, heads * n_saved, name) }?;
             for (head, saved) in saved.chunks_exact(n_saved).enumerate() {
                 // SAFETY: the memory holds a region per head, which nobody else uses, as the header requires.
-                pool::adopt(layout, side, unsafe { head_region(layout, side, head, memory) }?, saved, from, to);
+                let region = unsafe { head_region(layout, side, head, memory) }?;
+                pool::adopt(&mut HeadMut::new(layout, side, region), saved, from, to);
             }
         }
         Ok(())
@@ -252,8 +216,8 @@ pub unsafe extern "C" fn kvq_pool_adopt(
 }
 
 /// Wipes what the memory of one stream still holds of rows that `location` does not name, so that a copy of it can be
-/// given away: slots, the outlier pool and the rows of pages. `location` has an integer per cell, as kvq_planner_locate
-/// gives them; write -1 for cells that are not to be read. Rows of cells in slots are kept in their pages as well.
+/// given away: slots, the outlier pool and the rows of pages. `location` is as kvq_planner_locate gives it; write
+/// KVQ_NOWHERE for cells that are not to be read.
 ///
 /// The other rows decode to the same values as before. What a page holds for all its rows together (its mean, ranges and
 /// order of tokens) stays. `k_mem` or `v_mem` may be NULL, then that side is left out.
@@ -262,12 +226,12 @@ pub unsafe extern "C" fn kvq_erase(
     layout: *const kvq_layout,
     k_mem: *mut u8,
     v_mem: *mut u8,
-    location: *const i32,
+    location: *const Location,
 ) -> Status {
     guard(|| {
         // SAFETY: a live layout, as the header requires.
         let layout = unsafe { &shared(layout, "layout")?.layout };
-        // SAFETY: location has an integer per cell of the layout, as the header requires.
+        // SAFETY: location has an entry per cell of the layout, as the header requires.
         let location = unsafe { slice(location, layout.n_cells(), "location") }?;
         for (side, memory, name) in [(Side::Key, k_mem, "k_mem"), (Side::Value, v_mem, "v_mem")] {
             if memory.is_null() {
@@ -277,7 +241,7 @@ pub unsafe extern "C" fn kvq_erase(
             // SAFETY: the memory holds a region per head, which nobody else uses, as the header requires.
             let memory = unsafe { slice_mut(memory, heads * layout.head_bytes(side), name) }?;
             for region in memory.chunks_exact_mut(layout.head_bytes(side)) {
-                erase_head(layout, side, region, location, &|_| true)?;
+                erase_head(layout, side, region, location)?;
             }
         }
         Ok(())
@@ -289,14 +253,15 @@ fn read_rows(
     layout: &Layout,
     side: Side,
     memory: &[u8],
-    location: &[i32],
+    location: &[Location],
+    rotation: Option<&Rotation>,
     cells: std::ops::Range<usize>,
     out: &mut [f32],
 ) -> Result<()> {
     let (heads, dim) = head_shape(layout, side);
     let mut head_rows = vec![0.0; cells.len() * dim];
     for (head, region) in memory.chunks_exact(layout.head_bytes(side)).enumerate() {
-        store::dequantize_head(layout, side, region, location, cells.start, cells.len(), &mut head_rows)?;
+        store::dequantize_head(layout, side, region, location, rotation, cells.clone(), &mut head_rows)?;
         for (from, to) in head_rows.chunks_exact(dim).zip(out.chunks_exact_mut(heads * dim)) {
             to[head * dim..][..dim].copy_from_slice(from);
         }
@@ -306,7 +271,12 @@ fn read_rows(
 
 /// # Safety
 /// `memory` is NULL or the memory of `side`, and nobody else uses the region of `head` during `'a`.
-unsafe fn head_region<'a>(layout: &Layout, side: Side, head: usize, memory: *mut u8) -> Result<&'a mut [u8]> {
+pub(super) unsafe fn head_region<'a>(
+    layout: &Layout,
+    side: Side,
+    head: usize,
+    memory: *mut u8,
+) -> Result<&'a mut [u8]> {
     let bytes = layout.head_bytes(side);
     check(memory, memory_name(side))?;
     // SAFETY: the region of a head lies inside the memory of its side, by the definition of the layout.

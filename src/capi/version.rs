@@ -4,7 +4,7 @@ use std::ffi::{c_char, CString};
 use std::sync::OnceLock;
 
 use super::guard_or;
-use crate::simd::IsaToken;
+use crate::simd::isa::IsaToken;
 
 /// Rises with every change to a function or struct of this header. Compare it with kvq_abi_version() at start.
 pub const KVQ_ABI_VERSION: u32 = 5;

@@ -79,6 +79,15 @@ pub fn inverse_power(base: u8) -> f32 {
     f32::from_bits(254u32.saturating_sub(u32::from(base)) << 23)
 }
 
+/// Largest exponent of a factor, either way.
+pub(crate) const MAX_EXPONENT: i32 = 24;
+
+/// `2^exponent`, also for exponents that no seal writes.
+#[inline(always)]
+pub(crate) fn factor(exponent: i32) -> f32 {
+    f32::from_bits(((exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT) + 127) as u32) << 23)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,7 +12,8 @@ pub(crate) mod avx512;
 
 use super::quantizer::{self, Quantizer};
 use super::tile::{LANE_BLOCK, QUAD};
-use super::MAX_PAGE;
+use crate::codec::page::MAX_PAGE;
+use crate::cuda::desc::SideDesc;
 use crate::shape::MAX_HEAD_DIM;
 
 /// Codes of consecutive depth that share a width: one word of 2-bit fields.
@@ -312,6 +313,16 @@ impl MixedPage<'_> {
                 out[row * stride + lane] += quantizer::dot(x, &value[..depth]);
             }
         }
+    }
+}
+
+impl SideDesc {
+    /// Fills in a tile of several widths.
+    pub(crate) fn describe_mixed(&mut self, tile: &MixedTile) {
+        self.budget = tile.budget() as u32;
+        self.tile_bytes = tile.bytes() as u32;
+        self.tile_words = (tile.block_bytes() / (LANE_BLOCK * 4)) as u32;
+        (self.segment, self.n_segments) = (SEGMENT as u32, tile.n_segments() as u32);
     }
 }
 

@@ -4,31 +4,27 @@
 //! must agree with it: the same sealed bytes, and scores and outputs within the codec's `nmse` bound.
 
 pub mod adaptive;
-#[doc(hidden)]
-pub mod bench_api;
 pub mod channel;
 pub mod float8;
 pub mod group;
 pub mod hadamard;
+pub(crate) mod kernels;
 pub mod mixed;
+pub mod page;
 pub(crate) mod quantizer;
 pub(crate) mod query;
 pub(crate) mod smooth;
 pub mod tile;
 
-use std::fmt::Debug;
+use std::sync::Arc;
 
-use crate::cuda::desc::SideDesc;
-use query::{Probabilities, Query};
+use adaptive::{AdaptiveCodec, AdaptiveParams};
+use channel::{ChannelCodec, ChannelParams};
+use group::{GroupCodec, GroupParams};
+use page::{PageCodec, Side};
 
-/// Which of the two halves of the cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Side {
-    /// Keys.
-    Key,
-    /// Values.
-    Value,
-}
+use crate::error::{Error, Result, Status};
+use crate::simd::isa::IsaToken;
 
 /// One row of the registry.
 #[derive(Clone, Copy, Debug)]
@@ -50,67 +46,33 @@ pub const REGISTRY: &[CodecInfo] = &[
     CodecInfo { name: "adaptive", format_version: adaptive::FORMAT_VERSION, nmse: mixed::NMSE },
 ];
 
-/// Rows to be sealed into one page, already copied out of wherever they were.
-pub struct SealRows<'a> {
-    /// `rows[i]` goes to this row of the page; strictly increasing.
-    pub at: &'a [u32],
-    /// `[at.len()][head_dim]`, finite. Used as scratch: the transform before coding happens in place.
-    pub rows: &'a mut [f32],
-    /// The page keeps nothing: its header is made anew from these rows, all other rows are dead.
-    pub fresh: bool,
-    /// `[at.len()]`: rows that are kept exact elsewhere and hidden in the page; empty: none.
-    pub exact: &'a [bool],
-    /// `[head_dim]`: how much an error of each channel matters; empty: unknown.
-    pub channel_weights: &'a [f32],
-    /// `[head_dim]`: exponents of the page sealed last ([`smooth`]), which are replaced where this page has its own; empty:
-    /// there is none.
-    pub last_exponents: &'a mut [u8],
-    /// `[at.len()]`: the largest attention weight that recent queries gave each row; empty: unknown.
-    pub attention: &'a [f32],
+/// How one side (keys or values) of a cache is encoded: a codec and its numbers. The one place that makes a codec.
+#[derive(Clone, Debug, PartialEq)]
+pub enum CodecParams {
+    /// Per token, groups of channels inside a head (SKVQ).
+    Group(GroupParams),
+    /// Per channel over the tokens of a page (KIVI, OTT). Keys only.
+    Channel(ChannelParams),
+    /// Per token, each with a width of its own (QAQ).
+    Adaptive(AdaptiveParams),
 }
 
-/// Largest page of any recipe, in cells.
-pub const MAX_PAGE: usize = 256;
-
-/// Bytes of a page's header, kept apart from the page so that pages stay 64-byte aligned.
-pub const HEADER_BYTES: usize = 4;
-
-/// Header and packed bytes of one page of one KV head.
-#[derive(Clone, Copy)]
-pub struct PageRef<'a> {
-    /// [`HEADER_BYTES`] bytes.
-    pub header: &'a [u8],
-    /// The packed page.
-    pub bytes: &'a [u8],
-}
-
-/// What a codec does with the pages of one side of one layer. Implementations are immutable and choose their kernels when
-/// they are made.
-pub(crate) trait PageCodec: Debug + Send + Sync {
-    /// Everything that decides what a page's bytes mean, for state files.
-    fn format(&self) -> String;
-
-    /// Bytes of one page, a multiple of 64.
-    fn page_bytes(&self) -> usize;
-
-    /// Encodes rows into a page. Rows not listed keep their bytes, or become zero on a fresh page.
-    fn seal(&self, header: &mut [u8], page: &mut [u8], rows: &mut SealRows);
-
-    /// Decodes one row of a page to the values that were appended, `out[head_dim]`.
-    fn decode(&self, page: PageRef, row: usize, out: &mut [f32]);
-
-    /// Takes query rows `[n_rows][head_dim]`, already multiplied by the softmax scale.
-    fn begin_query(&self, rows: &[f32], query: &mut Query);
-
-    /// Keys: `scores[row * page + token]` of all prepared query rows against all tokens of a page.
-    fn scores(&self, page: PageRef, query: &mut Query, scores: &mut [f32]);
-
-    /// Values: adds `sum_t p[row * page + t] * value[t]`, still transformed, to `acc[row * head_dim + channel]`.
-    fn accumulate(&self, page: PageRef, p: &mut Probabilities, acc: &mut [f32]);
-
-    /// Undoes the transform on one accumulated output row.
-    fn untransform(&self, row: &mut [f32]);
-
-    /// Fills in what device code has to know of a page.
-    fn describe(&self, desc: &mut SideDesc);
+impl CodecParams {
+    /// The codec of this side for heads of `head_dim` channels.
+    pub(crate) fn build(
+        &self,
+        side: Side,
+        head_dim: usize,
+        page: usize,
+        token: IsaToken,
+    ) -> Result<Arc<dyn PageCodec>> {
+        Ok(match self {
+            CodecParams::Group(params) => Arc::new(GroupCodec::new(params, side, head_dim, page, token)?),
+            CodecParams::Channel(_) if side == Side::Value => {
+                return Err(Error::new(Status::Recipe, "values cannot be quantized per channel"));
+            }
+            CodecParams::Channel(params) => Arc::new(ChannelCodec::new(params, head_dim, page, token)?),
+            CodecParams::Adaptive(params) => Arc::new(AdaptiveCodec::new(params, side, head_dim, page, token)?),
+        })
+    }
 }

@@ -4,10 +4,59 @@
 //! are kept in [`LANES`] partial sums (element `i` goes to sum `i % LANES`) added in order at the end.
 #![forbid(unsafe_code)]
 
+use std::fmt;
+
 use super::float8::{e4m3_decode, e4m3_encode, inverse_power, power, scale_decode, scale_encode};
-use super::group::Clip;
+use crate::cuda::desc::{SideDesc, CLIP_AUTO, CLIP_CELLS, CLIP_FACTOR};
+use crate::error::{Error, Result, Status};
 
 const LANES: usize = 16;
+
+/// How the range that the codes cover is chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Clip {
+    /// Symmetric: the uniform step that is best for a Gaussian of the group's root mean square. Affine: [`Clip::affine`].
+    Auto,
+    /// This part of the largest distance from the middle of the range.
+    Factor(f32),
+    /// The range is cut into as many cells as there are codes, which stand for the cells' middles.
+    Cells,
+}
+
+impl Clip {
+    /// Parses the `clip` key of a recipe.
+    pub fn parse(text: &str) -> Result<Self> {
+        match (text, text.parse::<f32>()) {
+            ("auto", _) => Ok(Clip::Auto),
+            ("cells", _) => Ok(Clip::Cells),
+            (_, Ok(x)) if (0.3..=1.0).contains(&x) => Ok(Clip::Factor(x)),
+            _ => Err(Error::new(Status::Recipe, format!("clip={text}: use auto, cells or a number from 0.3 to 1"))),
+        }
+    }
+
+    /// The part of the half-range that affine codes reach: more levels want less clipping.
+    pub fn affine(self, levels: u32) -> f32 {
+        match (self, levels) {
+            (Clip::Factor(x), _) => x,
+            (Clip::Cells, _) => (levels - 1) as f32 / levels as f32,
+            (Clip::Auto, 3) => 0.7,
+            (Clip::Auto, 4) => 0.8,
+            (Clip::Auto, 8) => 0.9,
+            // Two levels stand for a sign, whatever their distance.
+            (Clip::Auto, _) => 1.0,
+        }
+    }
+}
+
+impl fmt::Display for Clip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Clip::Auto => f.write_str("auto"),
+            Clip::Cells => f.write_str("cells"),
+            Clip::Factor(x) => write!(f, "{x}"),
+        }
+    }
+}
 
 /// Codes from 0 to `levels - 1` about zero (`symmetric`) or about a mid-point.
 #[derive(Clone, Copy, Debug)]
@@ -243,5 +292,19 @@ pub(crate) fn mean_row(rows: &[f32], out: &mut [f32]) {
 pub(crate) fn subtract(rows: &mut [f32], mean: &[f32]) {
     for row in rows.chunks_exact_mut(mean.len()) {
         row.iter_mut().zip(mean).for_each(|(x, m)| *x -= m);
+    }
+}
+
+impl SideDesc {
+    /// Fills in how codes are chosen.
+    pub(crate) fn describe_quantizer(&mut self, quantizer: &Quantizer, rotate: bool) {
+        let Quantizer { normal, symmetric, clip, refit, .. } = *quantizer;
+        (self.normal, self.symmetric, self.refit) = (normal.into(), symmetric.into(), refit.into());
+        self.rotate = rotate.into();
+        (self.clip, self.clip_factor) = match clip {
+            Clip::Auto => (CLIP_AUTO, 0.0),
+            Clip::Factor(factor) => (CLIP_FACTOR, factor),
+            Clip::Cells => (CLIP_CELLS, 0.0),
+        };
     }
 }

@@ -3,7 +3,7 @@
 
 use super::hadamard;
 use super::quantizer::{abs_max, sum};
-use super::smooth::factor;
+use crate::codec::float8::factor;
 use crate::shape::MAX_HEAD_DIM;
 
 /// Largest magnitude of one int8 coefficient.

@@ -12,14 +12,13 @@
 
 use half::f16;
 
+use super::float8::{factor, MAX_EXPONENT};
 use super::quantizer::{mean_row, subtract};
-use super::SealRows;
+use crate::codec::page::SealRows;
+use crate::cuda::desc::SideDesc;
 use crate::shape::MAX_HEAD_DIM;
 
 const MAX_DIM: usize = MAX_HEAD_DIM as usize;
-
-/// Largest exponent of a factor, either way.
-const MAX_EXPONENT: i32 = 24;
 
 /// A page keeps the factors of the page sealed before it unless its own would make the error this many times smaller: a
 /// query is prepared anew wherever factors change.
@@ -106,12 +105,6 @@ impl Smooth {
     }
 }
 
-/// `2^exponent`, also for exponents that no seal writes.
-#[inline(always)]
-pub(crate) fn factor(exponent: i32) -> f32 {
-    f32::from_bits(((exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT) + 127) as u32) << 23)
-}
-
 /// Writes the exponents for rows whose mean has been taken off: those of the page before or, where that pays, their own.
 #[inline(always)]
 fn choose(rows: &mut SealRows, exponents: &mut [u8]) {
@@ -149,6 +142,19 @@ fn choose(rows: &mut SealRows, exponents: &mut [u8]) {
 #[inline(always)]
 fn eighths_of_octaves(x: f32) -> i32 {
     (x.max(f32::MIN_POSITIVE).to_bits() >> 20) as i32 - (127 << 3)
+}
+
+impl SideDesc {
+    /// Fills in mean and factors, which lie at `at` in a page.
+    pub(crate) fn describe_smooth(&mut self, smooth: Smooth, at: usize) {
+        let dim = self.head_dim as usize;
+        if smooth.mean {
+            self.mean = at as u32;
+        }
+        if smooth.factors {
+            self.exponents = (at + smooth.bytes(dim) - dim) as u32;
+        }
+    }
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ pub(crate) mod avx512;
 
 use std::fmt;
 
+use crate::cuda::desc::{SideDesc, WIDTH_TERNARY};
 use crate::error::{Error, Result, Status};
 
 /// Lanes that are stored together: two vectors of sixteen 32-bit lanes, or one 128-byte row for a GPU warp.
@@ -286,6 +287,22 @@ impl Tile {
             let at = self.word(lane, word0 + w);
             bytes[at..at + 4].copy_from_slice(&word.to_le_bytes());
         }
+    }
+}
+
+impl SideDesc {
+    /// Fills in a tile of one width.
+    pub(crate) fn describe_tile(&mut self, tile: &Tile) {
+        self.width = match tile.width() {
+            Width::Ternary => WIDTH_TERNARY,
+            Width::Bits2 => 2,
+            Width::Bits3 => 3,
+            Width::Bits4 => 4,
+            Width::Bits8 => 8,
+        };
+        self.tile_bytes = tile.bytes() as u32;
+        self.tile_words = (tile.block_bytes() / (LANE_BLOCK * 4)) as u32;
+        (self.tile_tail, self.tile_tail_quads) = (tile.tail_offset() as u32, tile.tail_quads() as u32);
     }
 }
 

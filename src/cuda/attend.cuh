@@ -106,31 +106,35 @@ struct ExactRows {
         return stored(p.layer.v, p.v_mem, head, i, c);
     }
     __device__ float stored(const SideDesc &side, const uint8_t *mem, uint32_t head, uint32_t i, uint32_t c) const {
+        return finite(half_to_float(half_row(side, mem, head, i)[c]));
+    }
+    // A row of a slot or of the pool, FP16.
+    __device__ const uint16_t *half_row(const SideDesc &side, const uint8_t *mem, uint32_t head, uint32_t i) const {
         const uint8_t *rows = mem + head * side.head_bytes + (kind == POOL ? side.pool : 0);
-        return finite(half_to_float(reinterpret_cast<const uint16_t *>(rows)[size_t(first + i) * side.head_dim + c]));
+        return reinterpret_cast<const uint16_t *>(rows) + size_t(first + i) * side.head_dim;
     }
 };
 
 // A query row that is not finite, or so large that a score may overflow, goes through the kernels as zeros; its output is NaN.
 constexpr float MAX_QUERY = 1e20f;
 
-// Writes a row's output, sum and maximum being those of all its cells; `factor(c)` gives what channel c has summed up to.
-template <class F>
-__device__ void write_row(const AttendParams &p, const Tile &tile, uint32_t row, float maximum, float sum, uint32_t first, uint32_t step, F output) {
-    const uint32_t token = tile.token(p, row), query_head = tile.query_head(p, row), dim = p.layer.v.head_dim;
-    const size_t at = size_t(token) * p.layer.n_heads + query_head;
-    float factor = 1.f, top = maximum;
-    if (p.sink_logits != nullptr) {
-        const float sink = p.sink_logits[query_head];
-        top = fmaxf(maximum, sink);
-        factor = maximum == top ? 1.f : expf(maximum - top);
-        sum = sum * factor + expf(sink - top);
+// How a row's output ends, sum and maximum being those of all its cells: what it is multiplied with, and the logarithm of
+// the denominator.
+struct Ending {
+    float scale, lse;
+
+    __device__ static Ending of(const AttendParams &p, uint32_t query_head, float maximum, float sum) {
+        float factor = 1.f, top = maximum;
+        if (p.sink_logits != nullptr) {
+            const float sink = p.sink_logits[query_head];
+            top = fmaxf(maximum, sink);
+            factor = maximum == top ? 1.f : expf(maximum - top);
+            sum = sum * factor + expf(sink - top);
+        }
+        // The sum of a row whose query is not finite is NaN; it must not look valid.
+        return {sum > 0.f ? factor / sum : sum != sum ? sum : 0.f, top + logf(sum)};
     }
-    // The sum of a row whose query is not finite is NaN; it must not look valid.
-    const float scale = sum > 0.f ? factor / sum : sum != sum ? sum : 0.f;
-    for (uint32_t c = first; c < dim; c += step) p.out[at * dim + c] = output(c) * scale;
-    if (first == 0 && p.lse != nullptr) p.lse[at] = top + logf(sum);
-}
+};
 
 // Whether this block is the last of its tile of rows to get here: then it sees what the others have written to p.partial.
 // `flag` is a word of shared memory.
@@ -147,10 +151,15 @@ __device__ inline bool is_last_block(const AttendParams &p, const Tile &tile, ui
     return *flag != 0;
 }
 
-// The state of a row of a split in p.partial: head_dim_v outputs, maximum, sum.
-__device__ inline float *partial_state(const AttendParams &p, const Tile &tile, uint32_t rows, uint32_t split, uint32_t row) {
-    const size_t block = (size_t(tile.index) * p.layer.n_kv_heads + tile.head) * p.n_splits + split;
-    return p.partial + (block * rows + row) * (p.layer.v.head_dim + 2);
-}
+// What a block leaves of a row in p.partial: head_dim_v outputs, 16-byte aligned where rows are a multiple of four, and
+// maximum and sum.
+struct Partial {
+    float *output, *sums;
+    __device__ static Partial of(const AttendParams &p, const Tile &tile, uint32_t rows, uint32_t split, uint32_t row) {
+        const uint32_t dim = p.layer.v.head_dim;
+        float *block = p.partial + ((size_t(tile.index) * p.layer.n_kv_heads + tile.head) * p.n_splits + split) * (rows * (dim + 2));
+        return {block + row * dim, block + rows * dim + 2 * row};
+    }
+};
 
 }  // namespace kvq

@@ -2,8 +2,8 @@
 
 use std::ffi::c_void;
 
-use super::desc::{AttendParams, LayerDesc};
-use super::{Device, Launch};
+use super::desc::{AttendParams, LayerDesc, SideDesc, CODEC_CHANNEL, CODEC_GROUP};
+use super::{Device, Launch, Limits};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::plan::{self, plan_len, View};
@@ -11,45 +11,108 @@ use crate::plan::{self, plan_len, View};
 /// One row of the table of kernels.
 pub(super) struct Kernel {
     pub(super) name: &'static str,
-    pub(super) threads: u32,
     /// Query rows that a block takes.
     pub(super) tile_rows: u32,
-    /// Smallest compute capability that has it.
-    pub(super) capability: u32,
     /// Whether it can read the layer.
     pub(super) fits: fn(&LayerDesc) -> bool,
-    /// Shared memory of a block.
-    pub(super) shared_bytes: fn(&LayerDesc, tile_rows: u32) -> u32,
     /// Blocks that keep a multiprocessor busy.
     pub(super) blocks_per_multiprocessor: u32,
+    /// The threads and the shared memory of a block, which has so many pieces of work.
+    pub(super) block: fn(&LayerDesc, &Kernel, n_pieces: u32, Limits) -> Option<Block>,
 }
 
-/// The first that fits is taken; of the last ones, one takes everything.
-static KERNELS: &[Kernel] = &[general("kvq_attend_any_4", 4), general("kvq_attend_any_8", 8)];
+/// Threads of a block and what they share; see the last fields of [`AttendParams`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Block {
+    n_warps: u32,
+    shared_warps: u32,
+    shared_warp: u32,
+    coefficient_bytes: u32,
+    weight_bytes: u32,
+}
+
+impl Block {
+    fn shared_bytes(&self) -> u32 {
+        self.shared_warps + self.n_warps * self.shared_warp
+    }
+}
+
+/// Of those that need the fewest tiles, the first is taken. The general ones take everything.
+static KERNELS: &[Kernel] = &[
+    fast("kvq_attend_fast_4_64", 4, |layer| fits_fast(layer, 64)),
+    fast("kvq_attend_fast_4_128", 4, |layer| fits_fast(layer, 128)),
+    fast("kvq_attend_fast_8_64", 8, |layer| fits_fast(layer, 64)),
+    fast("kvq_attend_fast_8_128", 8, |layer| fits_fast(layer, 128)),
+    general("kvq_attend_any_4", 4),
+    general("kvq_attend_any_8", 8),
+];
 
 const fn general(name: &'static str, tile_rows: u32) -> Kernel {
-    Kernel {
-        name,
-        threads: 128,
-        tile_rows,
-        capability: 75,
-        fits: |_| true,
-        shared_bytes: general_shared_bytes,
-        blocks_per_multiprocessor: 3,
-    }
+    Kernel { name, tile_rows, fits: |_| true, blocks_per_multiprocessor: 3, block: general_block }
+}
+
+const fn fast(name: &'static str, tile_rows: u32, fits: fn(&LayerDesc) -> bool) -> Kernel {
+    Kernel { name, tile_rows, fits, blocks_per_multiprocessor: 1, block: fast_block }
+}
+
+/// See `attend_any.cu`.
+fn general_block(layer: &LayerDesc, kernel: &Kernel, _n_pieces: u32, limits: Limits) -> Option<Block> {
+    let (columns, rows) = (layer.page.max(128), kernel.tile_rows);
+    let dim = layer.k.head_dim.max(layer.v.head_dim);
+    let shared_warps = 4 * (2 * rows * dim + 2 * rows * columns + 8 * rows + 2 * dim + 256 + 128);
+    let block = Block { n_warps: 4, shared_warps, shared_warp: 0, coefficient_bytes: 0, weight_bytes: 0 };
+    (block.shared_bytes() <= limits.shared_bytes).then_some(block)
+}
+
+/// What `attend_fast.cu` can read.
+fn fits_fast(layer: &LayerDesc, head_dim_v: u32) -> bool {
+    let grouped = |side: &SideDesc| {
+        side.codec == CODEC_GROUP && side.symmetric == 1 && side.n_groups == 1 && matches!(side.width, 2..=4)
+    };
+    layer.page == 128
+        && layer.pool_rows == 0
+        && matches!(layer.k.head_dim, 64 | 96 | 128)
+        && layer.v.head_dim == head_dim_v
+        && (grouped(&layer.k) || layer.k.codec == CODEC_CHANNEL && layer.k.half == 0)
+        && grouped(&layer.v)
+}
+
+/// Most warps of a block of a fast kernel, and the fewest that are worth it.
+const FAST_WARPS: std::ops::RangeInclusive<u32> = 4..=16;
+
+/// See `attend_fast.cu`.
+fn fast_block(layer: &LayerDesc, kernel: &Kernel, n_pieces: u32, limits: Limits) -> Option<Block> {
+    let rows = kernel.tile_rows;
+    // Rows of coefficients start four banks apart.
+    let padded = |bytes: u32| bytes.next_multiple_of(128) + 16;
+    let coefficients = match layer.k.width {
+        2 if layer.k.head_dim.is_multiple_of(64) => layer.k.head_dim * 2,
+        4 => layer.k.head_dim * 2,
+        // Each word may be read bit by bit.
+        _ => layer.k.tile_words.next_multiple_of(4) * 64,
+    };
+    let (coefficient_bytes, weight_bytes) = (padded(coefficients), padded(if layer.v.width == 3 { 512 } else { 256 }));
+    let page = |side: &SideDesc| side.page_bytes.next_multiple_of(128);
+    let outputs = rows * layer.v.head_dim * 4;
+    // Scores of a page: those of four rows, or more, are kept by four.
+    let scores = rows.next_multiple_of(4) * layer.page * 4;
+    let shared_warp = page(&layer.k) + page(&layer.v) + rows * (coefficient_bytes + weight_bytes) + scores;
+    let shared_warp = shared_warp.max(outputs);
+    let dim = layer.k.head_dim;
+    let states = |n_warps: u32| 4 * (3 * rows + n_warps * rows * 4 + 1);
+    let shared_warps = rows * (4 * dim.max(layer.v.head_dim) + 2 * (dim + 8)) + states(*FAST_WARPS.end());
+    let mut block = Block { n_warps: 0, shared_warps, shared_warp, coefficient_bytes, weight_bytes };
+    block.shared_warps = block.shared_warps.next_multiple_of(128);
+    block.shared_warp = block.shared_warp.next_multiple_of(128);
+    let room = limits.shared_bytes.saturating_sub(block.shared_warps) / block.shared_warp;
+    block.n_warps = n_pieces.clamp(*FAST_WARPS.start(), *FAST_WARPS.end()).min(room);
+    (room >= *FAST_WARPS.start()).then_some(block)
 }
 
 /// Exact rows that are one piece of work.
 const EXACT_ROWS: u32 = 32;
 /// Most blocks that share a tile of rows: the last one weighs them in a table of so many.
 const MAX_SPLITS: u32 = 64;
-
-/// See `attend_any.cu`.
-fn general_shared_bytes(layer: &LayerDesc, tile_rows: u32) -> u32 {
-    let columns = layer.page.max(128);
-    let dim = layer.k.head_dim.max(layer.v.head_dim);
-    4 * (2 * tile_rows * dim + 2 * tile_rows * columns + 8 * tile_rows + 2 * dim + 256 + 128)
-}
 
 /// Names of all kernels, for whoever loads them.
 #[cfg(feature = "cuda")]
@@ -62,31 +125,28 @@ struct Cut {
     kernel: &'static Kernel,
     n_tiles: u32,
     n_splits: u32,
-    shared_bytes: u32,
+    block: Block,
 }
 
 impl Cut {
     fn new(device: &Device, layer: &LayerDesc, n_tokens: u32, n_kv: u32) -> Result<Self> {
-        let limits = device.limits();
         let rows = n_tokens
             .checked_mul(layer.gqa_ratio)
             .filter(|rows| *rows > 0)
             .ok_or_else(|| Error::invalid(format!("{n_tokens} query tokens are not possible")))?;
-        let can = |kernel: &&Kernel| {
-            let shared_bytes = (kernel.shared_bytes)(layer, kernel.tile_rows);
-            kernel.capability <= limits.capability && shared_bytes <= limits.shared_bytes && (kernel.fits)(layer)
-        };
-        // The fewest tiles; of those that need as many, the first.
-        let kernel = KERNELS
-            .iter()
-            .filter(can)
-            .min_by_key(|kernel| rows.div_ceil(kernel.tile_rows))
-            .ok_or_else(|| super::unsupported("no kernel of this build attends such a layer on this device"))?;
+        let cuts = KERNELS.iter().filter(|kernel| (kernel.fits)(layer));
+        let cuts = cuts.filter_map(|kernel| Self::with(kernel, device.limits(), layer, rows, n_kv));
+        cuts.min_by_key(|cut| cut.n_tiles)
+            .ok_or_else(|| super::unsupported("no kernel of this build attends such a layer on this device"))
+    }
+
+    fn with(kernel: &'static Kernel, limits: Limits, layer: &LayerDesc, rows: u32, n_kv: u32) -> Option<Self> {
         let n_tiles = rows.div_ceil(kernel.tile_rows);
-        let n_items = n_cells_seen(layer, n_kv).div_ceil(layer.page) + layer.n_slots.div_ceil(EXACT_ROWS) + 1;
-        let wanted = (limits.n_multiprocessors * kernel.blocks_per_multiprocessor).div_ceil(n_tiles * layer.n_kv_heads);
-        let n_splits = wanted.clamp(1, n_items.min(MAX_SPLITS));
-        Ok(Self { kernel, n_tiles, n_splits, shared_bytes: (kernel.shared_bytes)(layer, kernel.tile_rows) })
+        let n_pieces = n_cells_seen(layer, n_kv).div_ceil(layer.page) + layer.n_slots.div_ceil(EXACT_ROWS) + 1;
+        let wanted = limits.n_multiprocessors * kernel.blocks_per_multiprocessor / (n_tiles * layer.n_kv_heads).max(1);
+        let n_splits = wanted.clamp(1, n_pieces.min(MAX_SPLITS));
+        let block = (kernel.block)(layer, kernel, n_pieces.div_ceil(n_splits), limits)?;
+        Some(Self { kernel, n_tiles, n_splits, block })
     }
 
     fn ticket_bytes(&self, layer: &LayerDesc) -> usize {
@@ -105,7 +165,7 @@ fn n_cells_seen(layer: &LayerDesc, n_kv: u32) -> u32 {
 
 /// Bytes of workspace for a call with so many query tokens and columns of the mask.
 pub(crate) fn workspace_bytes(device: &Device, layout: &Layout, n_tokens: u32, n_kv: u32) -> Result<usize> {
-    let layer = LayerDesc::new(layout);
+    let layer = layout.describe();
     Ok(Cut::new(device, &layer, n_tokens, n_kv)?.workspace_bytes(&layer))
 }
 
@@ -129,7 +189,7 @@ pub(crate) unsafe fn enqueue(
     workspace: Workspace,
     stream: *mut c_void,
 ) -> Result<()> {
-    let layer = LayerDesc::new(layout);
+    let layer = layout.describe();
     let cut = Cut::new(device, &layer, params.n_tokens, params.n_kv)?;
     let need = plan_len(params.n_tokens as usize, layout.n_slots(), layout.n_cells(), layout.page());
     if given_plan_len < need {
@@ -152,10 +212,13 @@ pub(crate) unsafe fn enqueue(
     let n_tokens = params.n_tokens as usize;
     params.plan_at = plan::describe(n_tokens, layout.n_slots(), layout.n_cells(), layout.page());
     params.view = if params.k_cur.is_null() { View::After } else { View::Before } as u32;
+    let Block { n_warps, shared_warps, shared_warp, coefficient_bytes, weight_bytes } = cut.block;
+    (params.n_warps, params.shared_warps, params.shared_warp) = (n_warps, shared_warps, shared_warp);
+    (params.coefficient_bytes, params.weight_bytes) = (coefficient_bytes, weight_bytes);
     let launch = Launch {
         blocks: [layer.n_kv_heads * cut.n_tiles, cut.n_splits],
-        threads: cut.kernel.threads,
-        shared_bytes: cut.shared_bytes,
+        threads: 32 * cut.block.n_warps,
+        shared_bytes: cut.block.shared_bytes(),
     };
     // SAFETY: the kernel takes an AttendParams; the caller answers for the pointers in it.
     unsafe { device.runner.launch(cut.kernel.name, launch, (&raw mut params).cast(), stream) }

@@ -413,42 +413,51 @@ template <int ROWS> struct Attend {
         finish();
     }
 
+    // `output(c)` gives what channel c has summed up to.
+    template <class F> __device__ void write_row(uint32_t r, F output) {
+        const uint32_t dim = layer.v.head_dim, query_head = tile.query_head(p, r);
+        const Ending end = Ending::of(p, query_head, s.maximum[r], s.sum[r]);
+        const size_t at = size_t(tile.token(p, r)) * layer.n_heads + query_head;
+        for (uint32_t c = threadIdx.x; c < dim; c += THREADS) p.out[at * dim + c] = output(c) * end.scale;
+        if (threadIdx.x == 0 && p.lse != nullptr) p.lse[at] = end.lse;
+    }
+
     __device__ void finish() {
         const uint32_t dim = layer.v.head_dim;
         if (p.n_splits == 1) {
             for (uint32_t r = 0; r < tile.n_rows; r++)
-                write_row(p, tile, r, s.maximum[r], s.sum[r], threadIdx.x, THREADS, [&](uint32_t c) { return c < THREADS ? acc[0][r] : acc[1][r]; });
+                write_row(r, [&](uint32_t c) { return c < THREADS ? acc[0][r] : acc[1][r]; });
             return;
         }
         for (int r = 0; r < ROWS; r++) {
-            float *state = partial_state(p, tile, ROWS, tile.split, r);
+            const Partial partial = Partial::of(p, tile, ROWS, tile.split, r);
             for (int j = 0; j < 2; j++) {
                 const uint32_t c = threadIdx.x + THREADS * j;
-                if (c < dim) state[c] = acc[j][r];
+                if (c < dim) partial.output[c] = acc[j][r];
             }
-            if (threadIdx.x == 0) state[dim] = s.maximum[r], state[dim + 1] = s.sum[r];
+            if (threadIdx.x == 0) partial.sums[0] = s.maximum[r], partial.sums[1] = s.sum[r];
         }
         if (!is_last_block(p, tile, reinterpret_cast<uint32_t *>(s.spare))) return;
         // s.scores[row][split]: how much each block's state weighs.
         for (uint32_t r = warp; r < tile.n_rows; r += WARPS) {
             float most = -infinity(), sum = 0.f;
-            for (uint32_t i = lane; i < p.n_splits; i += 32) most = fmaxf(most, __ldcg(partial_state(p, tile, ROWS, i, r) + dim));
+            for (uint32_t i = lane; i < p.n_splits; i += 32) most = fmaxf(most, __ldcg(Partial::of(p, tile, ROWS, i, r).sums));
             most = warp_max(most);
             for (uint32_t i = lane; i < p.n_splits; i += 32) {
-                const float *state = partial_state(p, tile, ROWS, i, r);
+                const float *sums = Partial::of(p, tile, ROWS, i, r).sums;
                 // A block that saw nothing weighs nothing, also if all are such.
-                const float maximum = __ldcg(state + dim), weight = maximum == -infinity() ? 0.f : expf(maximum - most);
+                const float maximum = __ldcg(sums), weight = maximum == -infinity() ? 0.f : expf(maximum - most);
                 s.scores[r * columns + i] = weight;
-                sum += weight * __ldcg(state + dim + 1);
+                sum += weight * __ldcg(sums + 1);
             }
             sum = warp_sum(sum);
             if (lane == 0) s.maximum[r] = most, s.sum[r] = sum;
         }
         __syncthreads();
         for (uint32_t r = 0; r < tile.n_rows; r++) {
-            write_row(p, tile, r, s.maximum[r], s.sum[r], threadIdx.x, THREADS, [&](uint32_t c) {
+            write_row(r, [&](uint32_t c) {
                 float out = 0.f;
-                for (uint32_t i = 0; i < p.n_splits; i++) out += s.scores[r * columns + i] * __ldcg(partial_state(p, tile, ROWS, i, r) + c);
+                for (uint32_t i = 0; i < p.n_splits; i++) out += s.scores[r * columns + i] * __ldcg(Partial::of(p, tile, ROWS, i, r).output + c);
                 return out;
             });
         }

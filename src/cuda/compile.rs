@@ -49,7 +49,7 @@ fn sources() -> Vec<PathBuf> {
     let mut all = files(&source_dir());
     all.sort();
     let is = |path: &Path, ends: &[&str]| path.extension().is_some_and(|e| ends.iter().any(|end| e == *end));
-    for path in all.iter().filter(|path| is(path, &["cu", "cuh", "h"])) {
+    for path in all.iter().filter(|path| is(path, &["cu", "cuh", "h", "cpp"])) {
         println!("cargo:rerun-if-changed={}", path.display());
     }
     all.retain(|path| is(path, &["cu"]));
@@ -107,7 +107,7 @@ pub fn for_emulation() {
     println!("cargo:rerun-if-env-changed=CXX");
     let cxx = env::var_os("CXX").unwrap_or("g++".into());
     let (out, mut objects) = (out_dir(), Vec::new());
-    for source in sources() {
+    for source in sources().into_iter().chain([source_dir().join("emulate.cpp")]) {
         let object = out.join(format!("{}.emulated.o", stem(&source)));
         let mut command = Command::new(&cxx);
         command.args([
@@ -125,12 +125,8 @@ pub fn for_emulation() {
         run(command.arg("-c").arg(&source).arg("-o").arg(&object));
         objects.push(object);
     }
-    let archive = out.join("libkvq_emulated.a");
-    let _ = fs::remove_file(&archive);
-    run(Command::new("ar").arg("crs").arg(&archive).args(&objects));
-    println!("cargo:rustc-link-search=native={}", out.display());
-    // Kernels register themselves, so nothing refers to them by name.
-    println!("cargo:rustc-link-lib=static:+whole-archive=kvq_emulated");
+    let library = out.join("libkvq_emulated.so");
+    run(Command::new(&cxx).arg("-shared").args(&objects).arg("-o").arg(&library));
 }
 
 fn run(command: &mut Command) {

@@ -2,14 +2,6 @@
 //! this file into `kvq_desc.h`, so no offset is written twice.
 #![forbid(unsafe_code)]
 
-use crate::codec::group::Clip;
-use crate::codec::mixed::{MixedTile, SEGMENT};
-use crate::codec::quantizer::Quantizer;
-use crate::codec::smooth::Smooth;
-use crate::codec::tile::{Tile, Width, LANE_BLOCK};
-use crate::codec::{PageCodec, Side};
-use crate::layout::Layout;
-
 /// Bytes of a [`LayerDesc`], asserted on both sides.
 pub const LAYER_DESC_BYTES: usize = 424;
 
@@ -132,7 +124,7 @@ pub struct SideDesc {
     pub bound: f32,
 }
 
-/// A layer, as [`Layout`] has it.
+/// A layer, as [`crate::layout::Layout`] has it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LayerDesc {
@@ -180,6 +172,10 @@ pub struct PlanDesc {
     pub n_records: u32,
     /// The numbers of pages to scan.
     pub n_pages: [u32; 2],
+    /// Turns.
+    pub turns: u32,
+    /// The number of turns.
+    pub n_turns: u32,
     /// Whether the stream starts anew.
     pub starts_anew: u32,
 }
@@ -228,7 +224,7 @@ pub struct AttendParams {
     pub lse: *mut f32,
     /// `[head][tile of rows]`: blocks that are done; zero between calls.
     pub tickets: *mut u32,
-    /// `[head][tile of rows][split][row][head_dim_v + 2]`: output, maximum, sum.
+    /// `[head][tile of rows][split]`: outputs `[row][head_dim_v]`, then maximum and sum `[row][2]`.
     pub partial: *mut f32,
     /// 1: the mask is FP16.
     pub mask_is_f16: u32,
@@ -246,6 +242,16 @@ pub struct AttendParams {
     pub n_splits: u32,
     /// 0: the view before the store, 1: after.
     pub view: u32,
+    /// Warps of a block; this and all that follows: for the kernels that let it vary.
+    pub n_warps: u32,
+    /// Shared memory: bytes before that of the first warp.
+    pub shared_warps: u32,
+    /// Shared memory of a warp.
+    pub shared_warp: u32,
+    /// Of that, bytes of a query row's coefficients for keys.
+    pub coefficient_bytes: u32,
+    /// And for values.
+    pub weight_bytes: u32,
 }
 
 /// What the store kernel gets. Every pointer is the device's.
@@ -282,6 +288,8 @@ pub struct StoreParams {
     pub v_mem: *mut u8,
     /// The plan.
     pub plan: *const i32,
+    /// `[bit][pair]`: cosine and sine of a move by `2^bit` positions, see [`crate::rotation`]. NULL: no position has moved.
+    pub rotation: *const f64,
     /// `[side][head][page][row_stride]`: rows on their way. NULL: they are in shared memory.
     pub rows: *mut f32,
     /// `[head][error_stride]`: the number of pages, then noise, signal and rows of each page's sample. NULL: one block
@@ -291,6 +299,10 @@ pub struct StoreParams {
     pub error_stride: u32,
     /// Floats from row to row.
     pub row_stride: u32,
+    /// Pairs that turn.
+    pub n_pairs: u32,
+    /// 1: pairs are neighbours.
+    pub interleaved: u32,
     /// Which of `STORE_...` this launch is for.
     pub phases: u32,
     /// Blocks that share the pages of a head's keys.
@@ -304,135 +316,3 @@ pub struct StoreParams {
 }
 
 const _: () = assert!(std::mem::size_of::<LayerDesc>() == LAYER_DESC_BYTES);
-
-impl LayerDesc {
-    /// Describes a layer.
-    pub fn new(layout: &Layout) -> Self {
-        let shape = layout.shape();
-        Self {
-            n_heads: shape.n_heads,
-            n_kv_heads: shape.n_kv_heads,
-            gqa_ratio: shape.gqa_ratio() as u32,
-            n_cells: layout.n_cells() as u32,
-            n_slots: layout.n_slots() as u32,
-            page: layout.page() as u32,
-            n_pages: layout.n_pages() as u32,
-            pool_rows: layout.pool_rows() as u32,
-            pool_outliers: layout.pool().map_or(0, |pool| pool.outliers) as u32,
-            attn_window: layout.attn_window() as u32,
-            k: layout.side(Side::Key).describe(),
-            v: layout.side(Side::Value).describe(),
-        }
-    }
-}
-
-impl SideDesc {
-    /// What all codecs have in common; the parts that a codec has, it fills in.
-    pub(crate) fn of_codec(codec: &dyn PageCodec, head_dim: usize) -> Self {
-        let absent = SideDesc {
-            mids: ABSENT,
-            mean: ABSENT,
-            exponents: ABSENT,
-            order: ABSENT,
-            outliers: ABSENT,
-            ..Self::default()
-        };
-        let dim = head_dim as u32;
-        let mut desc =
-            SideDesc { page_bytes: codec.page_bytes() as u32, head_dim: dim, group: dim, n_groups: 1, ..absent };
-        codec.describe(&mut desc);
-        desc
-    }
-
-    pub(crate) fn describe_tile(&mut self, tile: &Tile) {
-        self.width = match tile.width() {
-            Width::Ternary => WIDTH_TERNARY,
-            Width::Bits2 => 2,
-            Width::Bits3 => 3,
-            Width::Bits4 => 4,
-            Width::Bits8 => 8,
-        };
-        self.tile_bytes = tile.bytes() as u32;
-        self.tile_words = (tile.block_bytes() / (LANE_BLOCK * 4)) as u32;
-        (self.tile_tail, self.tile_tail_quads) = (tile.tail_offset() as u32, tile.tail_quads() as u32);
-    }
-
-    pub(crate) fn describe_mixed(&mut self, tile: &MixedTile) {
-        self.budget = tile.budget() as u32;
-        self.tile_bytes = tile.bytes() as u32;
-        self.tile_words = (tile.block_bytes() / (LANE_BLOCK * 4)) as u32;
-        (self.segment, self.n_segments) = (SEGMENT as u32, tile.n_segments() as u32);
-    }
-
-    pub(crate) fn describe_smooth(&mut self, smooth: Smooth, at: usize) {
-        let dim = self.head_dim as usize;
-        if smooth.mean {
-            self.mean = at as u32;
-        }
-        if smooth.factors {
-            self.exponents = (at + smooth.bytes(dim) - dim) as u32;
-        }
-    }
-
-    pub(crate) fn describe_quantizer(&mut self, quantizer: &Quantizer, rotate: bool) {
-        let Quantizer { normal, symmetric, clip, refit, .. } = *quantizer;
-        (self.normal, self.symmetric, self.refit) = (normal.into(), symmetric.into(), refit.into());
-        self.rotate = rotate.into();
-        (self.clip, self.clip_factor) = match clip {
-            Clip::Auto => (CLIP_AUTO, 0.0),
-            Clip::Factor(factor) => (CLIP_FACTOR, factor),
-            Clip::Cells => (CLIP_CELLS, 0.0),
-        };
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::recipe::Recipe;
-    use crate::shape::Shape;
-
-    fn desc(spec: &str, layer: usize) -> (Layout, LayerDesc) {
-        let shape = Shape { n_heads: 8, n_kv_heads: 2, head_dim_k: 128, head_dim_v: 64 };
-        let layout = Layout::new(&Recipe::parse(spec).unwrap(), shape, layer, 1000, 300).unwrap();
-        let desc = LayerDesc::new(&layout);
-        (layout, desc)
-    }
-
-    #[test]
-    fn offsets_are_those_of_the_layout() {
-        for spec in ["skvq:k=2,v=3", "on", "ott", "qaq"] {
-            let (layout, desc) = desc(spec, 3);
-            assert_eq!((desc.n_heads, desc.gqa_ratio, desc.n_cells, desc.n_slots, desc.n_pages), (8, 4, 1000, 300, 8));
-            for (side, desc) in [(Side::Key, desc.k), (Side::Value, desc.v)] {
-                assert_eq!(desc.head_bytes as usize, layout.head_bytes(side), "{spec}");
-                let page = layout.page_range(side, 2);
-                assert_eq!((desc.pages + 2 * u64::from(desc.page_bytes)) as usize, page.start);
-                assert_eq!(desc.page_bytes as usize, page.len());
-                assert_eq!(desc.headers as usize + 4, layout.header_range(side, 1).start);
-                let pool = layout.pool_range(side);
-                assert_eq!(
-                    (desc.pool as usize, desc.pool_table as usize + 4 * layout.pool_rows()),
-                    (pool.start, pool.end)
-                );
-                assert_eq!(desc.recent_end as usize, layout.slots_range(side).end);
-            }
-            assert_eq!(desc.pool_rows > 0, spec == "ott");
-        }
-    }
-
-    #[test]
-    fn pages_are_described_as_their_codec_has_them() {
-        let (_, group) = desc("skvq:k=2,v=3", 3);
-        assert_eq!((group.k.codec, group.k.width, group.k.tile_words, group.k.tile_bytes), (CODEC_GROUP, 2, 8, 4096));
-        assert_eq!((group.k.steps, group.k.mids, group.k.mean, group.k.exponents), (4096, ABSENT, 4224, 4480));
-        // 64 channels of 128 tokens.
-        assert_eq!((group.v.width, group.v.tile_words, group.v.steps, group.v.mean), (3, 12, 3072, ABSENT));
-        let (_, mixed) = desc("kivi:k=2.25,v=2", 3);
-        assert_eq!((mixed.k.codec, mixed.k.budget, mixed.k.n_segments, mixed.k.tile_words), (CODEC_CHANNEL, 18, 8, 9));
-        assert_eq!((mixed.k.steps, mixed.k.mids, mixed.k.order), (4608, 4736, 4864));
-        let (_, adaptive) = desc("qaq:bits=2.25,outliers=1", 3);
-        assert_eq!((adaptive.k.codec, adaptive.k.budget, adaptive.k.n_outliers), (CODEC_ADAPTIVE, 9, 1));
-        assert_eq!(adaptive.v.outliers, adaptive.v.order + 128);
-    }
-}

@@ -98,9 +98,15 @@ impl Cuda {
     }
 
     fn load(&mut self) -> Result<()> {
+        // For work on kernels without building the library anew: a folder of NAME.fatbin.
+        let folder = std::env::var_os("KVQ_CUDA_KERNELS").map(std::path::PathBuf::from);
         for (name, image) in MODULES {
             let mut module = ptr::null_mut();
-            // SAFETY: the image is a whole fat binary in static memory.
+            let read = |folder: &std::path::PathBuf| std::fs::read(folder.join(format!("{name}.fatbin")));
+            let other = folder.as_ref().map(read).transpose();
+            let other = other.map_err(|e| Error::new(Status::Io, format!("KVQ_CUDA_KERNELS, {name}: {e}")))?;
+            let image = other.as_deref().unwrap_or(image);
+            // SAFETY: the image is a whole fat binary.
             let loaded = unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) };
             check(loaded, &format!("loading {name} (were kernels for this device built? see KVQ_CUDA_ARCHS)"))?;
             self.modules.push(module);

@@ -70,7 +70,7 @@ impl Device {
     pub fn open(name: &str) -> Result<Device> {
         #[cfg(feature = "cuda-emulation")]
         if name == "emulated:0" {
-            return Ok(Device { runner: Box::new(emulated::Emulated) });
+            return Ok(Device { runner: Box::new(emulated::Emulated::open()?) });
         }
         let Some(index) = name.strip_prefix("cuda:").and_then(|n| n.parse::<u32>().ok()) else {
             return Err(Error::invalid(format!("'{name}' is not a device: use cuda:0, cuda:1, ...")));

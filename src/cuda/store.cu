@@ -22,6 +22,46 @@ __device__ inline void read_records(const Store &b, uint32_t first, uint32_t n_r
     __syncthreads();
 }
 
+// How far a cell's row has moved since its page was sealed, asked by a warp.
+__device__ inline int distance_of(const Store &b, uint32_t page, uint32_t at) {
+    const StoreParams &p = b.p;
+    const uint32_t n_turns = uint32_t(b.plan(p.plan_at.n_turns)), n_ints = 2 + p.layer.page / 32;
+    int distance = 0;
+    for (uint32_t i = b.lane; i < n_turns; i += 32) {
+        const int *turn = p.plan + p.plan_at.turns + i * n_ints;
+        if (uint32_t(turn[0]) == page && (uint32_t(turn[2 + at / 32]) >> at % 32 & 1)) distance = turn[1];
+    }
+    // A cell is in one turn at most.
+    for (uint32_t o = 16; o > 0; o /= 2) distance |= __shfl_xor_sync(FULL, distance, o);
+    return distance;
+}
+
+// Turns keys back to where the rows that they join were encoded; see src/rotation.rs. Ends with a barrier.
+__device__ inline void turn_back(const Store &b, uint32_t page, uint32_t dim) {
+    const uint32_t n_pairs = min(b.p.n_pairs, dim / 2);
+    for (uint32_t i = b.warp; i < b.s.n_rows; i += STORE_WARPS) {
+        const int distance = distance_of(b, page, b.s.at[i]);
+        if (distance == 0) continue;
+        const uint32_t magnitude = distance < 0 ? 0u - uint32_t(distance) : uint32_t(distance);
+        for (uint32_t pair = b.lane; pair < n_pairs; pair += 32) {
+            double cosine = 1., sine = 0.;
+            for (uint32_t bit = 0; bit < 32; bit++) {
+                if (!(magnitude >> bit & 1)) continue;
+                const double *power = b.p.rotation + 2 * (bit * b.p.n_pairs + pair), c = power[0], s = power[1];
+                const double turned = cosine * c - sine * s;
+                sine = cosine * s + sine * c;
+                cosine = turned;
+            }
+            const float c = float(cosine), s = -float(distance < 0 ? -sine : sine);
+            float &left = b.row(i)[b.p.interleaved ? 2 * pair : pair], &right = b.row(i)[b.p.interleaved ? 2 * pair + 1 : n_pairs + pair];
+            const float x = left, y = right;
+            left = x * c - y * s;
+            right = x * s + y * c;
+        }
+    }
+    __syncthreads();
+}
+
 // Encodes the records of a page, one side of them.
 __device__ inline void seal_side(const Store &b, const Side &side, uint32_t page, bool fresh, bool is_key, float *note) {
     const LayerDesc &l = b.p.layer;
@@ -33,6 +73,7 @@ __device__ inline void seal_side(const Store &b, const Side &side, uint32_t page
         if (l.attn_window > 0) find_attention(b, side);
     }
     if (l.pool_rows > 0 && fresh) write_pooled(b, side, page);
+    if (is_key && !fresh && b.p.rotation != nullptr) turn_back(b, page, side.desc.head_dim);
     if (is_key) {
         mean_of_rows(b, side.desc.head_dim);
         take_sample(b, side.desc.head_dim);

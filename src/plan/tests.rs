@@ -10,6 +10,9 @@ const RECORDS: [Record; 2] = [
     Record { cell: 70, source: Source::Row(2), fresh: true },
 ];
 
+/// Of page 1: cells 65 and 97 by -8, cell 64 by 16.
+const TURNS: [i32; 8] = [1, -8, 2, 2, 1, 16, 1, 0];
+
 fn sample() -> Vec<i32> {
     let mut out = vec![-9; plan_len(3, 4, 100, 64)];
     let mut plan = PlanWriter::new(&mut out, &SIZES).unwrap();
@@ -21,13 +24,14 @@ fn sample() -> Vec<i32> {
     plan.set_page_bits(View::After, &[0, 0, 2, 0]);
     plan.set_records(&RECORDS);
     plan.set_starts_anew();
+    plan.set_turns(&TURNS);
     out
 }
 
 #[test]
 fn reader_returns_what_was_written() {
     let ints = sample();
-    assert_eq!(ints.len(), 16 + 2 * 4 + 2 * 3 + 2 * 4 + 2 * 7);
+    assert_eq!(ints.len(), 16 + 2 * 4 + 2 * 3 + 2 * 4 + 2 * 7 + 4 * 2 * 4);
     let plan = Plan::new(&ints).unwrap();
     plan.check_entries().unwrap();
     assert_eq!((plan.stream(), plan.n_tokens(), plan.n_slots(), plan.n_cells(), plan.page()), (1, 3, 4, 100, 64));
@@ -38,6 +42,10 @@ fn reader_returns_what_was_written() {
     assert_eq!(plan.page_bits(View::Before, 0), [i32::MIN, 1]);
     assert_eq!(plan.page_bits(View::After, 1), [2, 0]);
     assert!(plan.records().eq(RECORDS) && plan.starts_anew());
+    assert_eq!((plan.n_turns(), plan.turns(0).count()), (2, 0));
+    let turns: Vec<_> = plan.turns(1).map(|turn| (turn.page, turn.distance, turn.cells)).collect();
+    assert_eq!(turns, [(1, -8, &[2, 2][..]), (1, 16, &[1, 0][..])]);
+    assert_eq!([1, 64, 65, 66, 97].map(|cell| plan.turned(cell)), [0, 16, -8, 0, -8]);
 }
 
 #[test]
@@ -60,7 +68,9 @@ fn malformed_headers_are_refused() {
             assert_eq!(Plan::new(&ints).is_ok(), any_stream, "header int {index} = {value}");
         }
     }
-    for (index, value) in [(0, 0), (0, 1), (4, 0), (5, 0), (5, 48), (6, 8), (7, 3), (8, 3), (9, 1), (14, 1), (15, 2)] {
+    let changes =
+        [(0, 0), (0, 1), (4, 0), (5, 0), (5, 48), (6, 8), (7, 3), (8, 3), (9, 1), (10, 9), (11, 1), (14, 1), (15, 2)];
+    for (index, value) in changes {
         let mut ints = sample();
         ints[index] = value;
         assert!(Plan::new(&ints).is_err(), "header int {index} = {value}");
@@ -79,7 +89,7 @@ fn entries_out_of_range_or_order_are_found() {
     let extent = Extent::new(3, 4, 100, 64);
     let (before, after) = (extent.slot_cells(View::Before).start, extent.slot_cells(View::After).start);
     let (cells, slots) = (extent.row_cells().start, extent.row_slots().start);
-    let records = extent.records().start;
+    let (records, turns) = (extent.records().start, extent.turns().start);
     let bad = [
         (before, 100),
         (before, -2),
@@ -95,6 +105,9 @@ fn entries_out_of_range_or_order_are_found() {
         (records, 65),
         (records + 1, 7),
         (records + 1, i32::MIN),
+        (turns, 2),
+        (turns, -1),
+        (turns + 4, 0),
     ];
     for (index, value) in bad {
         let mut ints = sample();

@@ -5,23 +5,24 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod shift;
+mod snapshot;
 mod state;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod turns;
 
 pub use config::{n_slots, PlannerConfig};
 pub(crate) use config::{sequences_per_stream, UNSEALED_SHARE};
+pub(crate) use shift::Recoded;
+pub use shift::Shift;
 pub use state::CellState;
 
 use crate::error::{Error, Result};
+use crate::location::Location;
 use crate::plan::{PlanSizes, PlanWriter, Record, View, CELLS_PER_WORD};
-use stream::{Held, StreamState};
-
-/// [`Planner::locate`]: the planner holds nothing for this cell.
-pub const NOT_HELD: i32 = -1;
-/// [`Planner::locate`]: the cell's row is in its page.
-pub const IN_PAGE: i32 = -2;
+use stream::StreamState;
 
 /// One row of an ubatch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,6 +115,7 @@ impl Planner {
         state.relieve_pressure(is_live, records);
         state.assign_slots(plan.row_slots());
         state.write_view(View::After, &mut plan);
+        state.write_turns(&mut plan);
 
         for (cell, row) in plan.row_cells().iter_mut().zip(rows) {
             *cell = row.cell as i32;
@@ -150,25 +152,11 @@ impl Planner {
         Ok(())
     }
 
-    /// Where the row of each cell is after the latest plan: a slot, [`NOT_HELD`] or [`IN_PAGE`]. Fills the first
-    /// `n_cells` of `out`.
-    pub fn locate(&self, stream: usize, out: &mut [i32]) -> Result<()> {
+    /// Where the row of each cell is after the latest plan.
+    pub fn locate(&self, stream: usize) -> Result<Vec<Location>> {
         self.check_stream(stream)?;
-        if out.len() < self.config.n_cells {
-            return Err(Error::invalid(format!(
-                "locating {} cells needs as many ints, the buffer has {}",
-                self.config.n_cells,
-                out.len()
-            )));
-        }
-        for (location, held) in out.iter_mut().zip(&self.streams[stream].held) {
-            *location = match *held {
-                Held::Empty => NOT_HELD,
-                Held::Sealed => IN_PAGE,
-                Held::Exact(slot) => slot as i32,
-            };
-        }
-        Ok(())
+        let state = &self.streams[stream];
+        Ok((0..self.config.n_cells).map(|cell| state.location(cell)).collect())
     }
 
     fn check_stream(&self, stream: usize) -> Result<()> {

@@ -14,6 +14,8 @@ pub enum CellState {
         slot: usize,
         /// The page holds the row as well, so it leaves the window without being sealed again.
         encoded: bool,
+        /// How far the page's row has moved since it was encoded; 0 if the page does not hold it.
+        turned: i32,
         /// A sink token: never sealed, hence never encoded.
         pinned: bool,
         /// Arrival number in its stream: larger is newer. [`Planner::import`] keeps the order, not the numbers.
@@ -22,7 +24,10 @@ pub enum CellState {
         seq: u32,
     },
     /// In its page.
-    Sealed,
+    Sealed {
+        /// How far the row has moved since it was encoded.
+        turned: i32,
+    },
 }
 
 impl Planner {
@@ -31,12 +36,13 @@ impl Planner {
     pub fn export(&self, stream: usize, cells: &[u32]) -> Result<Vec<CellState>> {
         self.check_stream(stream)?;
         let state = &self.streams[stream];
+        let turned = |cell: u32| state.location(cell as usize).turned;
         let export_cell = |&cell: &u32| match state.held.get(cell as usize) {
-            Some(Held::Sealed) => Ok(CellState::Sealed),
+            Some(Held::Sealed) => Ok(CellState::Sealed { turned: turned(cell) }),
             Some(&Held::Exact(slot)) => {
                 let row = state.exact[slot as usize].expect("an exact cell has a row");
                 let ExactRow { encoded, pinned, stamp, seq, .. } = row;
-                Ok(CellState::Exact { slot: slot as usize, encoded, pinned, stamp, seq })
+                Ok(CellState::Exact { slot: slot as usize, encoded, turned: turned(cell), pinned, stamp, seq })
             }
             Some(Held::Empty) => Err(Error::invalid(format!("cell {cell} holds no row to save"))),
             None => Err(Error::invalid(format!("cell {cell} does not exist: there are {}", self.config.n_cells))),
@@ -51,7 +57,8 @@ impl Planner {
     /// A sink token that finds no sink room left becomes an ordinary row.
     ///
     /// Fails, with nothing changed, if the stream, a cell or a sequence does not exist, a cell occurs twice or is held, a row
-    /// is both pinned and encoded, or the exact rows do not fit into the free slots. Cells of removed tokens count as held
+    /// is both pinned and encoded, the rows of a page have moved by too many distances, or the exact rows do not fit into the
+    /// free slots. Cells of removed tokens count as held
     /// until [`Planner::drop_dead`].
     pub fn import(&mut self, stream: usize, states: &[(u32, CellState)]) -> Result<Vec<Option<usize>>> {
         self.check_stream(stream)?;
@@ -80,6 +87,15 @@ impl Planner {
                 n_slots - state.n_exact()
             )));
         }
+        let in_pages = states.iter().filter_map(|&(cell, saved)| match saved {
+            CellState::Sealed { turned } | CellState::Exact { encoded: true, turned, .. } => {
+                Some((cell as usize, turned))
+            }
+            CellState::Exact { .. } => None,
+        });
+        let mut in_pages: Vec<(usize, i32)> = in_pages.collect();
+        in_pages.sort_unstable();
+        state.join_turned(&in_pages)?;
         by_age.sort_unstable_by_key(|&(stamp, index, ..)| (stamp, index));
         let mut slots = vec![None; states.len()];
         let mut next_slot = 0;
@@ -89,7 +105,7 @@ impl Planner {
             slots[index] = Some(next_slot);
         }
         for &(cell, saved) in states {
-            if saved == CellState::Sealed {
+            if matches!(saved, CellState::Sealed { .. }) {
                 state.seal(cell as usize);
             }
         }

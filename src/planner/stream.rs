@@ -4,10 +4,9 @@
 //! be encoded as well: its page holds it, the slot overrides it, and leaving the window costs nothing.
 #![forbid(unsafe_code)]
 
-mod snapshot;
-
 use super::config::PlannerConfig;
 use super::Row;
+use crate::location::{Location, IN_PAGE, IN_SLOT};
 use crate::plan::{PlanWriter, Record, Source, View, CELLS_PER_WORD};
 
 /// Where the token of a cell is.
@@ -35,38 +34,42 @@ pub(super) struct ExactRow {
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct PageState {
+pub(super) struct PageState {
     /// Exact cells of the page.
-    n_exact: usize,
+    pub(super) n_exact: usize,
     /// Stamp of the latest row placed in the page. That row may have died, but not while the page is all exact.
-    newest: u64,
+    pub(super) newest: u64,
 }
 
 /// The window of a sequence, among its exact rows that are not pinned.
 #[derive(Clone, Copy, Debug)]
-struct Window {
-    n_rows: usize,
+pub(super) struct Window {
+    pub(super) n_rows: usize,
     /// Stamp of its oldest row: what is older has left it.
-    start: u64,
+    pub(super) start: u64,
 }
 
 /// The cells, slots and pages of one stream.
 #[derive(Clone, Debug)]
 pub(super) struct StreamState {
-    config: PlannerConfig,
-    n_slots: usize,
+    pub(super) config: PlannerConfig,
+    pub(super) n_slots: usize,
     pub(super) held: Vec<Held>,
     /// By source: slots, and while a plan is made the ubatch's rows behind them.
     pub(super) exact: Vec<Option<ExactRow>>,
     /// Sources of the exact rows that are not pinned, oldest first.
-    order: Vec<u32>,
+    pub(super) order: Vec<u32>,
     /// By sequence: see [`StreamState::set_windows`].
-    windows: Vec<Window>,
-    pages: Vec<PageState>,
+    pub(super) windows: Vec<Window>,
+    pub(super) pages: Vec<PageState>,
     /// The sealed cells as page bits.
-    sealed_bits: Vec<u32>,
-    n_pinned: usize,
-    next_stamp: u64,
+    pub(super) sealed_bits: Vec<u32>,
+    /// For each cell by how much the rows of its page have moved since they were encoded.
+    pub(super) turned: Vec<i32>,
+    /// The same as a plan has it.
+    pub(super) turns: Vec<i32>,
+    pub(super) n_pinned: usize,
+    pub(super) next_stamp: u64,
 }
 
 impl StreamState {
@@ -81,6 +84,8 @@ impl StreamState {
             windows: vec![Window { n_rows: 0, start: 0 }; config.n_seq_max],
             pages: vec![PageState::default(); config.n_pages()],
             sealed_bits: vec![0; config.n_pages() * (config.page / CELLS_PER_WORD)],
+            turned: vec![0; config.n_cells],
+            turns: Vec::new(),
             n_pinned: 0,
             next_stamp: 0,
         }
@@ -92,6 +97,8 @@ impl StreamState {
         self.order.clear();
         self.pages.fill(PageState::default());
         self.sealed_bits.fill(0);
+        self.turned.fill(0);
+        self.turns.clear();
         self.n_pinned = 0;
         self.next_stamp = 0;
     }
@@ -102,6 +109,8 @@ impl StreamState {
         self.order.clone_from(&other.order);
         self.pages.clone_from(&other.pages);
         self.sealed_bits.clone_from(&other.sealed_bits);
+        self.turned.clone_from(&other.turned);
+        self.turns.clone_from(&other.turns);
         self.n_pinned = other.n_pinned;
         self.next_stamp = other.next_stamp;
     }
@@ -111,6 +120,18 @@ impl StreamState {
         match self.held[cell] {
             Held::Exact(source) => self.exact[source as usize],
             _ => None,
+        }
+    }
+
+    /// Where the row of a cell is, between plans.
+    pub(super) fn location(&self, cell: usize) -> Location {
+        match self.held[cell] {
+            Held::Empty => Location::default(),
+            Held::Sealed => Location { places: IN_PAGE, slot: 0, turned: self.turned[cell] },
+            Held::Exact(slot) if self.exact_row(cell).is_some_and(|row| row.encoded) => {
+                Location { places: IN_SLOT | IN_PAGE, slot, turned: self.turned[cell] }
+            }
+            Held::Exact(slot) => Location { places: IN_SLOT, slot, turned: 0 },
         }
     }
 
@@ -282,13 +303,18 @@ impl StreamState {
         plan.set_page_bits(view, &self.sealed_bits);
     }
 
+    /// Writes how far the rows in pages have moved.
+    pub(super) fn write_turns(&self, plan: &mut PlanWriter) {
+        plan.set_turns(&self.turns);
+    }
+
     /// Makes an empty cell readable from its page.
     pub(super) fn seal(&mut self, cell: usize) {
         self.held[cell] = Held::Sealed;
         self.sealed_bits[cell / CELLS_PER_WORD] |= 1 << (cell % CELLS_PER_WORD);
     }
 
-    fn unseal(&mut self, cell: usize) {
+    pub(super) fn unseal(&mut self, cell: usize) {
         self.held[cell] = Held::Empty;
         self.sealed_bits[cell / CELLS_PER_WORD] &= !(1 << (cell % CELLS_PER_WORD));
     }
@@ -296,6 +322,9 @@ impl StreamState {
     /// Records all exact rows of a page that are not pinned, and marks them encoded. In a fresh page the sealed cells,
     /// which are dead, lose their bytes.
     fn seal_page(&mut self, page: usize, fresh: bool, records: &mut Vec<Record>) {
+        if fresh {
+            self.forget_turns(page);
+        }
         for cell in self.page_cells(page) {
             match self.held[cell] {
                 Held::Sealed if fresh => self.unseal(cell),
@@ -339,7 +368,7 @@ impl StreamState {
         self.order.retain(|&source| self.exact[source as usize].is_some());
     }
 
-    fn page_cells(&self, page: usize) -> std::ops::Range<usize> {
+    pub(super) fn page_cells(&self, page: usize) -> std::ops::Range<usize> {
         let first = page * self.config.page;
         first..(first + self.config.page).min(self.config.n_cells)
     }

@@ -6,7 +6,7 @@ mod rng;
 
 use super::*;
 use crate::error::Status;
-use crate::plan::{plan_len, Plan};
+use crate::plan::{self, plan_len, Plan};
 use model::{Model, NewRow};
 use rng::Rng;
 
@@ -98,10 +98,20 @@ fn edit_sequences(model: &mut Model, stream: usize, rng: &mut Rng) {
     }
 }
 
+/// Moves the keys of a sequence behind a position, of everything, or, as self-extend does, of each token by its own distance.
+fn shift(model: &mut Model, stream: usize, rng: &mut Rng) {
+    let (seq, first, distance) = (1 << rng.below(3), rng.below(300) as i32, rng.below(60) as i32 - 30);
+    match rng.below(8) {
+        0 => model.shift(stream, |token| token.pos / 4 - token.pos),
+        1 => model.shift(stream, |_| distance),
+        _ => model.shift(stream, |token| if token.seqs & seq != 0 && token.pos >= first { distance } else { 0 }),
+    }
+}
+
 fn operate(model: &mut Model, next_pos: &mut [Vec<i32>], rng: &mut Rng) {
     let n_streams = model.streams.len();
     let stream = rng.below(n_streams);
-    match rng.below(40) {
+    match rng.below(44) {
         0..26 => append(model, stream, &mut next_pos[stream], rng),
         26..31 => {
             let first = rng.below(400) as i32;
@@ -122,7 +132,8 @@ fn operate(model: &mut Model, next_pos: &mut [Vec<i32>], rng: &mut Rng) {
             next_pos[target] = next_pos[stream].clone();
         }
         37 => model.save_and_restore(stream, rng),
-        38 => {
+        38..42 => shift(model, stream, rng),
+        42 => {
             let host = &model.streams[stream];
             model.planner.drop_dead(stream, &|cell| host.cells[cell].is_some()).unwrap();
         }
@@ -135,7 +146,7 @@ fn operate(model: &mut Model, next_pos: &mut [Vec<i32>], rng: &mut Rng) {
 
 #[test]
 fn random_operations_keep_every_token_readable_once() {
-    let mut n_records = [0; 2];
+    let (mut n_records, mut n_recoded) = ([0; 2], 0);
     for seed in 0..2000 {
         let mut rng = Rng(seed);
         let config = random_config(&mut rng);
@@ -146,7 +157,9 @@ fn random_operations_keep_every_token_readable_once() {
         }
         n_records[0] += model.n_records[0];
         n_records[1] += model.n_records[1];
+        n_recoded += model.n_recoded;
     }
+    assert!(n_recoded > 100, "pages must be encoded again now and then: {n_recoded}");
     assert!(n_records.iter().all(|&n| n > 1000), "both kinds of seal must occur often: {n_records:?}");
 }
 
@@ -234,9 +247,7 @@ fn append_sequence(model: &mut Model, cell: &mut usize, seq: usize, n: usize) ->
 
 /// How many of the cells are exact.
 fn n_exact(model: &Model, cells: std::ops::Range<usize>) -> usize {
-    let mut locations = vec![0; model.planner.config().n_cells];
-    model.planner.locate(0, &mut locations).unwrap();
-    locations[cells].iter().filter(|&&location| location >= 0).count()
+    model.planner.locate(0).unwrap()[cells].iter().filter(|location| location.slot().is_some()).count()
 }
 
 #[test]
@@ -308,8 +319,7 @@ fn refused_arguments_leave_planner_and_buffer_unchanged() {
     let plan = Plan::new(&out).unwrap();
     assert_eq!(plan.row_slots(), [0, 1]);
     assert!(plan.slot_cells(View::Before).iter().all(|&cell| cell == -1));
-    assert!(planner.reset(1).is_err() && planner.copy_stream(0, 1).is_err() && planner.locate(1, &mut out).is_err());
-    assert!(planner.locate(0, &mut out[..255]).is_err());
+    assert!(planner.reset(1).is_err() && planner.copy_stream(0, 1).is_err() && planner.locate(1).is_err());
     assert!(planner.export(0, &[5]).is_err() && planner.export(0, &[256]).is_err());
 }
 
@@ -339,16 +349,17 @@ fn import_keeps_order_and_changes_nothing_when_it_fails() {
     let config = PlannerConfig { window: 16, sink_tokens: 1, n_seq_max: 1, ..SMALL };
     let mut planner = Planner::new(config).unwrap();
     assert_eq!(planner.n_slots(), 48);
-    let exact = |stamp, encoded, pinned| CellState::Exact { slot: 99, encoded, pinned, stamp, seq: 0 };
-    let states = [(8, exact(5, false, false)), (9, CellState::Sealed), (7, exact(2, false, true))];
+    let exact = |stamp, encoded, pinned| CellState::Exact { slot: 99, encoded, turned: 0, pinned, stamp, seq: 0 };
+    let sealed = CellState::Sealed { turned: 7 };
+    let states = [(8, exact(5, false, false)), (9, sealed), (7, exact(2, false, true))];
     assert_eq!(planner.import(0, &states).unwrap(), [Some(1), None, Some(0)]);
     let kept = planner.export(0, &[7, 8, 9]).unwrap();
     let too_many: Vec<_> = (32..79).map(|cell| (cell, exact(0, false, false))).collect();
-    let stranger = CellState::Exact { slot: 0, encoded: false, pinned: false, stamp: 0, seq: 1 };
+    let stranger = CellState::Exact { slot: 0, encoded: false, turned: 0, pinned: false, stamp: 0, seq: 1 };
     let refused: [&[(u32, CellState)]; 6] = [
-        &[(20, CellState::Sealed), (9, CellState::Sealed)],
-        &[(20, CellState::Sealed), (20, CellState::Sealed)],
-        &[(256, CellState::Sealed)],
+        &[(20, sealed), (9, sealed)],
+        &[(20, sealed), (20, sealed)],
+        &[(256, sealed)],
         &[(20, exact(0, true, true))],
         &[(20, stranger)],
         &too_many,
@@ -358,6 +369,41 @@ fn import_keeps_order_and_changes_nothing_when_it_fails() {
     }
     assert!(planner.export(0, &[20]).is_err() && planner.export(0, &[32]).is_err());
     assert_eq!(planner.export(0, &[7, 8, 9]).unwrap(), kept);
-    assert_eq!(kept[0], CellState::Exact { slot: 0, encoded: false, pinned: true, stamp: 0, seq: 0 });
+    assert_eq!(kept[0], CellState::Exact { slot: 0, encoded: false, turned: 0, pinned: true, stamp: 0, seq: 0 });
+    assert_eq!(kept[2], sealed);
     assert!(planner.import(0, &too_many[..46]).is_ok());
+}
+
+#[test]
+fn whole_pages_turn_and_only_split_ones_are_encoded_again() {
+    let mut model = Model::new(PlannerConfig { window: 0, ..SMALL });
+    let mut pos = 0;
+    append_next(&mut model, &mut pos, 100);
+    remove(&mut model, 0, 1, 10, 18);
+    for _ in 0..3 {
+        model.shift(0, |token| if token.pos >= 18 { -8 } else { 0 });
+    }
+    let turned = |model: &Model, cell: usize| model.planner.locate(0).unwrap()[cell].turned;
+    // The page on the border has two distances; a sink token and the open page are exact.
+    assert_eq!([0, 5, 20, 40, 99].map(|cell| turned(&model, cell)), [0, 0, -24, -24, 0]);
+    assert_eq!(model.n_recoded, 0);
+    let few = plan::MAX_TURNS as i32 + 1;
+    model.shift(0, |token| if token.pos < 64 { 1 + token.pos % few } else { 0 });
+    assert_eq!(model.n_recoded, 2);
+    assert_eq!([5, 20, 40].map(|cell| turned(&model, cell)), [0; 3]);
+    append_next(&mut model, &mut pos, 1);
+}
+
+#[test]
+fn shifts_that_cannot_be_change_nothing() {
+    let mut model = Model::new(PlannerConfig { window: 0, ..SMALL });
+    append_next(&mut model, &mut 0, 64);
+    model.shift(0, |_| i32::MAX);
+    let before = model.planner.snapshot(0).unwrap();
+    let planner = &mut model.planner;
+    let mut refuse = |stream, moved: &[i32]| planner.shift(stream, moved, &|cell| cell < 64).unwrap_err().status();
+    assert_eq!(refuse(1, &[0; 256]), Status::InvalidArgument);
+    assert_eq!(refuse(0, &[0; 255]), Status::InvalidArgument);
+    assert_eq!(refuse(0, &[1; 256]), Status::InvalidArgument);
+    assert_eq!(model.planner.snapshot(0).unwrap(), before);
 }

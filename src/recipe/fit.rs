@@ -6,7 +6,7 @@
 
 use super::{Recipe, MIN_PAGE};
 use crate::planner::{sequences_per_stream, UNSEALED_SHARE};
-use crate::pool::PoolParams;
+use crate::recipe::PoolParams;
 
 /// A window is not cut below this. Page and window together then take half of 256 cells at most.
 const MIN_WINDOW: usize = 32;

@@ -6,12 +6,12 @@ use std::fmt::Write;
 use super::parse::METHODS;
 use super::presets::{OFF, PRESETS};
 use super::Recipe;
+use crate::codec::page::{bits_per_value, Side};
 use crate::error::Result;
-use crate::layout::Layout;
-use crate::shape::Shape;
+use crate::simd::isa::IsaToken;
 
 /// Head sizes whose bits per value are shown.
-const HEAD_DIMS: [u32; 2] = [64, 128];
+const HEAD_DIMS: [usize; 2] = [64, 128];
 
 /// The names of all presets and methods, for messages.
 pub fn names() -> String {
@@ -51,12 +51,15 @@ pub fn help() -> Result<String> {
 
 /// Bits per key / per value of packed pages, metadata counted, for each of [`HEAD_DIMS`].
 fn bits(spec: &str) -> Result<[String; 2]> {
-    let recipe = Recipe::parse(spec)?;
+    let (recipe, token) = (Recipe::parse(spec)?, IsaToken::detect()?);
     let mut cells = [String::new(), String::new()];
     for (cell, dim) in cells.iter_mut().zip(HEAD_DIMS) {
-        let shape = Shape { n_heads: 1, n_kv_heads: 1, head_dim_k: dim, head_dim_v: dim };
-        let layout = Layout::new(&recipe, shape, 0, recipe.page, recipe.page)?;
-        *cell = format!("{:.2} / {:.2}", layout.bits_k(), layout.bits_v());
+        let [k, v] = [(Side::Key, &recipe.key), (Side::Value, &recipe.value)].map(|(side, of_side)| {
+            of_side
+                .build(side, dim, recipe.page, token)
+                .map(|codec| bits_per_value(codec.page_bytes(), recipe.page, dim))
+        });
+        *cell = format!("{:.2} / {:.2}", k?, v?);
     }
     Ok(cells)
 }

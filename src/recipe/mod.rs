@@ -10,50 +10,37 @@ pub mod presets;
 pub(crate) use parse::METHODS;
 
 use std::fmt;
-use std::sync::Arc;
 
-use crate::codec::adaptive::{AdaptiveCodec, AdaptiveParams};
-use crate::codec::channel::{ChannelCodec, ChannelParams};
-use crate::codec::group::{GroupCodec, GroupParams};
-use crate::codec::{PageCodec, Side};
-use crate::error::{Error, Result, Status};
+use crate::codec::CodecParams;
 use crate::planner::{sequences_per_stream, PlannerConfig};
-use crate::pool::PoolParams;
-use crate::simd::IsaToken;
 
 /// Cells in a page unless the recipe says otherwise.
 pub const DEFAULT_PAGE: usize = 128;
 /// Fewest cells in a page.
 const MIN_PAGE: usize = 64;
 
-/// How one side (keys or values) of the cache is encoded.
-#[derive(Clone, Debug, PartialEq)]
-pub enum SideRecipe {
-    /// Per token, groups of channels inside a head (SKVQ).
-    Group(GroupParams),
-    /// Per channel over the tokens of a page (KIVI, OTT). Keys only.
-    Channel(ChannelParams),
-    /// Per token, each with a width of its own (QAQ).
-    Adaptive(AdaptiveParams),
+/// Sizes of the pool. The default is the published one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolParams {
+    /// Tokens that compete for a place.
+    pub outliers: usize,
+    /// Room for members that lost their place.
+    pub extra: usize,
+    /// First layers without a pool, where the pattern does not show.
+    pub skip_layers: usize,
 }
 
-impl SideRecipe {
-    /// The codec of this side for heads of `head_dim` channels.
-    pub(crate) fn codec(
-        &self,
-        side: Side,
-        head_dim: usize,
-        page: usize,
-        token: IsaToken,
-    ) -> Result<Arc<dyn PageCodec>> {
-        Ok(match self {
-            SideRecipe::Group(params) => Arc::new(GroupCodec::new(params, side, head_dim, page, token)?),
-            SideRecipe::Channel(_) if side == Side::Value => {
-                return Err(Error::new(Status::Recipe, "values cannot be quantized per channel"));
-            }
-            SideRecipe::Channel(params) => Arc::new(ChannelCodec::new(params, head_dim, page, token)?),
-            SideRecipe::Adaptive(params) => Arc::new(AdaptiveCodec::new(params, side, head_dim, page, token)?),
-        })
+impl PoolParams {
+    /// Most rows of a pool: one block of exact rows.
+    pub const MAX_ROWS: usize = 128;
+
+    /// Rows in a layer's pool.
+    pub(crate) fn rows(&self, layer: usize) -> usize {
+        if self.outliers == 0 || layer < self.skip_layers {
+            0
+        } else {
+            self.outliers + self.extra
+        }
     }
 }
 
@@ -75,9 +62,9 @@ pub struct Recipe {
     /// Last queries whose attention decides the widths of tokens (QAQ); 0: none does.
     pub attn_window: usize,
     /// How keys are encoded.
-    pub key: SideRecipe,
+    pub key: CodecParams,
     /// How values are encoded.
-    pub value: SideRecipe,
+    pub value: CodecParams,
 }
 
 impl Recipe {

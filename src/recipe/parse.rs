@@ -4,14 +4,16 @@
 use std::fmt;
 
 use super::presets::{expand, is_off, items};
-use super::{help, Recipe, SideRecipe, DEFAULT_PAGE, MIN_PAGE};
+use super::{help, Recipe, DEFAULT_PAGE, MIN_PAGE};
 use crate::codec::adaptive::{AdaptiveParams, MAX_OUTLIERS};
 use crate::codec::channel::ChannelParams;
-use crate::codec::group::{Clip, GroupParams, GroupSize};
+use crate::codec::group::{GroupParams, GroupSize};
+use crate::codec::page::MAX_PAGE;
+use crate::codec::quantizer::Clip;
 use crate::codec::tile::Width;
-use crate::codec::MAX_PAGE;
+use crate::codec::CodecParams;
 use crate::error::{Error, Result, Status};
-use crate::pool::PoolParams;
+use crate::recipe::PoolParams;
 
 /// The methods a specification may start with, one row each.
 pub const METHODS: &[Method] = &[
@@ -118,8 +120,8 @@ fn fail(text: String) -> Error {
     Error::new(Status::Recipe, text)
 }
 
-fn side_default(width: Width, smooth: bool) -> SideRecipe {
-    SideRecipe::Group(GroupParams {
+fn side_default(width: Width, smooth: bool) -> CodecParams {
+    CodecParams::Group(GroupParams {
         width,
         group: GroupSize::Head,
         symmetric: true,
@@ -149,7 +151,7 @@ fn skvq_defaults() -> Recipe {
 /// step and offset) with the corrections without which it is not a usable format: the clip is about the mid-range and
 /// parameters are rounded before coding.
 fn skvq_paper() -> Recipe {
-    let side = SideRecipe::Group(GroupParams {
+    let side = CodecParams::Group(GroupParams {
         width: Width::Bits2,
         group: GroupSize::Channels(64),
         symmetric: false,
@@ -166,7 +168,7 @@ fn skvq_paper() -> Recipe {
 fn kivi_defaults() -> Recipe {
     Recipe {
         method: "kivi",
-        key: SideRecipe::Channel(ChannelParams {
+        key: CodecParams::Channel(ChannelParams {
             bits: 2.0,
             adaptive: true,
             clip: Clip::Auto,
@@ -192,7 +194,7 @@ fn kivi_paper() -> Recipe {
         rotate: false,
     };
     let key = ChannelParams { bits: 2.0, adaptive: false, clip: Clip::Factor(1.0), refit: false, half: true };
-    Recipe { sink_tokens: 0, key: SideRecipe::Channel(key), value: SideRecipe::Group(value), ..kivi_defaults() }
+    Recipe { sink_tokens: 0, key: CodecParams::Channel(key), value: CodecParams::Group(value), ..kivi_defaults() }
 }
 
 fn ott_defaults() -> Recipe {
@@ -224,8 +226,8 @@ fn qaq_side(bits: f32) -> AdaptiveParams {
 }
 
 fn qaq_defaults() -> Recipe {
-    let key = SideRecipe::Adaptive(AdaptiveParams { attention: false, mean: true, smooth: true, ..qaq_side(2.25) });
-    let value = SideRecipe::Adaptive(qaq_side(2.25));
+    let key = CodecParams::Adaptive(AdaptiveParams { attention: false, mean: true, smooth: true, ..qaq_side(2.25) });
+    let value = CodecParams::Adaptive(qaq_side(2.25));
     Recipe { method: "qaq", attn_window: 5, key, value, ..skvq_defaults() }
 }
 
@@ -243,7 +245,7 @@ fn qaq_paper() -> Recipe {
         ..qaq_side(2.0)
     };
     let key = AdaptiveParams { attention: false, ..value.clone() };
-    let [key, value] = [key, value].map(SideRecipe::Adaptive);
+    let [key, value] = [key, value].map(CodecParams::Adaptive);
     Recipe { window: 5, sink_tokens: 0, key, value, ..qaq_defaults() }
 }
 
@@ -266,20 +268,20 @@ fn set_key(recipe: &mut Recipe, key: &str, value: &str) -> Result<bool> {
                 _ => pool.skip_layers = number(key, value, 0..=1000)?,
             }
         }
-        "attn-window" if matches!(recipe.key, SideRecipe::Adaptive(_)) => {
+        "attn-window" if matches!(recipe.key, CodecParams::Adaptive(_)) => {
             recipe.attn_window = number(key, value, 0..=MAX_ATTN_WINDOW)?;
         }
-        "target" if matches!(recipe.key, SideRecipe::Adaptive(_)) => {
+        "target" if matches!(recipe.key, CodecParams::Adaptive(_)) => {
             let text =
                 "target: all steps of a page would be multiplied by it, which leaves the widths as they are: use bits";
             return Err(fail(text.into()));
         }
         "attn-keys" => {
-            let SideRecipe::Adaptive(side) = &mut recipe.key else { return Ok(false) };
+            let CodecParams::Adaptive(side) = &mut recipe.key else { return Ok(false) };
             side.attention = flag(key, value)?;
         }
         "bits" => {
-            if !matches!(recipe.key, SideRecipe::Adaptive(_)) {
+            if !matches!(recipe.key, CodecParams::Adaptive(_)) {
                 return Ok(false);
             }
             set_width(&mut recipe.key, key, value)?;
@@ -294,10 +296,12 @@ fn set_key(recipe: &mut Recipe, key: &str, value: &str) -> Result<bool> {
     Ok(true)
 }
 
-fn set_width(side: &mut SideRecipe, key: &str, value: &str) -> Result<()> {
+fn set_width(side: &mut CodecParams, key: &str, value: &str) -> Result<()> {
     match side {
-        SideRecipe::Group(side) => side.width = Width::parse(value).map_err(|e| fail(format!("{key}={value}: {e}")))?,
-        SideRecipe::Channel(ChannelParams { bits, .. }) | SideRecipe::Adaptive(AdaptiveParams { bits, .. }) => {
+        CodecParams::Group(side) => {
+            side.width = Width::parse(value).map_err(|e| fail(format!("{key}={value}: {e}")))?
+        }
+        CodecParams::Channel(ChannelParams { bits, .. }) | CodecParams::Adaptive(AdaptiveParams { bits, .. }) => {
             let number = value.parse::<f32>().ok().filter(|bits| (1.0..=4.0).contains(bits));
             *bits = number.ok_or_else(|| fail(format!("{key}={value}: use a number from 1 to 4")))?;
         }
@@ -305,9 +309,9 @@ fn set_width(side: &mut SideRecipe, key: &str, value: &str) -> Result<()> {
     Ok(())
 }
 
-fn set_side_key(side: &mut SideRecipe, key: &str, value: &str) -> Result<bool> {
+fn set_side_key(side: &mut CodecParams, key: &str, value: &str) -> Result<bool> {
     match side {
-        SideRecipe::Group(side) => match key {
+        CodecParams::Group(side) => match key {
             "group" => {
                 side.group = GroupSize::parse(value)?;
                 // Groups smaller than a head are the paper's affine form unless `symmetric` says otherwise.
@@ -321,7 +325,7 @@ fn set_side_key(side: &mut SideRecipe, key: &str, value: &str) -> Result<bool> {
             "smooth" => side.smooth = flag(key, value)?,
             _ => return Ok(false),
         },
-        SideRecipe::Channel(side) => match key {
+        CodecParams::Channel(side) => match key {
             "clip" => side.clip = Clip::parse(value)?,
             "refit" => side.refit = flag(key, value)?,
             "adaptive" => side.adaptive = flag(key, value)?,
@@ -334,7 +338,7 @@ fn set_side_key(side: &mut SideRecipe, key: &str, value: &str) -> Result<bool> {
             }
             _ => return Ok(false),
         },
-        SideRecipe::Adaptive(side) => match key {
+        CodecParams::Adaptive(side) => match key {
             "adaptive" => side.adaptive = flag(key, value)?,
             "min-bits" => side.min_bits = number(key, value, 1..=2)?,
             "outliers" => side.outliers = number(key, value, 0..=MAX_OUTLIERS)?,
@@ -360,21 +364,21 @@ fn set_side_key(side: &mut SideRecipe, key: &str, value: &str) -> Result<bool> {
 fn check(recipe: &Recipe) -> Result<()> {
     for side in [&recipe.key, &recipe.value] {
         match side {
-            SideRecipe::Group(side) if (side.group, side.width) == (GroupSize::Channels(32), Width::Ternary) => {
+            CodecParams::Group(side) if (side.group, side.width) == (GroupSize::Channels(32), Width::Ternary) => {
                 return Err(fail(
                     "group=32 with width 1.6 costs 2 bits a code: use group=64, 128 or head, or width 2".into(),
                 ));
             }
-            SideRecipe::Channel(side) if !side.adaptive && side.bits.fract() != 0.0 => {
+            CodecParams::Channel(side) if !side.adaptive && side.bits.fract() != 0.0 => {
                 return Err(fail(format!("k={} needs adaptive=1; without it use 2, 3 or 4", side.bits)));
             }
-            SideRecipe::Adaptive(side) if side.normal && !side.symmetric => {
+            CodecParams::Adaptive(side) if side.normal && !side.symmetric => {
                 return Err(fail("levels=normal lie about zero: they need symmetric=1".into()));
             }
-            SideRecipe::Adaptive(side) if side.mean && !side.symmetric => {
+            CodecParams::Adaptive(side) if side.mean && !side.symmetric => {
                 return Err(fail("symmetric=0 needs mean=0: mid-points replace the mean".into()));
             }
-            SideRecipe::Adaptive(_) if recipe.attn_window > recipe.window => {
+            CodecParams::Adaptive(_) if recipe.attn_window > recipe.window => {
                 let (queries, window) = (recipe.attn_window, recipe.window);
                 return Err(fail(format!("attn-window={queries} is more than window={window}: use window={queries}")));
             }
@@ -404,14 +408,14 @@ fn number(key: &str, value: &str, range: std::ops::RangeInclusive<usize>) -> Res
 pub(super) fn write_keys(f: &mut fmt::Formatter<'_>, recipe: &Recipe) -> fmt::Result {
     for (name, side) in [("k", &recipe.key), (",v", &recipe.value)] {
         match side {
-            SideRecipe::Group(side) => write!(f, "{name}={}", side.width)?,
-            SideRecipe::Channel(ChannelParams { bits, .. }) | SideRecipe::Adaptive(AdaptiveParams { bits, .. }) => {
+            CodecParams::Group(side) => write!(f, "{name}={}", side.width)?,
+            CodecParams::Channel(ChannelParams { bits, .. }) | CodecParams::Adaptive(AdaptiveParams { bits, .. }) => {
                 write!(f, "{name}={bits}")?;
             }
         }
     }
     write_side(f, recipe, &recipe.key)?;
-    if let (SideRecipe::Channel(_), SideRecipe::Group(_)) = (&recipe.key, &recipe.value) {
+    if let (CodecParams::Channel(_), CodecParams::Group(_)) = (&recipe.key, &recipe.value) {
         write_side(f, recipe, &recipe.value)?;
     }
     write!(f, ",window={},sinks={},page={}", recipe.window, recipe.sink_tokens, recipe.page)?;
@@ -422,21 +426,21 @@ pub(super) fn write_keys(f: &mut fmt::Formatter<'_>, recipe: &Recipe) -> fmt::Re
 }
 
 /// The keys of one side but for its width.
-fn write_side(f: &mut fmt::Formatter<'_>, recipe: &Recipe, side: &SideRecipe) -> fmt::Result {
+fn write_side(f: &mut fmt::Formatter<'_>, recipe: &Recipe, side: &CodecParams) -> fmt::Result {
     let bit = u8::from;
     match side {
-        SideRecipe::Group(side) => {
+        CodecParams::Group(side) => {
             let GroupParams { group, clip, .. } = side;
             write!(f, ",group={group},symmetric={},clip={clip},refit={}", bit(side.symmetric), bit(side.refit))?;
-            if matches!(recipe.key, SideRecipe::Group(_)) {
+            if matches!(recipe.key, CodecParams::Group(_)) {
                 write!(f, ",mean={},smooth={}", bit(side.mean), bit(side.smooth))?;
             }
             write!(f, ",rotate={}", bit(side.rotate))
         }
-        SideRecipe::Channel(side) => {
+        CodecParams::Channel(side) => {
             write!(f, ",adaptive={},meta={}", bit(side.adaptive), if side.half { "fp16" } else { "fp8" })
         }
-        SideRecipe::Adaptive(side) => {
+        CodecParams::Adaptive(side) => {
             let AdaptiveParams { min_bits, outliers, clip, .. } = side;
             write!(f, ",adaptive={},min-bits={min_bits},outliers={outliers}", bit(side.adaptive))?;
             write!(f, ",attn-window={},attn-keys={}", recipe.attn_window, bit(side.attention))?;
@@ -480,7 +484,7 @@ mod tests {
             ("", "'' asks for no compressed cache"),
             ("none", "'none' asks for no compressed cache"),
             ("off:window=64", "unknown recipe 'off'"),
-            ("on:colour=3", "kivi has no key 'colour'"),
+            ("on:colour=3", "ott has no key 'colour'"),
             ("2:window=1,window=2", "key 'window' is given twice"),
             ("skvq:k=5", "k=5: '5' is not a width: use 1.6, 2, 3, 4 or 8"),
             ("skvq:bits=2", "skvq has no key 'bits'"),

@@ -5,10 +5,14 @@ use std::borrow::Cow;
 
 /// The presets, one row each. What a row stands for may change with what is measured; its name says how many bits.
 pub const PRESETS: &[Preset] = &[
-    Preset { name: "on", spec: "kivi:k=3,v=3,window=256", about: "what to take first" },
-    Preset { name: "2", spec: "kivi:k=2.5", about: "the smallest that still keeps a model's answers" },
-    Preset { name: "3", spec: "kivi:k=3,v=3", about: "small, with little loss" },
-    Preset { name: "4", spec: "kivi:k=4,v=4", about: "nearly no loss" },
+    Preset { name: "on", spec: "ott:k=3,v=3,window=256", about: "what to take first" },
+    Preset {
+        name: "2",
+        spec: "ott:k=2.5,window=256,outliers=8,pool=56",
+        about: "the smallest that still keeps a model's answers",
+    },
+    Preset { name: "3", spec: "ott:k=3,v=3", about: "small, with little loss" },
+    Preset { name: "4", spec: "ott:k=4,v=4", about: "nearly no loss" },
 ];
 
 /// What a user writes for a cache that is not compressed; an empty text is one that was never set.
@@ -98,11 +102,11 @@ mod tests {
     #[test]
     fn changes_replace_what_they_name_and_keep_the_rest() {
         for (spec, want) in [
-            ("3:window=256", "kivi:k=3,v=3,window=256"),
-            ("3:", "kivi:k=3,v=3"),
-            ("3:v=2,k=4", "kivi:v=2,k=4"),
-            ("3:k", "kivi:v=3,k"),
-            ("3:bits=2", "kivi:bits=2"),
+            ("3:window=256", "ott:k=3,v=3,window=256"),
+            ("3:", "ott:k=3,v=3"),
+            ("3:v=2,k=4", "ott:v=2,k=4"),
+            ("3:k", "ott:v=3,k"),
+            ("3:bits=2", "ott:bits=2"),
             ("kivi:k=3", "kivi:k=3"),
             ("5:k=3", "5:k=3"),
             ("off", "off"),
@@ -115,5 +119,14 @@ mod tests {
     fn off_has_four_spellings() {
         assert!(["off", "none", "0", ""].into_iter().all(is_off));
         assert!(!["on", "OFF", "off:", "00", " ", "2", "skvq"].into_iter().any(is_off));
+    }
+
+    #[test]
+    fn the_docs_list_every_preset() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/recipes.md");
+        let docs = std::fs::read_to_string(path).unwrap();
+        for Preset { name, spec, about } in PRESETS {
+            assert!(docs.contains(&format!("| `{name}` | `{spec}` | {about} |")), "{path} lacks `{name}`");
+        }
     }
 }

@@ -2,26 +2,17 @@
 
 use std::arch::x86_64::*;
 
-use super::{ExactRows, Isa, IsaToken, Kernels, Logits, State};
+use crate::simd::exact::{ExactRows, Kernels, Logits, State};
+use crate::simd::isa::{feature_table, Avx2};
+use crate::simd::scalar;
 
-static KERNELS: Kernels = Kernels {
-    // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.
-    exact_scores: |q, rows, scores, columns| unsafe { exact_scores(q, rows, scores, columns) },
-    // SAFETY: as above.
-    exact_accumulate: |p, columns, rows, acc| unsafe { exact_accumulate(p, columns, rows, acc) },
-    // SAFETY: as above.
-    softmax: |scores, columns, logits, state| unsafe { softmax(scores, columns, logits, state) },
-    // SAFETY: as above.
-    f16_to_f32: |from, to| unsafe { f16_to_f32(from, to) },
-    // SAFETY: as above.
-    copy_finite: |from, to| unsafe { copy_finite(from, to) },
-};
-
-/// The table, given the proof that this CPU can run it.
-pub(super) fn kernels(token: IsaToken) -> &'static Kernels {
-    token.expect(Isa::Avx2);
-    &KERNELS
-}
+feature_table!(Avx2 => Kernels {
+    exact_scores: exact_scores(q, rows, scores, columns),
+    exact_accumulate: exact_accumulate(p, columns, rows, acc),
+    softmax: softmax(scores, columns, logits, state),
+    f16_to_f32: f16_to_f32(from, to),
+    copy_finite: copy_finite(from, to),
+});
 
 /// Eight floats at `x[at..]`, bounds checked.
 #[inline]
@@ -64,7 +55,7 @@ pub(crate) fn dot_floats(a: &[f32], b: &[f32]) -> f32 {
 /// Asks for part `part` of `parts` of what lies where `bytes` lie, one page of `page_bytes` on. The pages of a head lie one
 /// after the other and are read in that order, but keys and values take turns, and a page is too short for the hardware
 /// to foresee the next. `HINT` is the level to bring them to: on their way to the first, lines hold buffers that loads
-/// wait for, and the second is near enough for most kernels. README's notes have the measurements.
+/// wait for, and the second is near enough for most kernels. docs/notes.md has the measurements.
 #[inline]
 pub(crate) fn prefetch_next<const HINT: i32>(bytes: &[u8], page_bytes: usize, part: usize, parts: usize) {
     let (next, lines) = (bytes.as_ptr().wrapping_add(page_bytes), bytes.len().div_ceil(64));

@@ -3,28 +3,19 @@
 use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
 
-use super::{ExactRows, Isa, IsaToken, Kernels, Logits, State};
+use crate::rows::finite;
 use crate::shape::MAX_HEAD_DIM;
-use crate::store::finite;
+use crate::simd::exact::{ExactRows, Kernels, Logits, State};
+use crate::simd::isa::{feature_table, Avx512};
+use crate::simd::scalar;
 
-static KERNELS: Kernels = Kernels {
-    // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.
-    exact_scores: |q, rows, scores, columns| unsafe { exact_scores(q, rows, scores, columns) },
-    // SAFETY: as above.
-    exact_accumulate: |p, columns, rows, acc| unsafe { exact_accumulate(p, columns, rows, acc) },
-    // SAFETY: as above.
-    softmax: |scores, columns, logits, state| unsafe { softmax(scores, columns, logits, state) },
-    // SAFETY: as above.
-    f16_to_f32: |from, to| unsafe { f16_to_f32(from, to) },
-    // SAFETY: as above.
-    copy_finite: |from, to| unsafe { copy_finite(from, to) },
-};
-
-/// The table, given the proof that this CPU can run it.
-pub(super) fn kernels(token: IsaToken) -> &'static Kernels {
-    token.expect(Isa::Avx512);
-    &KERNELS
-}
+feature_table!(Avx512 => Kernels {
+    exact_scores: exact_scores(q, rows, scores, columns),
+    exact_accumulate: exact_accumulate(p, columns, rows, acc),
+    softmax: softmax(scores, columns, logits, state),
+    f16_to_f32: f16_to_f32(from, to),
+    copy_finite: copy_finite(from, to),
+});
 
 /// Sixteen floats at `x[at..]`, bounds checked.
 #[inline]

@@ -1,10 +1,10 @@
 //! The specification of the kernels that do not depend on a codec.
 #![forbid(unsafe_code)]
 
-use super::{ExactRows, Kernels, Logits, State};
-use crate::store::finite;
+use crate::rows::finite;
+use crate::simd::exact::{ExactRows, Kernels, Logits, State};
 
-pub(super) static KERNELS: Kernels = Kernels { exact_scores, exact_accumulate, softmax, f16_to_f32, copy_finite };
+pub(super) const KERNELS: Kernels = Kernels { exact_scores, exact_accumulate, softmax, f16_to_f32, copy_finite };
 
 fn exact_scores(q: &[f32], rows: ExactRows, scores: &mut [f32], columns: usize) {
     for (q, scores) in q.chunks_exact(rows.dim).zip(scores.chunks_exact_mut(columns)) {

@@ -1,18 +1,20 @@
 //! The store step on a device against the scalar path: after every ubatch the same bytes everywhere, what was learned, the
 //! ring of queries and the outlier pool included. Devices are those of `device.rs`.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::layer::{recipes, Layer, Rng, Ubatch, SCALE};
-use crate::codec::Side;
+use crate::codec::page::Side;
 use crate::cuda::attend::Workspace;
 use crate::cuda::desc::{LayerDesc, PlanDesc, StoreParams};
 use crate::cuda::lab::{Buffer, Lab};
 use crate::cuda::store::{enqueue, workspace_bytes};
 use crate::error::Status;
 use crate::plan::Plan;
+use crate::rotation::Rotation;
 use crate::shape::Shape;
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 fn shape(n_kv_heads: u32, gqa: u32, head_dim_k: u32, head_dim_v: u32) -> Shape {
     Shape { n_heads: n_kv_heads * gqa, n_kv_heads, head_dim_k, head_dim_v }
@@ -27,6 +29,8 @@ struct Twin<'a> {
     layer: Layer,
     memory: [Buffer; 2],
     workspace: Buffer,
+    /// The rotation's powers, if positions move.
+    rotation: Option<Buffer>,
 }
 
 /// Which queries the store learns from.
@@ -44,7 +48,25 @@ impl<'a> Twin<'a> {
         layer.memory.iter_mut().for_each(|side| side.fill(POISON));
         let memory = layer.memory.each_ref().map(|side| lab.upload(side));
         let workspace = lab.upload(&vec![POISON; workspace_bytes(lab.device(), &layer.layout, n_cells as u32)]);
-        Self { lab, layer, memory, workspace }
+        Self { lab, layer, memory, workspace, rotation: None }
+    }
+
+    /// Lets positions move from now on.
+    fn rotate(&mut self, interleaved: bool) {
+        let n_pairs = self.layer.layout.shape().head_dim_k as usize / 2 - 8;
+        let frequencies: Vec<f64> = (0..n_pairs).map(|i| 1e4f64.powf(-(i as f64) / n_pairs as f64)).collect();
+        let rotation = Rotation::new(&frequencies, interleaved).unwrap();
+        self.rotation = Some(self.lab.upload(rotation.powers()));
+        self.layer.rotation = Some(rotation);
+    }
+
+    /// Moves every position by one of two distances, on the CPU.
+    fn shift(&mut self, rng: &mut Rng) {
+        let mut distance = || (rng.next() % 4096) as i32 - 2048;
+        let (near, far) = (distance(), distance());
+        let page = self.layer.layout.page();
+        self.layer.shift(|cell| if cell % page < page / 2 { near } else { far });
+        self.memory[0] = self.lab.upload(&self.layer.memory[0]);
     }
 
     fn params(&self, rows: &[Buffer; 5], n_tokens: usize, learns: Learns) -> StoreParams {
@@ -67,10 +89,13 @@ impl<'a> Twin<'a> {
             k_mem: self.memory[0].pointer().cast(),
             v_mem: self.memory[1].pointer().cast(),
             plan: plan.cast(),
+            rotation: self.rotation.as_ref().map_or(std::ptr::null(), |buffer| buffer.pointer().cast()),
             rows: std::ptr::null_mut(),
             errors: std::ptr::null_mut(),
             error_stride: 0,
             row_stride: 0,
+            n_pairs: self.layer.rotation.as_ref().map_or(0, |rotation| rotation.pairs().0 as u32),
+            interleaved: self.layer.rotation.as_ref().is_some_and(|rotation| rotation.pairs().1).into(),
             phases: 0,
             n_key_blocks: 1,
             n_value_blocks: 0,
@@ -190,12 +215,26 @@ fn next_cells(rng: &mut Rng, layer: &mut Layer, page: usize) -> Vec<usize> {
     free
 }
 
-/// Random appends, removals and reuse of cells. Gives how many rows were encoded and into how many pages anew.
-fn walk(lab: &Lab, spec: &str, shape: Shape, n_cells: usize, steps: usize) -> (usize, usize) {
+/// What a walk has done.
+#[derive(Default)]
+struct Walked {
+    /// Rows that were encoded.
+    sealed: usize,
+    /// Pages that were made anew.
+    fresh: usize,
+    /// Rows that were turned back first.
+    turned: usize,
+}
+
+/// Random appends, removals and reuse of cells, with positions that move if `shifts`.
+fn walk(lab: &Lab, spec: &str, shape: Shape, n_cells: usize, steps: usize, shifts: bool) -> Walked {
     let mut twin = Twin::new(lab, spec, shape, n_cells);
+    if shifts {
+        twin.rotate(shape.n_heads % 2 == 0);
+    }
     let page = twin.layer.layout.page();
     let mut rng = Rng::new(spec.len() as u64 * 7919 + u64::from(shape.n_heads) * 131 + u64::from(shape.head_dim_k));
-    let (mut position, mut sealed, mut fresh) = (0, 0, 0);
+    let (mut position, mut walked) = (0, Walked::default());
     for step in 0..steps {
         let cells = match step {
             // Enough for some pages first.
@@ -210,19 +249,19 @@ fn walk(lab: &Lab, spec: &str, shape: Shape, n_cells: usize, steps: usize) -> (u
         let lse = denominators(&mut rng, cells.len() * shape.n_heads as usize);
         let learns =
             [Learns::Everything, Learns::Everything, Learns::Queries, Learns::Nothing][rng.next() as usize % 4];
-        let records = Plan::new(&ints).unwrap().records();
-        sealed += records.len();
-        fresh += records
-            .clone()
-            .filter(|record| record.fresh)
-            .map(|r| r.cell / page)
-            .collect::<std::collections::BTreeSet<_>>()
-            .len();
+        let plan = Plan::new(&ints).unwrap();
+        let fresh = plan.records().filter(|record| record.fresh).map(|record| record.cell / page);
+        walked.sealed += plan.records().len();
+        walked.fresh += fresh.collect::<BTreeSet<usize>>().len();
+        walked.turned += plan.records().filter(|r| !r.fresh && plan.turned(r.cell) != 0).count();
         if let Some(difference) = twin.store(&ints, &ubatch, &lse, learns) {
             panic!("{}: {spec} {shape:?} {n_cells} cells, step {step}, {} rows: {difference}", lab.name(), cells.len());
         }
+        if shifts && step % 3 == 2 {
+            twin.shift(&mut rng);
+        }
     }
-    (sealed, fresh)
+    walked
 }
 
 /// Walks through every recipe and prints what it did.
@@ -231,7 +270,7 @@ fn walk_all(specs: &[String], shapes: &[Shape], steps: usize) {
         for spec in specs {
             for &shape in shapes.iter().filter(|shape| Layer::fits(spec, **shape)) {
                 let (start, page) = (Instant::now(), Layer::page_of(spec));
-                let (sealed, fresh) = walk(&lab, spec, shape, 5 * page + 11, steps);
+                let Walked { sealed, fresh, .. } = walk(&lab, spec, shape, 5 * page + 11, steps, false);
                 assert!(sealed > page && fresh > 1, "{spec}: {sealed} rows in {fresh} pages tell too little");
                 let ms = start.elapsed().as_millis();
                 let Shape { n_heads, n_kv_heads, head_dim_k, head_dim_v } = shape;
@@ -331,6 +370,19 @@ fn small_windows() {
     let specs =
         ["skvq:page=64,window=0,sinks=0", "kivi:page=64,window=5", "ott:page=64,window=0", "qaq:page=64,window=8"];
     walk_all(&owned(&specs), &[shape(1, 2, 64, 64)], 40);
+}
+
+/// Rows that join a page whose positions have moved since it was sealed.
+#[test]
+fn rows_are_turned_back() {
+    for lab in Lab::all() {
+        for (spec, shape) in
+            [("skvq:page=64,window=0", shape(1, 2, 64, 64)), ("kivi:page=64,window=8", shape(1, 3, 96, 64))]
+        {
+            let walked = walk(&lab, spec, shape, 331, 60, true);
+            assert!(walked.turned > 20, "{spec}: {} rows tell too little", walked.turned);
+        }
+    }
 }
 
 #[test]

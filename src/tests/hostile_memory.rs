@@ -4,13 +4,16 @@
 #![forbid(unsafe_code)]
 
 use super::layer::{recipes, Layer, Rng};
-use crate::attention::{attend, combine, AttendArgs, Mask, Rows};
-use crate::codec::Side;
+use crate::attention::{attend, combine, AttendArgs, Mask};
+use crate::codec::page::Side;
 use crate::error::Status;
 use crate::plan::Plan;
+use crate::rotation::Rotation;
+use crate::rows::Rows;
 use crate::shape::Shape;
-use crate::simd::{Isa, IsaToken};
-use crate::store::{dequantize_head, requantize_k_head};
+use crate::shift::shift_head;
+use crate::simd::isa::{Isa, IsaToken};
+use crate::store::dequantize_head;
 
 #[test]
 fn random_bytes_in_every_recipe() {
@@ -68,17 +71,19 @@ fn use_random_memory(spec: &str, shape: Shape, token: IsaToken, seed: u64) {
 
 fn read_and_rewrite(layer: &mut Layer, n_cells: usize) {
     let Layer { layout, planner, memory: [keys, values], .. } = layer;
-    let mut location = vec![-1; n_cells];
-    planner.locate(0, &mut location).unwrap();
+    let location = planner.locate(0).unwrap();
     let shape = layout.shape();
     let mut rows = vec![0f32; n_cells * shape.head_dim_v as usize];
     let region = &values[..layout.head_bytes(Side::Value)];
-    dequantize_head(layout, Side::Value, region, &location, 0, n_cells, &mut rows).unwrap();
+    dequantize_head(layout, Side::Value, region, &location, None, 0..n_cells, &mut rows).unwrap();
     let mut rows = vec![0f32; n_cells * shape.head_dim_k as usize];
     let region = &mut keys[..layout.head_bytes(Side::Key)];
-    dequantize_head(layout, Side::Key, region, &location, 0, n_cells, &mut rows).unwrap();
-    let changed: Vec<u8> = (0..n_cells).map(|cell| u8::from(cell % 3 != 0)).collect();
-    requantize_k_head(layout, region, &location, 0, &rows, &changed).unwrap();
+    dequantize_head(layout, Side::Key, region, &location, None, 0..n_cells, &mut rows).unwrap();
+    // Of a planner that is thrown away: the rows of the next steps have not moved.
+    let moved: Vec<i32> = (0..n_cells).map(|cell| (cell % 7) as i32).collect();
+    let shift = planner.clone().shift(0, &moved, &|_| true).unwrap();
+    let rotation = Rotation::new(&[0.5; 16], false).unwrap();
+    shift_head(layout, region, &shift, &rotation).unwrap();
 }
 
 /// Sizes that do not agree are refused, whether there is a mask or not.
@@ -91,6 +96,7 @@ fn too_few_sink_logits_and_no_splits_are_refused() {
     let rows = |data, heads: usize| Rows { data, stride_token: heads * 64, stride_head: 64 };
     for (mask, sinks) in [(Mask::F32(&[0.0]), 0), (Mask::F32(&[0.0]), 1), (Mask::None, 0), (Mask::None, 1)] {
         let args = AttendArgs {
+            rotation: None,
             q: rows(&ubatch.q, 2),
             current: Some((rows(&ubatch.k, 1), rows(&ubatch.v, 1))),
             k_mem: &layer.memory[0],

@@ -3,16 +3,19 @@
 
 use std::ops::Range;
 
-use crate::attention::{attend, combine, AttendArgs, Mask, Rows};
-use crate::codec::Side;
+use crate::attention::{attend, combine, AttendArgs, Mask};
+use crate::codec::page::Side;
 use crate::layout::Layout;
 use crate::plan::{plan_len, Plan};
 use crate::planner::{Planner, Row};
 use crate::recent::Attended;
 use crate::recipe::presets::PRESETS;
 use crate::recipe::{Recipe, METHODS};
+use crate::rotation::Rotation;
+use crate::rows::Rows;
 use crate::shape::Shape;
-use crate::simd::IsaToken;
+use crate::shift::shift_head;
+use crate::simd::isa::IsaToken;
 use crate::store::{store_head, StoreRows};
 
 /// Small deterministic generator (xorshift).
@@ -62,6 +65,8 @@ pub(super) struct Layer {
     /// Keys and values.
     pub(super) memory: [Vec<u8>; 2],
     live: Vec<bool>,
+    /// How keys turn when positions move.
+    pub(super) rotation: Option<Rotation>,
 }
 
 impl Layer {
@@ -71,7 +76,7 @@ impl Layer {
         // Not one of the first layers, which may go without an outlier pool.
         let layout = Layout::with_isa(&recipe, shape, 3, n_cells, planner.n_slots(), token).unwrap();
         let memory = [vec![0; layout.k_bytes()], vec![0; layout.v_bytes()]];
-        Self { layout, planner, memory, live: vec![false; n_cells] }
+        Self { layout, planner, memory, live: vec![false; n_cells], rotation: None }
     }
 
     /// Whether the recipe allows this shape.
@@ -108,6 +113,19 @@ impl Layer {
         &mut self.live
     }
 
+    /// Moves the positions of live cells, each by its own distance.
+    ///
+    /// # Panics
+    /// Without a rotation.
+    pub(super) fn shift(&mut self, distance: impl Fn(usize) -> i32) {
+        let live = &self.live;
+        let moved: Vec<i32> = (0..live.len()).map(|cell| if live[cell] { distance(cell) } else { 0 }).collect();
+        let shift = self.planner.shift(0, &moved, &|cell| live[cell]).unwrap();
+        for region in self.memory[0].chunks_exact_mut(self.layout.head_bytes(Side::Key)) {
+            shift_head(&self.layout, region, &shift, self.rotation.as_ref().unwrap()).unwrap();
+        }
+    }
+
     /// Random rows of `n` tokens.
     pub(super) fn ubatch(&self, rng: &mut Rng, n: usize) -> Ubatch {
         let Shape { n_heads, n_kv_heads, head_dim_k, head_dim_v } = self.layout.shape();
@@ -129,6 +147,7 @@ impl Layer {
         let n_tokens = plan.n_tokens();
         let [q, k, v] = self.rows(ubatch);
         let args = AttendArgs {
+            rotation: None,
             q,
             current: Some((k, v)),
             k_mem: &self.memory[0],
@@ -168,7 +187,7 @@ impl Layer {
         let shape = self.layout.shape();
         let [q, k, v] = rows_of(&shape, ubatch);
         let attended = lse.map(|lse| Attended { lse, scale: SCALE });
-        let rows = StoreRows { k, v, q: with_q.then_some(q), attended };
+        let rows = StoreRows { k, v, q: with_q.then_some(q), attended, rotation: self.rotation.as_ref() };
         let plan = Plan::new(ints).unwrap();
         let [keys, values] = &mut self.memory;
         let keys = keys.chunks_exact_mut(self.layout.head_bytes(Side::Key));

@@ -1,6 +1,7 @@
 //! Tests of promises that no single module can keep.
 
 mod boundary;
+mod desc;
 mod device;
 mod device_store;
 mod header;

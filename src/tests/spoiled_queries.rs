@@ -3,7 +3,7 @@
 
 use super::layer::{recipes, Layer, Rng, Ubatch};
 use crate::shape::Shape;
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 const SHAPE: Shape = Shape { n_heads: 6, n_kv_heads: 2, head_dim_k: 128, head_dim_v: 64 };
 

@@ -10,9 +10,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::codec::{CodecInfo, PageCodec, PageRef, SealRows, Side, REGISTRY};
+use crate::codec::page::{PageCodec, PageRef, SealRows, Side};
+use crate::codec::{CodecInfo, REGISTRY};
 use crate::recipe::Recipe;
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 /// One page: a recipe, a side of it, and a head size.
 struct Case {
@@ -113,7 +114,7 @@ fn seal(codec: &dyn PageCodec, page: usize, dim: usize) -> Sealed {
     let rows = golden_rows(page, dim);
     let channel_weights: Vec<f32> = (0..dim).map(|channel| (1 + channel * 7 % 16) as f32 / 16.0).collect();
     let mut last_exponents = vec![0; dim];
-    let mut sealed = Sealed { header: vec![0; crate::codec::HEADER_BYTES], bytes: vec![0; codec.page_bytes()] };
+    let mut sealed = Sealed { header: vec![0; crate::codec::page::HEADER_BYTES], bytes: vec![0; codec.page_bytes()] };
     for late in [false, true] {
         let at: Vec<u32> = (0..page as u32).filter(|row| is_late(*row as usize) == late).collect();
         let mut chosen: Vec<f32> =
@@ -138,7 +139,7 @@ fn seal(codec: &dyn PageCodec, page: usize, dim: usize) -> Sealed {
 fn codec_of(case: &Case, token: IsaToken) -> (Arc<dyn PageCodec>, usize) {
     let recipe = Recipe::parse(&case.spec).unwrap();
     let side = if case.side == Side::Key { &recipe.key } else { &recipe.value };
-    (side.codec(case.side, case.dim, recipe.page, token).unwrap(), recipe.page)
+    (side.build(case.side, case.dim, recipe.page, token).unwrap(), recipe.page)
 }
 
 /// A line of a file: which page, and what became of it.

@@ -3,12 +3,13 @@
 #![forbid(unsafe_code)]
 
 use super::layer::Rng;
+use crate::codec::page::{PageRef, SealRows, Side};
 use crate::codec::query::Probabilities;
-use crate::codec::{PageRef, SealRows, Side, REGISTRY};
+use crate::codec::REGISTRY;
 use crate::layout::Layout;
 use crate::recipe::Recipe;
 use crate::shape::Shape;
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 /// Query rows of a page, more than any kernel takes at once.
 const N_ROWS: usize = 21;

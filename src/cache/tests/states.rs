@@ -37,6 +37,7 @@ pub(super) fn filled(spec: &str, params: &CacheParams) -> Cache {
     step(&mut cache, 1, 0, 100).unwrap();
     step(&mut cache, 2, 1, 30).unwrap();
     cache.remove(Some(0), 10, 20).unwrap();
+    cache.shift(0, 20, -1, -7).unwrap();
     step(&mut cache, 3, 0, 1).unwrap();
     cache
 }
@@ -101,7 +102,7 @@ fn memory_of(cache: &Cache) -> Vec<Vec<u8>> {
         Ok(())
     };
     cache.for_each_live_memory(&mut keep).unwrap();
-    layout.side(Side::Key).learned_mut(&mut memories[0]).fill(0);
+    crate::head::HeadMut::new(layout, Side::Key, &mut memories[0]).learned_mut().fill(0);
     memories
 }
 

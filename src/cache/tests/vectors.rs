@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::states::{filled, saved, small};
 use super::*;
+use crate::location::Location;
 use crate::store;
 
 /// One recipe for each codec. QAQ's attention window is off: what attention gives differs between instruction sets.
@@ -36,15 +37,17 @@ fn vectors(name: &str) -> BTreeMap<u32, PathBuf> {
 /// What the cache says it holds: positions, sequences, and every row that can be read.
 fn contents(cache: &Cache) -> (Vec<(i32, u64)>, Vec<u32>) {
     let cells = cache.cells.pos().iter().copied().zip(cache.cells.seqs().iter().copied()).collect();
-    let mut location = vec![store::ABSENT; cache.cells.len()];
-    cache.planner.locate(STREAM, &mut location).unwrap();
-    (0..location.len()).filter(|&cell| !cache.cells.is_live(cell)).for_each(|cell| location[cell] = store::ABSENT);
-    let mut rows = Vec::new();
+    let mut location = cache.planner.locate(STREAM).unwrap();
+    (0..location.len())
+        .filter(|&cell| !cache.cells.is_live(cell))
+        .for_each(|cell| location[cell] = Location::default());
+    let (mut rows, rotation) = (Vec::new(), cache.rotation.as_ref());
     for layer in &cache.layers {
         for (side, memory) in [(Side::Key, layer.k.bytes()), (Side::Value, layer.v.bytes())] {
             for region in memory.chunks_exact(layer.layout.head_bytes(side)) {
                 let mut out = vec![0f32; location.len() * layer.layout.side(side).head_dim];
-                store::dequantize_head(&layer.layout, side, region, &location, 0, location.len(), &mut out).unwrap();
+                store::dequantize_head(&layer.layout, side, region, &location, rotation, 0..location.len(), &mut out)
+                    .unwrap();
                 rows.extend(out.into_iter().map(f32::to_bits));
             }
         }

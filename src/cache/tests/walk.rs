@@ -9,11 +9,14 @@
 //! `KVQ_WALK_SEEDS` and `KVQ_WALK_OPS` set how far it goes; `KVQ_WALK_SEED` walks that one only.
 
 use super::*;
+use crate::head::Head;
+use crate::location::{Location, IN_PAGE, IN_SLOT};
 use crate::plan::View;
 use crate::pool;
 use crate::recipe::presets::PRESETS;
 use crate::recipe::METHODS;
-use crate::store::{self, finite};
+use crate::rows::finite;
+use crate::store;
 
 const N_CELLS: usize = 320;
 const N_SEQS: usize = 4;
@@ -83,6 +86,9 @@ struct Walk {
     what: String,
     /// Bound on the normalised error of outputs beside the oracle on the rows that the cache holds.
     bound: f64,
+    /// A row that joins a page is cut to the ranges of the rows that it was sealed with, which may be few: with two bits
+    /// between the smallest and the largest it could as well be another. Rows that moved are not compared then.
+    clamps: bool,
 }
 
 fn walk(spec: &str, seed: u64, n_ops: usize) {
@@ -96,7 +102,15 @@ fn walk(spec: &str, seed: u64, n_ops: usize) {
     let cache = Cache::new(&recipe, &params).unwrap();
     let bound = crate::codec::REGISTRY.iter().map(|codec| codec.nmse).fold(0.0, f64::max);
     let (shadow, rng) = (vec![None; N_CELLS], Rng::new(seed));
-    let mut walk = Walk { cache, rope, shadow, rng, what: String::new(), bound: 4.0 * bound };
+    let mut walk = Walk {
+        cache,
+        rope,
+        shadow,
+        rng,
+        what: String::new(),
+        bound: 4.0 * bound,
+        clamps: ["kivi:paper", "ott:paper"].iter().any(|paper| spec.starts_with(paper)),
+    };
     for op in 0..n_ops {
         walk.what = format!("{spec}, KVQ_WALK_SEED={seed}, operation {op}");
         walk.step();
@@ -282,7 +296,9 @@ impl Walk {
     /// A token's key as it is at its position.
     fn turned(&self, token: &Held) -> Vec<f32> {
         let mut k = token.k.clone();
-        self.rope.rotate(&mut k, &self.rope.angles(token.pos));
+        let (rotation, mut angles) = (self.rope.rotation().unwrap(), Default::default());
+        rotation.angles(token.pos, &mut angles);
+        rotation.turn(&mut k, &angles);
         k
     }
 
@@ -325,37 +341,39 @@ impl Walk {
     }
 
     fn members(&self, side: Side) -> Vec<usize> {
-        let (side, region) = self.region(side);
-        pool::cells(side, region).flatten().collect()
+        let (layout, region) = self.region(side);
+        pool::cells(Head::new(layout, side, region)).flatten().collect()
     }
 
     /// The only head of the only layer.
-    fn region(&self, side: Side) -> (&crate::layout::SideLayout, &[u8]) {
+    fn region(&self, side: Side) -> (&crate::layout::Layout, &[u8]) {
         let layer = &self.cache.layers[0];
         let region = if side == Side::Key { layer.k.bytes() } else { layer.v.bytes() };
-        (layer.layout.side(side), region)
+        (&layer.layout, region)
     }
 
     /// Compares the rows that the cache holds with the shadow's and gives what the oracle makes of them.
     fn check_rows(&self, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f64> {
         let batch = self.cache.batch.as_ref().unwrap();
         let plan = Plan::new(&batch.plan).unwrap();
-        let mut location = vec![store::ABSENT; N_CELLS];
-        (0..N_CELLS).filter(|&cell| page_bit(&plan, cell)).for_each(|cell| location[cell] = store::IN_PAGE);
+        let mut location = vec![Location::default(); N_CELLS];
+        for cell in (0..N_CELLS).filter(|&cell| page_bit(&plan, cell)) {
+            location[cell] = Location { places: IN_PAGE, slot: 0, turned: plan.turned(cell) };
+        }
         for (slot, &cell) in plan.slot_cells(View::Before).iter().enumerate().filter(|(_, cell)| **cell >= 0) {
-            location[cell as usize] = slot as i32;
+            location[cell as usize] = Location { places: IN_SLOT, slot: slot as u32, turned: 0 };
         }
         let rows: Vec<usize> = plan.row_cells().iter().map(|cell| *cell as usize).collect();
         let mut held: Vec<Vec<f32>> = Vec::new();
         for (side, new) in [(Side::Key, k), (Side::Value, v)] {
-            let (side_layout, region) = self.region(side);
-            let (dim, members) = (side_layout.head_dim, self.members(side));
+            let (layout, region) = self.region(side);
+            let (dim, members) = (layout.side(side).head_dim, self.members(side));
             let mut found = vec![0f32; N_CELLS * dim];
-            let layout = &self.cache.layers[0].layout;
-            store::dequantize_head(layout, side, region, &location, 0, N_CELLS, &mut found).unwrap();
+            let rotation = self.cache.rotation.as_ref();
+            store::dequantize_head(layout, side, region, &location, rotation, 0..N_CELLS, &mut found).unwrap();
             for (cell, token) in self.shadow.iter().enumerate() {
                 let (Some(token), false) = (token, rows.contains(&cell)) else { continue };
-                let is_exact = location[cell] >= 0 || members.contains(&cell);
+                let is_exact = location[cell].slot().is_some() || members.contains(&cell);
                 let truth = if side == Side::Key { self.turned(token) } else { token.v.clone() };
                 let turns = if side == Side::Key { token.turns } else { 0 };
                 self.check_row(
@@ -381,8 +399,7 @@ impl Walk {
             // Every turn of an exact key rounds once more, and so does its angle.
             let bound = 1e-5 * turns as f64;
             assert!(error <= bound, "{}: exact {row} differs, NMSE {error:.1e}, {turns} turns", self.what);
-        } else if turns == 0 {
-            // A shift may encode a key again in a page whose ranges are not its own (`kivi:paper`): it could as well be another.
+        } else if turns == 0 || !self.clamps {
             // Small keys among large ones may get lost; what must not be there is the row of another token.
             let error = found.iter().zip(&half).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
             let error = error / (POWER * found.len() as f64);

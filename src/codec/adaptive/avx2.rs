@@ -3,36 +3,26 @@
 
 use std::arch::x86_64::*;
 
-use super::{scalar, AdaptiveCodec, AdaptiveKernels, PageRef, Probabilities, Query, QueryForm, SealRows};
+use super::{scalar, AdaptiveCodec, PageRef, Probabilities, Query, QueryForm, SealRows};
 use crate::codec::float8::avx2::{e4m3_decode, step_decode};
 use crate::codec::hadamard;
+use crate::codec::kernels::Kernels;
 use crate::codec::mixed::avx2::{add_products, by_levels_and_rows, dot};
 use crate::codec::mixed::{Segments, SEGMENT};
+use crate::codec::page::MAX_PAGE;
 use crate::codec::tile::avx2::{Coefficients, MAX_ROWS, STRIP};
 use crate::codec::tile::LANE_BLOCK;
-use crate::codec::MAX_PAGE;
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::avx2::{dot_floats, f16_to_f32, load_bytes, prefetch_next, store};
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{feature_table, Avx2};
 
-static KERNELS: AdaptiveKernels = AdaptiveKernels {
-    // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.
-    seal: |codec, header, page, rows| unsafe { seal(codec, header, page, rows) },
-    // SAFETY: as above.
-    prepare: |query, form| unsafe { prepare(query, form) },
-    // SAFETY: as above.
-    untransform: |row| unsafe { untransform(row) },
-    // SAFETY: as above.
-    scores: |codec, page, query, out| unsafe { scores(codec, page, query, out) },
-    // SAFETY: as above.
-    accumulate: |codec, page, p, acc| unsafe { accumulate(codec, page, p, acc) },
-};
-
-/// The table, given the proof that this CPU can run it.
-pub(super) fn kernels(token: IsaToken) -> &'static AdaptiveKernels {
-    token.expect(Isa::Avx2);
-    &KERNELS
-}
+feature_table!(Avx2 => Kernels<AdaptiveCodec> {
+    seal: seal(codec, header, page, rows),
+    prepare: prepare(query, form),
+    untransform: untransform(row),
+    scores: scores(codec, page, query, out),
+    accumulate: accumulate(codec, page, p, acc),
+});
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn seal(codec: &AdaptiveCodec, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {

@@ -17,16 +17,17 @@ pub(crate) mod avx512;
 #[cfg(test)]
 mod tests;
 
-use super::group::Clip;
+use super::kernels::Kernels;
 use super::mixed::{MixedTile, MAX_BITS, SEGMENT};
 use super::quantizer::Quantizer;
 use super::query::{Probabilities, Query, QueryForm};
 use super::smooth::Smooth;
 use super::tile::LANE_BLOCK;
-use super::{PageCodec, PageRef, SealRows, Side};
+use crate::codec::page::{PageCodec, PageRef, SealRows, Side};
+use crate::codec::quantizer::Clip;
 use crate::cuda::desc::{SideDesc, CODEC_ADAPTIVE};
 use crate::error::{Error, Result, Status};
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{kernels_of, IsaToken};
 
 /// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
 pub const FORMAT_VERSION: u32 = 3;
@@ -89,29 +90,7 @@ pub struct AdaptiveCodec {
     pub(crate) page: usize,
     /// Sum of the widths of the segments.
     pub(crate) budget: usize,
-    kernels: &'static AdaptiveKernels,
-}
-
-/// One row of the kernel table.
-#[derive(Debug)]
-pub(crate) struct AdaptiveKernels {
-    seal: fn(&AdaptiveCodec, &mut [u8], &mut [u8], &mut SealRows),
-    prepare: fn(&mut Query, &QueryForm),
-    untransform: fn(&mut [f32]),
-    scores: fn(&AdaptiveCodec, PageRef, &Query, &mut [f32]),
-    accumulate: fn(&AdaptiveCodec, PageRef, &mut Probabilities, &mut [f32]),
-}
-
-impl AdaptiveKernels {
-    fn of(token: IsaToken) -> &'static AdaptiveKernels {
-        match token.isa() {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::kernels(token),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => avx512::kernels(token),
-            _ => &scalar::KERNELS,
-        }
-    }
+    kernels: &'static Kernels<AdaptiveCodec>,
 }
 
 impl AdaptiveCodec {
@@ -124,7 +103,7 @@ impl AdaptiveCodec {
         let mut params = params.clone();
         params.mean &= side == Side::Key;
         params.smooth &= side == Side::Key;
-        let mut codec = Self { params, side, head_dim, page, budget: 0, kernels: AdaptiveKernels::of(token) };
+        let mut codec = Self { params, side, head_dim, page, budget: 0, kernels: kernels_of!(token) };
         let n = codec.n_segments();
         // An even number fills all words of a mixed tile.
         let unit = if side == Side::Key { 1 } else { 2 };

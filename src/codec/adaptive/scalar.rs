@@ -5,18 +5,19 @@
 use half::f16;
 
 use super::bounds;
-use super::{AdaptiveCodec, AdaptiveKernels, PageRef, Probabilities, Query, SealRows, MAX_OUTLIERS};
+use super::{AdaptiveCodec, PageRef, Probabilities, Query, SealRows, MAX_OUTLIERS};
 use crate::codec::float8::{e4m3_base, e4m3_decode, power, scale_base};
 use crate::codec::hadamard;
+use crate::codec::kernels::Kernels;
 use crate::codec::mixed::{self, MixedPage, Segments, MAX_BITS, SEGMENT};
+use crate::codec::page::{Side, MAX_PAGE};
 use crate::codec::quantizer::{self, sum};
 use crate::codec::tile::LANE_BLOCK;
-use crate::codec::{Side, MAX_PAGE};
 use crate::shape::MAX_HEAD_DIM;
 
 const MAX_DIM: usize = MAX_HEAD_DIM as usize;
 
-pub(super) static KERNELS: AdaptiveKernels = AdaptiveKernels {
+pub(super) const KERNELS: Kernels<AdaptiveCodec> = Kernels {
     seal: |codec, header, page, rows| seal(codec, header, page, rows),
     prepare: |query, form| query.prepare(form),
     untransform: |row| hadamard::rotate(row),

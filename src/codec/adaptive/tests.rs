@@ -3,11 +3,12 @@
 
 use super::AdaptiveCodec;
 use crate::codec::group::tests::{near, normal};
-use crate::codec::{PageCodec, PageRef, SealRows, Side};
+use crate::codec::page::{PageCodec, PageRef, SealRows, Side};
+use crate::codec::CodecParams;
 use crate::layout::Layout;
-use crate::recipe::{Recipe, SideRecipe};
+use crate::recipe::Recipe;
 use crate::shape::Shape;
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 const DIM: usize = 128;
 const PAGE: usize = 128;
@@ -16,7 +17,7 @@ const PAGE: usize = 128;
 fn errors(spec: &str, side: Side, rows: &[f32], attention: &[f32]) -> Vec<f64> {
     let recipe = Recipe::parse(spec).unwrap();
     let params = if side == Side::Key { &recipe.key } else { &recipe.value };
-    let SideRecipe::Adaptive(params) = params else { panic!("{spec} has no widths by token") };
+    let CodecParams::Adaptive(params) = params else { panic!("{spec} has no widths by token") };
     let codec = AdaptiveCodec::new(params, side, DIM, PAGE, IsaToken::new(Isa::Scalar).unwrap()).unwrap();
     let at: Vec<u32> = (0..PAGE as u32).collect();
     let (mut header, mut bytes) = ([0u8; 4], vec![0u8; codec.page_bytes()]);

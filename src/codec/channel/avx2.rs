@@ -1,22 +1,15 @@
 //! AVX2 kernels of codec `channel`.
 #![allow(unsafe_code)]
 
-use super::{scalar, ChannelCodec, ChannelKernels, PageRef, Query, SealRows};
+use super::{scalar, ChannelCodec, PageRef, Query, SealRows};
+use crate::codec::kernels::Kernels;
 use crate::codec::mixed::avx2::add_products;
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{feature_table, Avx2};
 
-static KERNELS: ChannelKernels = ChannelKernels {
-    // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.
-    seal: |codec, header, page, rows| unsafe { seal(codec, header, page, rows) },
-    // SAFETY: as above.
-    scores: |codec, page, query, out| unsafe { scores(codec, page, query, out) },
-};
-
-/// The table, given the proof that this CPU can run it.
-pub(super) fn kernels(token: IsaToken) -> &'static ChannelKernels {
-    token.expect(Isa::Avx2);
-    &KERNELS
-}
+feature_table!(Avx2 => Kernels<ChannelCodec> {
+    seal: seal(codec, header, page, rows),
+    scores: scores(codec, page, query, out),
+});
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn seal(codec: &ChannelCodec, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {

@@ -1,23 +1,16 @@
 //! AVX-512 (VNNI) kernels of codec `channel`.
 #![allow(unsafe_code)]
 
-use super::{scalar, ChannelCodec, ChannelKernels, PageRef, Query, SealRows};
+use super::{scalar, ChannelCodec, PageRef, Query, SealRows};
+use crate::codec::kernels::Kernels;
 use crate::codec::mixed::avx512::add_products;
 use crate::simd::avx2::prefetch_next_from;
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{feature_table, Avx512};
 
-static KERNELS: ChannelKernels = ChannelKernels {
-    // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.
-    seal: |codec, header, page, rows| unsafe { seal(codec, header, page, rows) },
-    // SAFETY: as above.
-    scores: |codec, page, query, out| unsafe { scores(codec, page, query, out) },
-};
-
-/// The table, given the proof that this CPU can run it.
-pub(super) fn kernels(token: IsaToken) -> &'static ChannelKernels {
-    token.expect(Isa::Avx512);
-    &KERNELS
-}
+feature_table!(Avx512 => Kernels<ChannelCodec> {
+    seal: seal(codec, header, page, rows),
+    scores: scores(codec, page, query, out),
+});
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
 fn seal(codec: &ChannelCodec, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {

@@ -16,14 +16,15 @@ pub(crate) mod avx512;
 #[cfg(test)]
 mod tests;
 
-use super::group::Clip;
+use super::kernels::Kernels;
 use super::mixed::{MixedTile, SEGMENT};
 use super::quantizer::Quantizer;
 use super::query::{Probabilities, Query, QueryForm};
-use super::{PageCodec, PageRef, SealRows};
+use crate::codec::page::{PageCodec, PageRef, SealRows};
+use crate::codec::quantizer::Clip;
 use crate::cuda::desc::{SideDesc, CODEC_CHANNEL};
 use crate::error::{Error, Result, Status};
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{kernels_of, IsaToken};
 
 /// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
 pub const FORMAT_VERSION: u32 = 1;
@@ -65,26 +66,7 @@ pub struct ChannelCodec {
     pub(crate) head_dim: usize,
     pub(crate) page: usize,
     pub(crate) tile: MixedTile,
-    kernels: &'static ChannelKernels,
-}
-
-/// One row of the kernel table.
-#[derive(Debug)]
-pub(crate) struct ChannelKernels {
-    seal: fn(&ChannelCodec, &mut [u8], &mut [u8], &mut SealRows),
-    scores: fn(&ChannelCodec, PageRef, &Query, &mut [f32]),
-}
-
-impl ChannelKernels {
-    fn of(token: IsaToken) -> &'static ChannelKernels {
-        match token.isa() {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::kernels(token),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => avx512::kernels(token),
-            _ => &scalar::KERNELS,
-        }
-    }
+    kernels: &'static Kernels<ChannelCodec>,
 }
 
 impl ChannelCodec {
@@ -103,7 +85,7 @@ impl ChannelCodec {
             return Err(Error::new(Status::Recipe, what));
         }
         let tile = MixedTile::new(page, head_dim, budget);
-        Ok(Self { params: params.clone(), head_dim, page, tile, kernels: ChannelKernels::of(token) })
+        Ok(Self { params: params.clone(), head_dim, page, tile, kernels: kernels_of!(token) })
     }
 
     fn number_bytes(&self) -> usize {

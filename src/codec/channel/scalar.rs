@@ -4,17 +4,21 @@
 
 use half::f16;
 
-use super::{ChannelCodec, ChannelKernels, PageRef, Query, SealRows};
+use super::{ChannelCodec, PageRef, Query, SealRows};
 use crate::codec::float8::{e4m3_base, e4m3_decode, e4m3_encode, inverse_power, power};
+use crate::codec::kernels::Kernels;
 use crate::codec::mixed::{self, MixedPage, Segments, SEGMENT};
 use crate::codec::quantizer::without_sign_of_zero;
 use crate::shape::MAX_HEAD_DIM;
 
 const MAX_DIM: usize = MAX_HEAD_DIM as usize;
 
-pub(super) static KERNELS: ChannelKernels = ChannelKernels {
+pub(super) const KERNELS: Kernels<ChannelCodec> = Kernels {
     seal: |codec, header, page, rows| seal(codec, header, page, rows),
+    prepare: |query, form| query.prepare(form),
+    untransform: |_| {},
     scores: |codec, page, query, out| scores(codec, page, query, out, |page, x, out, n| page.add_products(x, out, n)),
+    accumulate: |_, _, _, _| unreachable!("values are not quantized per channel"),
 };
 
 /// A number for each channel, or for each place of the depth.

@@ -3,11 +3,12 @@
 
 use super::ChannelCodec;
 use crate::codec::group::tests::{near, normal};
-use crate::codec::{PageCodec, PageRef, SealRows};
+use crate::codec::page::{PageCodec, PageRef, SealRows};
+use crate::codec::CodecParams;
 use crate::layout::Layout;
-use crate::recipe::{Recipe, SideRecipe};
+use crate::recipe::Recipe;
 use crate::shape::Shape;
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 const DIM: usize = 128;
 const PAGE: usize = 128;
@@ -15,7 +16,7 @@ const PAGE: usize = 128;
 /// Seals a page and decodes it. Rows marked `exact` are left out of the range.
 fn round_trip(spec: &str, rows: &[f32], exact: &[bool], channel_weights: &[f32]) -> Vec<f32> {
     let recipe = Recipe::parse(spec).unwrap();
-    let SideRecipe::Channel(params) = &recipe.key else { panic!("{spec} has no channels") };
+    let CodecParams::Channel(params) = &recipe.key else { panic!("{spec} has no channels") };
     let codec = ChannelCodec::new(params, DIM, PAGE, IsaToken::new(Isa::Scalar).unwrap()).unwrap();
     let at: Vec<u32> = (0..PAGE as u32).collect();
     let (mut header, mut bytes) = ([0u8; 4], vec![0u8; codec.page_bytes()]);

@@ -4,35 +4,25 @@
 
 use std::arch::x86_64::*;
 
-use super::{scalar, GroupCodec, GroupKernels, PageRef, Probabilities, Query, QueryForm, NMSE};
+use super::{scalar, GroupCodec, PageRef, Probabilities, Query, QueryForm, NMSE};
 use crate::codec::float8::avx2::{e4m3_decode, step_decode};
 use crate::codec::hadamard;
+use crate::codec::kernels::Kernels;
+use crate::codec::page::MAX_PAGE;
 use crate::codec::query::{allowed, is_coarse, PLANE, REST};
 use crate::codec::tile::avx2::{by_width_and_rows, dot, join_planes, planes, put_pairs, Coefficients, MAX_ROWS, STRIP};
 use crate::codec::tile::Width;
-use crate::codec::MAX_PAGE;
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::avx2::{dot_floats, f16_to_f32, load, load_bytes, prefetch_next, reduce_add, reduce_max, store};
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{feature_table, Avx2};
 
-static KERNELS: GroupKernels = GroupKernels {
-    // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.
-    seal: |codec, header, page, rows| unsafe { seal(codec, header, page, rows) },
-    // SAFETY: as above.
-    prepare: |query, form| unsafe { prepare(query, form) },
-    // SAFETY: as above.
-    untransform: |row| unsafe { untransform(row) },
-    // SAFETY: as above.
-    scores: |codec, page, query, out| unsafe { scores(codec, page, query, out) },
-    // SAFETY: as above.
-    accumulate: |codec, page, p, acc| unsafe { accumulate(codec, page, p, acc) },
-};
-
-/// The table, given the proof that this CPU can run it.
-pub(super) fn kernels(token: IsaToken) -> &'static GroupKernels {
-    token.expect(Isa::Avx2);
-    &KERNELS
-}
+feature_table!(Avx2 => Kernels<GroupCodec> {
+    seal: seal(codec, header, page, rows),
+    prepare: prepare(query, form),
+    untransform: untransform(row),
+    scores: scores(codec, page, query, out),
+    accumulate: accumulate(codec, page, p, acc),
+});
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn seal(codec: &GroupCodec, header: &mut [u8], page: &mut [u8], rows: &mut super::SealRows) {

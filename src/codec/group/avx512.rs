@@ -4,38 +4,28 @@
 
 use std::arch::x86_64::*;
 
-use super::{scalar, GroupCodec, GroupKernels, PageRef, Probabilities, Query, QueryForm, NMSE};
+use super::{scalar, GroupCodec, PageRef, Probabilities, Query, QueryForm, NMSE};
 use crate::codec::float8::avx512::{e4m3_decode, step_decode};
 use crate::codec::hadamard;
+use crate::codec::kernels::Kernels;
+use crate::codec::page::MAX_PAGE;
 use crate::codec::query::{allowed, is_coarse, PLANE, REST};
 use crate::codec::tile::avx512::{by_width_and_rows, dot, float_sum, Codes, Coefficients, MAX_ROWS};
 use crate::codec::tile::{Width, LANE_BLOCK};
-use crate::codec::MAX_PAGE;
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::avx2::prefetch_next_from;
 use crate::simd::avx512::{
     dot_floats, f16_to_f32, load, load_bytes, pack_bytes, pack_unsigned_bytes, store, store_bytes,
 };
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{feature_table, Avx512};
 
-static KERNELS: GroupKernels = GroupKernels {
-    // SAFETY: the table is only reachable through `kernels`, which asks for the proof that the CPU has these features.
-    seal: |codec, header, page, rows| unsafe { seal(codec, header, page, rows) },
-    // SAFETY: as above.
-    prepare: |query, form| unsafe { prepare(query, form) },
-    // SAFETY: as above.
-    untransform: |row| unsafe { untransform(row) },
-    // SAFETY: as above.
-    scores: |codec, page, query, out| unsafe { scores(codec, page, query, out) },
-    // SAFETY: as above.
-    accumulate: |codec, page, p, acc| unsafe { accumulate(codec, page, p, acc) },
-};
-
-/// The table, given the proof that this CPU can run it.
-pub(super) fn kernels(token: IsaToken) -> &'static GroupKernels {
-    token.expect(Isa::Avx512);
-    &KERNELS
-}
+feature_table!(Avx512 => Kernels<GroupCodec> {
+    seal: seal(codec, header, page, rows),
+    prepare: prepare(query, form),
+    untransform: untransform(row),
+    scores: scores(codec, page, query, out),
+    accumulate: accumulate(codec, page, p, acc),
+});
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
 fn seal(codec: &GroupCodec, header: &mut [u8], page: &mut [u8], rows: &mut super::SealRows) {

@@ -18,14 +18,16 @@ pub(super) mod tests;
 
 use std::fmt;
 
+use super::kernels::Kernels;
+pub use super::quantizer::Clip;
 use super::quantizer::Quantizer;
 use super::query::{Probabilities, Query, QueryForm};
 use super::smooth::Smooth;
 use super::tile::{Tile, Width};
-use super::{PageCodec, PageRef, SealRows, Side};
+use crate::codec::page::{PageCodec, PageRef, SealRows, Side};
 use crate::cuda::desc::{SideDesc, CODEC_GROUP};
 use crate::error::{Error, Result, Status};
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{kernels_of, IsaToken};
 
 /// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
 pub const FORMAT_VERSION: u32 = 2;
@@ -60,52 +62,6 @@ impl fmt::Display for GroupSize {
         match self {
             GroupSize::Channels(n) => write!(f, "{n}"),
             GroupSize::Head => f.write_str("head"),
-        }
-    }
-}
-
-/// How the range that the codes cover is chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Clip {
-    /// Symmetric: the uniform step that is best for a Gaussian of the group's root mean square. Affine: [`Clip::affine`].
-    Auto,
-    /// This part of the largest distance from the middle of the range.
-    Factor(f32),
-    /// The range is cut into as many cells as there are codes, which stand for the cells' middles.
-    Cells,
-}
-
-impl Clip {
-    /// Parses the `clip` key of a recipe.
-    pub fn parse(text: &str) -> Result<Self> {
-        match (text, text.parse::<f32>()) {
-            ("auto", _) => Ok(Clip::Auto),
-            ("cells", _) => Ok(Clip::Cells),
-            (_, Ok(x)) if (0.3..=1.0).contains(&x) => Ok(Clip::Factor(x)),
-            _ => Err(Error::new(Status::Recipe, format!("clip={text}: use auto, cells or a number from 0.3 to 1"))),
-        }
-    }
-
-    /// The part of the half-range that affine codes reach: more levels want less clipping.
-    pub fn affine(self, levels: u32) -> f32 {
-        match (self, levels) {
-            (Clip::Factor(x), _) => x,
-            (Clip::Cells, _) => (levels - 1) as f32 / levels as f32,
-            (Clip::Auto, 3) => 0.7,
-            (Clip::Auto, 4) => 0.8,
-            (Clip::Auto, 8) => 0.9,
-            // Two levels stand for a sign, whatever their distance.
-            (Clip::Auto, _) => 1.0,
-        }
-    }
-}
-
-impl fmt::Display for Clip {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Clip::Auto => f.write_str("auto"),
-            Clip::Cells => f.write_str("cells"),
-            Clip::Factor(x) => write!(f, "{x}"),
         }
     }
 }
@@ -155,29 +111,7 @@ pub struct GroupCodec {
     pub(crate) group: usize,
     pub(crate) n_groups: usize,
     pub(crate) tile: Tile,
-    kernels: &'static GroupKernels,
-}
-
-/// One row of the kernel table.
-#[derive(Debug)]
-pub(crate) struct GroupKernels {
-    seal: fn(&GroupCodec, &mut [u8], &mut [u8], &mut SealRows),
-    prepare: fn(&mut Query, &QueryForm),
-    untransform: fn(&mut [f32]),
-    scores: fn(&GroupCodec, PageRef, &Query, &mut [f32]),
-    accumulate: fn(&GroupCodec, PageRef, &mut Probabilities, &mut [f32]),
-}
-
-impl GroupKernels {
-    fn of(token: IsaToken) -> &'static GroupKernels {
-        match token.isa() {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::kernels(token),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => avx512::kernels(token),
-            _ => &scalar::KERNELS,
-        }
-    }
+    kernels: &'static Kernels<GroupCodec>,
 }
 
 impl GroupCodec {
@@ -203,7 +137,7 @@ impl GroupCodec {
         params.mean &= side == Side::Key;
         params.smooth &= side == Side::Key;
         let n_groups = head_dim / group;
-        Ok(Self { params, side, head_dim, page, group, n_groups, tile, kernels: GroupKernels::of(token) })
+        Ok(Self { params, side, head_dim, page, group, n_groups, tile, kernels: kernels_of!(token) })
     }
 
     pub(crate) fn steps_offset(&self) -> usize {

@@ -1,14 +1,15 @@
 //! The specification of codec `group`: sealing, decoding, scores and outputs in plain arithmetic.
 #![forbid(unsafe_code)]
 
-use super::{GroupCodec, GroupKernels, PageRef, Probabilities, Query, SealRows};
+use super::{GroupCodec, PageRef, Probabilities, Query, SealRows};
 use crate::codec::float8::{e4m3_base, e4m3_decode, power, scale_base};
 use crate::codec::hadamard;
+use crate::codec::kernels::Kernels;
+use crate::codec::page::{PageCodec, Side};
 use crate::codec::quantizer::{dot, Quantizer};
-use crate::codec::{PageCodec, Side};
 use crate::shape::MAX_HEAD_DIM;
 
-pub(super) static KERNELS: GroupKernels = GroupKernels {
+pub(super) const KERNELS: Kernels<GroupCodec> = Kernels {
     seal: |codec, header, page, rows| seal(codec, header, page, rows),
     prepare: |query, form| query.prepare(form),
     untransform: |row| hadamard::rotate(row),

@@ -1,11 +1,12 @@
 //! Codec `group` against published and measured values.
 #![forbid(unsafe_code)]
 
-use crate::codec::{PageCodec, SealRows, Side};
+use crate::codec::page::{PageCodec, SealRows, Side};
+use crate::codec::CodecParams;
 use crate::layout::Layout;
-use crate::recipe::{Recipe, SideRecipe};
+use crate::recipe::Recipe;
 use crate::shape::Shape;
-use crate::simd::{Isa, IsaToken};
+use crate::simd::isa::{Isa, IsaToken};
 
 const DIM: usize = 128;
 const PAGE: usize = 128;
@@ -23,7 +24,7 @@ pub(in crate::codec) fn normal(n: usize) -> Vec<f32> {
 /// Seals pages of standard normal rows (plus `offset`) and gives the mean squared error and the slope of the reconstruction.
 fn round_trip(spec: &str, offset: f32) -> (f64, f64) {
     let recipe = Recipe::parse(spec).unwrap();
-    let SideRecipe::Group(params) = &recipe.value else { panic!("{spec} has no groups") };
+    let CodecParams::Group(params) = &recipe.value else { panic!("{spec} has no groups") };
     let token = IsaToken::new(Isa::Scalar).unwrap();
     let codec = super::GroupCodec::new(params, Side::Value, DIM, PAGE, token).unwrap();
     let at: Vec<u32> = (0..PAGE as u32).collect();
@@ -47,7 +48,7 @@ fn round_trip(spec: &str, offset: f32) -> (f64, f64) {
         );
         let mut out = [0f32; DIM];
         for (row, truth) in truth.chunks_exact(DIM).enumerate() {
-            codec.decode(crate::codec::PageRef { header: &header, bytes: &bytes }, row, &mut out);
+            codec.decode(crate::codec::page::PageRef { header: &header, bytes: &bytes }, row, &mut out);
             for (a, b) in out.iter().zip(truth) {
                 let (a, b) = (f64::from(*a), f64::from(*b));
                 error += (a - b).powi(2);

@@ -346,7 +346,7 @@ pub(crate) use by_width_and_rows;
 mod tests {
     use super::*;
     use crate::codec::tile::Width;
-    use crate::simd::{Isa, IsaToken};
+    use crate::simd::isa::{Isa, IsaToken};
 
     /// Compares all strips with sums over single codes, for coefficients that the kernels may be given: with a sign, and
     /// where codes leave room for it, of twice the size without.

@@ -38,7 +38,7 @@ impl<const UNSIGNED: bool> Coefficients<'_, UNSIGNED> {
 
 /// Packed codes with the distance to those that are wanted soon, which are asked for as these are read: a burst of
 /// requests at the start of a page would wait for free line buffers. Into the second level, since on its way to the first
-/// a line holds one of the few buffers that loads need (measured in README's notes).
+/// a line holds one of the few buffers that loads need (measured in docs/notes.md).
 #[derive(Clone, Copy)]
 pub(crate) struct Codes<'a> {
     bytes: &'a [u8],

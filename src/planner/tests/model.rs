@@ -4,7 +4,7 @@
 
 use super::rng::Rng;
 use crate::plan::{plan_len, Plan, Source, View};
-use crate::planner::{CellState, Planner, PlannerConfig, Row};
+use crate::planner::{CellState, Planner, PlannerConfig, Row, Shift};
 
 /// What a cell of the host holds.
 #[derive(Clone, Copy, Debug)]
@@ -12,6 +12,8 @@ pub struct Token {
     /// Unique, and larger for later arrivals.
     pub id: u64,
     pub pos: i32,
+    /// The position to which its key is turned: shifts that the planner hears of.
+    key_pos: i32,
     /// Bit set of sequences.
     pub seqs: u32,
     pinned: bool,
@@ -21,11 +23,14 @@ pub struct Token {
     left_window: bool,
 }
 
-/// Slots and pages of a stream, with token ids for rows.
+/// A stored key: whose it is, and the position to which it is turned.
+type Key = (u64, i32);
+
+/// Slots and pages of a stream.
 #[derive(Clone)]
 struct Memory {
-    slots: Vec<Option<u64>>,
-    page_rows: Vec<Option<u64>>,
+    slots: Vec<Option<Key>>,
+    page_rows: Vec<Option<Key>>,
     has_header: Vec<bool>,
 }
 
@@ -60,6 +65,8 @@ pub struct Model {
     out: Vec<i32>,
     /// Statistics: records without and with [`crate::plan::Record::fresh`].
     pub n_records: [usize; 2],
+    /// Pages that a shift encoded again.
+    pub n_recoded: usize,
 }
 
 impl Memory {
@@ -71,21 +78,21 @@ impl Memory {
         }
     }
 
-    /// The token ids that a reader of `view` finds for `cell`.
-    fn read(&self, plan: &Plan, view: View, cell: usize) -> Vec<Option<u64>> {
+    /// The keys that a reader of `view` finds for `cell`.
+    fn read(&self, plan: &Plan, view: View, cell: usize) -> Vec<Option<Key>> {
         let slots = plan.slot_cells(view).iter().zip(&self.slots).filter(|(&held, _)| held == cell as i32);
         let mut found: Vec<_> = slots.map(|(_, &row)| row).collect();
         let (page, index) = (cell / plan.page(), cell % plan.page());
         if plan.page_bits(view, page)[index / 32] as u32 >> (index % 32) & 1 == 1 {
             assert!(page < plan.n_pages(view), "a readable row is behind the pages to scan");
             assert!(self.has_header[page], "a row of a page that was never sealed is readable");
-            found.push(self.page_rows[cell]);
+            found.push(self.page_rows[cell].map(|(id, pos)| (id, pos + plan.turned(cell))));
         }
         found
     }
 
     /// What the store does: pages first, then slots. `ids` are the ubatch's tokens.
-    fn store(&mut self, plan: &Plan, ids: &[u64]) {
+    fn store(&mut self, plan: &Plan, rows: &[Key]) {
         let mut last: Option<crate::plan::Record> = None;
         for record in plan.records() {
             let page = record.cell / plan.page();
@@ -102,14 +109,37 @@ impl Memory {
             }
             let (row, cell) = match record.source {
                 Source::Slot(slot) => (self.slots[slot], plan.slot_cells(View::Before)[slot]),
-                Source::Row(row) => (Some(ids[row]), plan.row_cells()[row]),
+                Source::Row(row) => (Some(rows[row]), plan.row_cells()[row]),
             };
             assert_eq!(cell, record.cell as i32, "a record's source holds its cell");
-            self.page_rows[record.cell] = row;
+            let turned = plan.turned(record.cell);
+            assert!(!record.fresh || turned == 0, "a fresh page has not moved");
+            self.page_rows[record.cell] = row.map(|(id, pos)| (id, pos - turned));
             last = Some(record);
         }
-        for (&slot, &id) in plan.row_slots().iter().zip(ids).filter(|(&slot, _)| slot >= 0) {
-            self.slots[slot as usize] = Some(id);
+        for (&slot, &row) in plan.row_slots().iter().zip(rows).filter(|(&slot, _)| slot >= 0) {
+            self.slots[slot as usize] = Some(row);
+        }
+    }
+
+    /// What a layer does with a shift.
+    fn shift(&mut self, shift: &Shift) {
+        for &(slot, distance) in &shift.slots {
+            self.slots[slot].as_mut().unwrap().1 += distance;
+        }
+        for page in &shift.recoded {
+            let first = page[0].cell / shift.page * shift.page;
+            let rows = page.iter().map(|row| {
+                let (id, pos) = self.page_rows[row.cell].unwrap();
+                if let Some(slot) = row.slot {
+                    assert_eq!(self.slots[slot], Some((id, pos + row.turned)));
+                }
+                (row.cell, (id, pos + row.turned))
+            });
+            let rows: Vec<_> = rows.collect();
+            let end = (first + shift.page).min(self.page_rows.len());
+            self.page_rows[first..end].fill(None);
+            rows.into_iter().for_each(|(cell, row)| self.page_rows[cell] = Some(row));
         }
     }
 }
@@ -130,14 +160,14 @@ impl Model {
         let memory = Memory::new(&config, planner.n_slots());
         let stream = Stream { cells: vec![None; config.n_cells], head: 0, memory };
         let streams = vec![stream; config.n_streams];
-        Self { planner, streams, config, next_id: 0, out: Vec::new(), n_records: [0; 2] }
+        Self { planner, streams, config, next_id: 0, out: Vec::new(), n_records: [0; 2], n_recoded: 0 }
     }
 
     /// Plans and carries out one ubatch, checking both views. Returns the number of exact rows after it.
     pub fn append(&mut self, stream: usize, new_rows: &[NewRow]) -> usize {
         let rows: Vec<Row> =
             new_rows.iter().map(|row| Row { cell: row.cell as u32, pos: row.pos, seq: row.owner() }).collect();
-        let ids: Vec<u64> = (self.next_id..).take(rows.len()).collect();
+        let keys: Vec<Key> = (self.next_id..).zip(&rows).map(|(id, row)| (id, row.pos)).collect();
         self.next_id += rows.len() as u64;
         self.out.clear();
         // Garbage, so that an entry left unwritten shows.
@@ -157,8 +187,8 @@ impl Model {
         for row in &rows {
             assert!(host.memory.read(&plan, View::Before, row.cell as usize).is_empty(), "an ubatch row is readable");
         }
-        place_tokens(&self.config, host, new_rows, &ids);
-        host.memory.store(&plan, &ids);
+        place_tokens(&self.config, host, new_rows, &keys);
+        host.memory.store(&plan, &keys);
         check_view(host, &plan, View::After);
         check_rows(&plan);
         check_window(&self.config, host, &plan);
@@ -171,6 +201,28 @@ impl Model {
     /// The plan of the latest [`Model::append`].
     pub fn last_plan(&self) -> &[i32] {
         &self.out
+    }
+
+    /// Moves the keys of the tokens by a distance each.
+    pub fn shift(&mut self, stream: usize, moved: impl Fn(&Token) -> i32) {
+        let host = &mut self.streams[stream];
+        // Of cells without a token anything may be said.
+        let distances = host.cells.iter().map(|cell| cell.as_ref().map_or(77, &moved)).collect::<Vec<_>>();
+        let shift = self.planner.shift(stream, &distances, &|cell| host.is_live(cell)).unwrap();
+        for (token, distance) in host.cells.iter_mut().zip(&distances) {
+            token.iter_mut().for_each(|token| token.key_pos += distance);
+        }
+        host.memory.shift(&shift);
+        self.n_recoded += shift.recoded.len();
+        for (cell, location) in self.planner.locate(stream).unwrap().iter().enumerate() {
+            let Some(token) = host.cells[cell] else { continue };
+            if let Some(slot) = location.slot() {
+                assert_eq!(host.memory.slots[slot], Some((token.id, token.key_pos)));
+            }
+            if location.in_page() {
+                assert_eq!(host.memory.page_rows[cell], Some((token.id, token.key_pos - location.turned)));
+            }
+        }
     }
 
     /// Removes everything, with or without telling the planner.
@@ -198,15 +250,16 @@ impl Model {
         self.planner.drop_dead(stream, &|cell| host.is_live(cell)).unwrap();
         let targets = rng.choose((0..self.config.n_cells).collect(), cells.len());
         let moved: Vec<_> = targets.iter().zip(&states).map(|(&cell, &state)| (cell as u32, state)).collect();
-        let slots = self.planner.import(stream, &moved).unwrap();
+        // Rows of one page may have moved by more distances than a page of the planner can say.
+        let Ok(slots) = self.planner.import(stream, &moved) else { return self.clear(stream, true) };
         for (index, &cell) in targets.iter().enumerate() {
             let (token, from) = (tokens[index], cells[index] as usize);
             host.cells[cell] = Some(token);
             let in_page = match states[index] {
-                CellState::Sealed => true,
+                CellState::Sealed { .. } => true,
                 CellState::Exact { slot, encoded, .. } => {
-                    assert_eq!(old.slots[slot], Some(token.id));
-                    host.memory.slots[slots[index].unwrap()] = Some(token.id);
+                    assert_eq!(old.slots[slot], Some((token.id, token.key_pos)));
+                    host.memory.slots[slots[index].unwrap()] = old.slots[slot];
                     encoded
                 }
             };
@@ -220,13 +273,17 @@ impl Model {
 
     /// The planner's own account must agree with the host's, also on which tokens are sink tokens.
     pub fn check_locations(&self, stream: usize) {
-        let mut locations = vec![0; self.config.n_cells];
-        self.planner.locate(stream, &mut locations).unwrap();
+        let locations = self.planner.locate(stream).unwrap();
         for cell in self.streams[stream].live_cells() {
             let sink = self.streams[stream].cells[cell].is_some_and(|token| token.pinned);
             match self.planner.export(stream, &[cell as u32]).unwrap()[0] {
-                CellState::Exact { slot, pinned, .. } => assert_eq!((locations[cell], sink), (slot as i32, pinned)),
-                CellState::Sealed => assert_eq!((locations[cell], sink), (crate::planner::IN_PAGE, false)),
+                CellState::Exact { slot, encoded, pinned, .. } => {
+                    assert_eq!((locations[cell].slot(), sink), (Some(slot), pinned));
+                    assert_eq!(locations[cell].in_page(), encoded);
+                }
+                CellState::Sealed { .. } => {
+                    assert_eq!((locations[cell].places, sink), (crate::location::IN_PAGE, false))
+                }
             }
         }
     }
@@ -236,7 +293,13 @@ impl Model {
 fn check_view(host: &Stream, plan: &Plan, view: View) {
     for (cell, token) in host.cells.iter().enumerate() {
         match token {
-            Some(token) => assert_eq!(host.memory.read(plan, view, cell), [Some(token.id)], "{view:?} cell {cell}"),
+            Some(token) => {
+                assert_eq!(
+                    host.memory.read(plan, view, cell),
+                    [Some((token.id, token.key_pos))],
+                    "{view:?} cell {cell}"
+                );
+            }
             None => assert!(!plan.slot_cells(view).contains(&(cell as i32)), "{view:?}: dead cell {cell} has a slot"),
         }
     }
@@ -257,14 +320,14 @@ fn check_rows(plan: &Plan) {
 }
 
 /// Places the tokens in the host's cells, with its own count of the sink room.
-fn place_tokens(config: &PlannerConfig, host: &mut Stream, rows: &[NewRow], ids: &[u64]) {
+fn place_tokens(config: &PlannerConfig, host: &mut Stream, rows: &[NewRow], keys: &[Key]) {
     let n_sequences = if config.n_streams == 1 { config.n_seq_max } else { 1 };
     let mut room = config.sink_tokens * n_sequences - host.cells.iter().flatten().filter(|token| token.pinned).count();
-    for (row, &id) in rows.iter().zip(ids) {
+    for (row, &(id, key_pos)) in rows.iter().zip(keys) {
         let pinned = room > 0 && row.pos < config.sink_tokens as i32;
         room -= usize::from(pinned);
         host.cells[row.cell] =
-            Some(Token { id, pos: row.pos, seqs: row.seqs, pinned, owner: row.owner(), left_window: false });
+            Some(Token { id, pos: row.pos, key_pos, seqs: row.seqs, pinned, owner: row.owner(), left_window: false });
     }
 }
 

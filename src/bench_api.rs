@@ -4,11 +4,14 @@
 
 use std::sync::Arc;
 
-use super::query::{Probabilities, Query};
-use super::{CodecInfo, PageCodec, PageRef, SealRows, Side, REGISTRY};
+use crate::codec::page::{PageCodec, PageRef, SealRows, Side};
+use crate::codec::query::{Probabilities, Query};
+use crate::codec::{CodecInfo, REGISTRY};
 use crate::error::Result;
 use crate::recipe::Recipe;
-use crate::simd::{kernels, ExactRows, IsaToken, Kernels, Logits, State};
+use crate::simd::exact::{ExactRows, Kernels, Logits, State};
+use crate::simd::isa::IsaToken;
+use crate::simd::kernels;
 
 /// One side's codec with the buffers that its kernels need.
 pub struct PageBench {
@@ -20,8 +23,8 @@ pub struct PageBench {
 
 impl PageBench {
     pub fn new(recipe: &Recipe, side: Side, head_dim: usize, token: IsaToken) -> Result<Self> {
-        let side_recipe = if side == Side::Key { &recipe.key } else { &recipe.value };
-        let codec = side_recipe.codec(side, head_dim, recipe.page, token)?;
+        let params = if side == Side::Key { &recipe.key } else { &recipe.value };
+        let codec = params.build(side, head_dim, recipe.page, token)?;
         Ok(Self { codec, page: recipe.page, query: Query::default(), p: Probabilities::default() })
     }
 

@@ -1,6 +1,7 @@
-use super::super::super::{Planner, PlannerConfig, Row};
 use crate::error::Status;
+use crate::location::{IN_PAGE, IN_SLOT, NOWHERE};
 use crate::plan::plan_len;
+use crate::planner::{Planner, PlannerConfig, Row};
 
 const CONFIG: PlannerConfig = PlannerConfig {
     n_cells: 200,
@@ -26,6 +27,8 @@ fn filled() -> Planner {
     for (cell0, n) in [(0, 50), (50, 60), (110, 1), (111, 30)] {
         step(&mut planner, 0, cell0, n, 5);
     }
+    let moved: Vec<i32> = (0..CONFIG.n_cells as i32).map(|cell| if cell < 40 { -3 } else { 9 }).collect();
+    planner.shift(0, &moved, &|cell| (5..141).contains(&cell)).unwrap();
     planner
 }
 
@@ -70,11 +73,16 @@ fn damaged_bytes_are_refused_or_make_a_state_that_works() {
 #[test]
 fn adopted_cells_are_read_from_their_page_and_their_page_mates_are_gone() {
     let mut planner = filled();
-    planner.adopt(0, &[64, 66]).unwrap();
-    let mut location = vec![0; CONFIG.n_cells];
-    planner.locate(0, &mut location).unwrap();
-    assert_eq!(location[64..68], [-2, -1, -2, -1]);
-    assert_eq!(location[68..128], [-1; 60]);
-    assert!(location[128..141].iter().all(|&slot| slot >= 0), "other pages stay");
-    assert!(planner.adopt(0, &[3, 3]).is_err() && planner.adopt(0, &[200]).is_err());
+    planner.adopt(0, &[64, 66], &[5, -5]).unwrap();
+    let turned: Vec<i32> = planner.locate(0).unwrap()[64..68].iter().map(|location| location.turned).collect();
+    assert_eq!(turned, [5, 0, -5, 0]);
+    assert!(
+        planner.adopt(0, &[64, 66], &[5]).is_err()
+            && planner.adopt(0, &[64, 65, 66, 67, 68], &[1, 2, 3, 4, 5]).is_err()
+    );
+    let places: Vec<u32> = planner.locate(0).unwrap().iter().map(|location| location.places).collect();
+    assert_eq!(places[64..68], [IN_PAGE, NOWHERE, IN_PAGE, NOWHERE]);
+    assert_eq!(places[68..128], [NOWHERE; 60]);
+    assert!(places[128..141].iter().all(|places| places & IN_SLOT != 0), "other pages stay");
+    assert!(planner.adopt(0, &[3, 3], &[0, 0]).is_err() && planner.adopt(0, &[200], &[0]).is_err());
 }

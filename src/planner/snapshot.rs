@@ -2,8 +2,8 @@
 //! [`Planner::export`] it keeps slots, arrival numbers and the rows of removed tokens.
 #![forbid(unsafe_code)]
 
-use super::super::Planner;
-use super::{ExactRow, Held, StreamState};
+use super::stream::{ExactRow, Held, StreamState};
+use super::Planner;
 use crate::error::{Error, Result, Status};
 use crate::plan::CELLS_PER_WORD;
 
@@ -20,14 +20,15 @@ impl Planner {
     /// Bytes of a [`Planner::snapshot`], the same for every state.
     pub fn snapshot_bytes(&self) -> usize {
         let n_pages = self.config.n_pages();
-        HEADER_BYTES + 8 + self.n_slots * SLOT_BYTES + n_pages * (8 + self.config.page / 8)
+        HEADER_BYTES + 8 + self.n_slots * SLOT_BYTES + n_pages * (8 + self.config.page / 8) + self.config.n_cells * 4
     }
 
     /// The state of a stream.
     ///
     /// Layout, little-endian: version, `n_cells`, page, window, `sink_tokens`, most sink tokens, `seal_lag`, `n_slots`
     /// (u32 each); next stamp (u64); per slot: cell or 2^32 - 1 (u32), 1 if encoded + 2 if pinned (u32), stamp (u64),
-    /// sequence (u32); per page: stamp of its newest row (u64); sealed cells, a bit each, in u32 words.
+    /// sequence (u32); per page: stamp of its newest row (u64); sealed cells, a bit each, in u32 words; per cell: by how much
+    /// the rows of its page have moved (i32).
     pub fn snapshot(&self, stream: usize) -> Result<Vec<u8>> {
         self.check_stream(stream)?;
         let state = &self.streams[stream];
@@ -44,6 +45,7 @@ impl Planner {
         }
         state.pages.iter().for_each(|page| out.extend(page.newest.to_le_bytes()));
         state.sealed_bits.iter().for_each(|word| out.extend(word.to_le_bytes()));
+        state.turned.iter().for_each(|distance| out.extend(distance.to_le_bytes()));
         Ok(out)
     }
 
@@ -59,15 +61,21 @@ impl Planner {
         Ok(())
     }
 
-    /// Makes `cells` readable from their pages, whose bytes the caller has put there. Whatever was held for the cells
-    /// of those pages is forgotten. Fails, with nothing changed, if a cell does not exist or occurs twice.
-    pub fn adopt(&mut self, stream: usize, cells: &[u32]) -> Result<()> {
+    /// Makes `cells` readable from their pages, whose bytes the caller has put there and whose rows have moved by `turned`
+    /// since they were encoded. Whatever was held for the cells of those pages is forgotten. Fails, with nothing changed,
+    /// if a cell does not exist or occurs twice, or the rows of a page have moved by too many distances.
+    pub fn adopt(&mut self, stream: usize, cells: &[u32], turned: &[i32]) -> Result<()> {
         self.check_stream(stream)?;
+        if turned.len() != cells.len() {
+            return Err(Error::invalid(format!("{} distances for {} cells", turned.len(), cells.len())));
+        }
         self.check_cells(cells.iter().copied())?;
         let page = self.config.page;
         let mut pages: Vec<usize> = cells.iter().map(|&cell| cell as usize / page).collect();
         pages.sort_unstable();
         pages.dedup();
+        let rows: Vec<(usize, i32)> = cells.iter().map(|&cell| cell as usize).zip(turned.iter().copied()).collect();
+        self.streams[stream].adopt_turned(&rows)?;
         self.drop_dead(stream, &|cell| pages.binary_search(&(cell / page)).is_err())?;
         let state = &mut self.streams[stream];
         cells.iter().for_each(|&cell| state.seal(cell as usize));
@@ -87,7 +95,8 @@ impl StreamState {
     fn parse(mut self, bytes: &[u8]) -> Result<Self> {
         let (next_stamp, bytes) = bytes.split_at(8);
         let (slots, bytes) = bytes.split_at(self.n_slots * SLOT_BYTES);
-        let (newest, bits) = bytes.split_at(self.pages.len() * 8);
+        let (newest, bytes) = bytes.split_at(self.pages.len() * 8);
+        let (bits, turned) = bytes.split_at(self.sealed_bits.len() * 4);
         self.next_stamp = u64_of(next_stamp);
         let possible = |stamp: u64| stamp < self.next_stamp.max(1);
         if self.next_stamp > MAX_STAMP || !newest.chunks_exact(8).map(u64_of).all(possible) {
@@ -116,6 +125,8 @@ impl StreamState {
             self.parse_slot(slot, flags, row)?;
         }
         self.parse_order()?;
+        self.take_turned(turned.chunks_exact(4).map(|bytes| u32_of(bytes) as i32).collect())
+            .map_err(|error| malformed(error.message()))?;
         Ok(self)
     }
 
@@ -164,5 +175,5 @@ fn malformed(text: &str) -> Error {
 }
 
 #[cfg(test)]
-#[path = "snapshot_tests.rs"]
+#[path = "tests/snapshot.rs"]
 mod tests;

@@ -1,5 +1,4 @@
-// The scheduler of emulate.h; nothing when compiled for a device.
-#ifdef KVQ_EMULATE
+// The scheduler of emulate.h.
 #include "emulate.h"
 
 using namespace kvq::emulation;
@@ -93,4 +92,3 @@ extern "C" int kvq_emulated_launch(const char *name, uint32_t x, uint32_t y, uin
     free(s.shared);
     return ok ? 1 : -1;
 }
-#endif

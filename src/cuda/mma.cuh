@@ -1,0 +1,123 @@
+// Tensor cores, asynchronous copies and the few other instructions of the fast kernels, each with its twin.
+#pragma once
+#include "device.cuh"
+
+namespace kvq {
+
+// c += a * b: a is 16 x 16 (row, depth), b 16 x 8 (depth, column), halves; c 16 x 8 floats. Of lane 4 * g + t: a[0], a[1] are
+// depth 2t, 2t + 1 of rows g, g + 8; a[2], a[3] the same of depth 8 more; b0, b1 the same depths of column g; c[0], c[1] are
+// columns 2t, 2t + 1 of row g, c[2], c[3] of row g + 8. Subnormal halves count for what they are.
+__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#ifdef KVQ_EMULATE
+    struct Operands { uint32_t a[4], b[2]; };
+    kvq::emulation::exchange(Operands{{a0, a1, a2, a3}, {b0, b1}}, [&](auto get) {
+        const uint32_t lane = kvq::emulation::lane(), g = lane / 4, t = lane % 4;
+        for (uint32_t i = 0; i < 4; i++) {
+            const uint32_t row = i / 2, column = 2 * t + i % 2;
+            float sum = c[i];
+            for (uint32_t k = 0; k < 4; k++) {
+                const Operands x = get(4 * g + k), y = get(4 * column + k);
+                for (uint32_t half = 0; half < 2; half++)
+                    for (uint32_t e = 0; e < 2; e++)
+                        sum += half_to_float(uint16_t(x.a[row + 2 * half] >> 16 * e)) * half_to_float(uint16_t(y.b[half] >> 16 * e));
+            }
+            c[i] = sum;
+        }
+        return 0;
+    });
+#elif __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a2), "r"(a3), "r"(b1));
+#endif
+}
+
+// An address in shared memory.
+#ifdef KVQ_EMULATE
+typedef uint8_t *SharedAt;
+__device__ inline SharedAt shared_at(uint8_t *at) { return at; }
+#else
+typedef uint32_t SharedAt;
+__device__ __forceinline__ SharedAt shared_at(uint8_t *at) { return uint32_t(__cvta_generic_to_shared(at)); }
+#endif
+
+// Copies 16 bytes to shared memory; they are there after a copy_wait for their group.
+__device__ __forceinline__ void copy_async(SharedAt to, const uint8_t *from) {
+#ifdef KVQ_EMULATE
+    *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(from);
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#else
+    const uint4 x = *reinterpret_cast<const uint4 *>(from);
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+#endif
+}
+// Ends a group of copies of this thread.
+__device__ __forceinline__ void copy_commit() {
+#if !defined(KVQ_EMULATE) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits for all but the last `Pending` groups of this thread, and for the other lanes.
+template <int Pending> __device__ __forceinline__ void copy_wait() {
+#if !defined(KVQ_EMULATE) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+#endif
+    __syncwarp();
+}
+
+// Asks for the line of an address.
+__device__ __forceinline__ void prefetch(const void *from) {
+#ifdef KVQ_EMULATE
+    (void)from;
+#else
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#endif
+}
+
+// 2^x.
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef KVQ_EMULATE
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+// Sums N values over the warp; lane l gets that of value `owned<N>(l)`.
+template <int N> __device__ __forceinline__ float sum_each(const float (&in)[N]) {
+    const uint32_t lane = threadIdx.x % 32;
+    float x[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = in[i];
+#pragma unroll
+    for (int n = N / 2, bit = 1; n > 0; n /= 2, bit *= 2) {
+        const bool upper = lane & bit;
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            const float keep = upper ? x[i + n] : x[i], send = upper ? x[i] : x[i + n];
+            x[i] = keep + __shfl_xor_sync(FULL, send, bit);
+        }
+    }
+#pragma unroll
+    for (int bit = N; bit < 32; bit *= 2) x[0] += __shfl_xor_sync(FULL, x[0], bit);
+    return x[0];
+}
+// The lowest lane that has value `i` of sum_each.
+template <int N> __device__ __forceinline__ uint32_t owner(uint32_t i) {
+    uint32_t lane = 0;
+#pragma unroll
+    for (int n = N / 2, bit = 1; n > 0; n /= 2, bit *= 2) lane |= i & n ? bit : 0;
+    return lane;
+}
+
+}  // namespace kvq

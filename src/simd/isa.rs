@@ -1,0 +1,185 @@
+//! Instruction sets: detection and the `KVQ_ISA` override.
+#![forbid(unsafe_code)]
+
+use once_cell::sync::OnceCell;
+
+use crate::error::{Error, Result, Status};
+
+/// A set of CPU features that kernels are written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// Plain Rust.
+    Scalar,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ, VL, VNNI and VBMI (Ice Lake, Zen 4 and newer).
+    Avx512,
+}
+
+impl Isa {
+    /// Every instruction set, simplest first.
+    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+
+    /// The name that `KVQ_ISA` takes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+}
+
+/// Proof that the CPU has AVX2, FMA and F16C: only detection makes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Avx2(());
+
+/// Proof that the CPU has what [`Isa::Avx512`] lists: only detection makes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Avx512(());
+
+#[cfg(target_arch = "x86_64")]
+impl Avx2 {
+    fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"))
+            .then_some(Avx2(()))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Avx512 {
+    fn detect() -> Option<Self> {
+        Avx2::detect()?;
+        (is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("avx512vbmi"))
+        .then_some(Avx512(()))
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+impl Avx2 {
+    fn detect() -> Option<Self> {
+        None
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+impl Avx512 {
+    fn detect() -> Option<Self> {
+        None
+    }
+}
+
+/// An instruction set that this CPU has, with the proof that opens its tables of kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IsaToken {
+    /// Every CPU has it.
+    Scalar,
+    /// [`Isa::Avx2`]
+    Avx2(Avx2),
+    /// [`Isa::Avx512`]
+    Avx512(Avx512),
+}
+
+/// The table of kernels for a token, out of the caller's modules `scalar`, `avx2` and `avx512`: the one place that knows which
+/// instruction sets there are.
+macro_rules! kernels_of {
+    ($token:expr) => {
+        match $token {
+            #[cfg(target_arch = "x86_64")]
+            $crate::simd::isa::IsaToken::Avx2(proof) => avx2::kernels(proof),
+            #[cfg(target_arch = "x86_64")]
+            $crate::simd::isa::IsaToken::Avx512(proof) => avx512::kernels(proof),
+            _ => &scalar::KERNELS,
+        }
+    };
+}
+pub(crate) use kernels_of;
+
+/// Defines `kernels`: the table of an instruction set for whoever proves that the CPU has it. Fields that are not named are the
+/// scalar ones.
+macro_rules! feature_table {
+    ($proof:ty => $table:ty { $($field:ident: $kernel:ident($($arg:ident),*),)* }) => {
+        /// The table, given the proof that this CPU can run it.
+        pub(super) fn kernels(_: $proof) -> &'static $table {
+            type Table = $table;
+            #[allow(clippy::needless_update)]
+            static TABLE: Table = Table {
+                // SAFETY: the table is only handed out against the proof that the CPU has the kernels' features.
+                $($field: |$($arg),*| unsafe { $kernel($($arg),*) },)*
+                ..scalar::KERNELS
+            };
+            &TABLE
+        }
+    };
+}
+pub(crate) use feature_table;
+
+impl IsaToken {
+    /// The token of an instruction set, if this CPU has it.
+    pub fn new(isa: Isa) -> Option<IsaToken> {
+        match isa {
+            Isa::Scalar => Some(IsaToken::Scalar),
+            Isa::Avx2 => Avx2::detect().map(IsaToken::Avx2),
+            Isa::Avx512 => Avx512::detect().map(IsaToken::Avx512),
+        }
+    }
+
+    /// Which instruction set.
+    pub fn isa(self) -> Isa {
+        match self {
+            IsaToken::Scalar => Isa::Scalar,
+            IsaToken::Avx2(_) => Isa::Avx2,
+            IsaToken::Avx512(_) => Isa::Avx512,
+        }
+    }
+
+    /// The best instruction set of this CPU, or the one that the environment variable `KVQ_ISA` names. Chosen once.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::Unsupported`] if `KVQ_ISA` names something unknown or something this CPU does not have.
+    pub fn detect() -> Result<IsaToken> {
+        static CHOICE: OnceCell<Result<IsaToken>> = OnceCell::new();
+        CHOICE.get_or_init(|| Self::choose(std::env::var("KVQ_ISA").ok().as_deref())).clone()
+    }
+
+    fn choose(wanted: Option<&str>) -> Result<IsaToken> {
+        let fail = |text: String| Err(Error::new(Status::Unsupported, text));
+        let Some(wanted) = wanted.filter(|w| !w.is_empty()) else {
+            return Ok(Isa::ALL.iter().rev().find_map(|isa| IsaToken::new(*isa)).unwrap_or(IsaToken::Scalar));
+        };
+        match Isa::ALL.iter().find(|isa| isa.name() == wanted) {
+            None => fail(format!("KVQ_ISA={wanted}: use scalar, avx2 or avx512")),
+            Some(isa) => match IsaToken::new(*isa) {
+                Some(token) => Ok(token),
+                None => fail(format!("KVQ_ISA={wanted}: this CPU does not have it")),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_of_the_instruction_set_asked_for() {
+        for isa in Isa::ALL {
+            assert!(IsaToken::new(isa).is_none_or(|token| token.isa() == isa), "{}", isa.name());
+        }
+        assert!(IsaToken::new(Isa::Scalar).is_some());
+    }
+
+    #[test]
+    fn override_is_obeyed_or_refused() {
+        assert_eq!(IsaToken::choose(Some("scalar")).unwrap().isa(), Isa::Scalar);
+        assert!(IsaToken::choose(None).is_ok());
+        let error = IsaToken::choose(Some("sse9")).unwrap_err();
+        assert_eq!(error.message(), "KVQ_ISA=sse9: use scalar, avx2 or avx512");
+    }
+}
