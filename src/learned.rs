@@ -24,6 +24,9 @@ pub(crate) fn read_moments(learned: &[u8], out: &mut Vec<f32>) {
 /// Adds the squares of the ubatch's queries of a KV head to its moments.
 pub(crate) fn learn_queries(shape: Shape, head: usize, learned: &mut [u8], q: &Rows, n_tokens: usize) {
     let (dim, gqa) = (shape.head_dim_k as usize, shape.gqa_ratio());
+    if n_tokens == 0 {
+        return;
+    }
     let mut squares = [0f32; MAX_HEAD_DIM as usize];
     for token in 0..n_tokens {
         for q_head in head * gqa..(head + 1) * gqa {

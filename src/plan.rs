@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use crate::cuda::desc::PlanDesc;
+use crate::cuda::desc::{PlanDesc, RECORD_FRESH as FRESH};
 use crate::error::{Error, Result};
 
 /// Version of the layout described on [`Plan`]; the first int of every plan.
@@ -14,8 +14,6 @@ pub const HEADER_INTS: usize = 16;
 /// Cells whose page bits share one int. A page is a multiple of this.
 pub const CELLS_PER_WORD: usize = 32;
 
-/// Flag of a record's source: see [`Record::fresh`].
-const FRESH: i32 = 1 << 30;
 /// Sources (slots and ubatch rows together) stay below the flag.
 pub(crate) const MAX_SOURCES: usize = FRESH as usize;
 /// Most different distances (but 0) by which the rows of one page may have moved.
@@ -26,6 +24,8 @@ const RESERVED: [Range<usize>; 2] = [9..10, 11..STARTS_ANEW];
 const N_RECORDS: usize = 6;
 /// Ints of the header that hold [`Plan::n_pages`] of both views.
 const N_PAGES: usize = 7;
+/// Int of the header that holds [`Plan::n_turns`].
+const N_TURNS: usize = 10;
 /// Int of the header that holds [`Plan::starts_anew`].
 const STARTS_ANEW: usize = HEADER_INTS - 1;
 
@@ -167,6 +167,8 @@ pub(crate) fn describe(n_tokens: usize, n_slots: usize, n_cells: usize, page: us
         records: at(extent.records()),
         n_records: N_RECORDS as u32,
         n_pages: [N_PAGES as u32, N_PAGES as u32 + 1],
+        turns: at(extent.turns()),
+        n_turns: N_TURNS as u32,
         starts_anew: STARTS_ANEW as u32,
     }
 }
@@ -206,7 +208,7 @@ impl<'a> Plan<'a> {
         let (n_tokens, n_slots) = (size(2, "tokens")?, size(3, "slots")?);
         let (n_cells, page) = (size(4, "cells")?, size(5, "cells per page")?);
         let (stream, n_records) = (size(1, "as its stream")?, size(N_RECORDS, "records")?);
-        let n_turns = size(10, "turns")?;
+        let n_turns = size(N_TURNS, "turns")?;
         let n_pages = [size(N_PAGES, "pages to scan before")?, size(N_PAGES + 1, "pages to scan after")?];
         if n_cells == 0 || page == 0 || !page.is_multiple_of(CELLS_PER_WORD) {
             return Err(Error::invalid(format!("plan has {n_cells} cells in pages of {page}")));
@@ -454,7 +456,7 @@ impl<'a> PlanWriter<'a> {
         let (used, unused) = self.ints[self.extent.turns()].split_at_mut(turns.len());
         used.copy_from_slice(turns);
         unused.fill(0);
-        self.ints[10] = (turns.len() / turn_ints(self.extent.page)) as i32;
+        self.ints[N_TURNS] = (turns.len() / turn_ints(self.extent.page)) as i32;
     }
 }
 

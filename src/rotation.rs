@@ -63,6 +63,16 @@ impl Rotation {
         Err(Error::invalid(format!("the rotation has {} pairs, the heads have {head_dim} values", self.n_pairs)))
     }
 
+    /// `[bit][pair]`: cosine and sine of a move by `2^bit` positions, for device code.
+    pub(crate) fn powers(&self) -> &[[f64; 2]] {
+        &self.powers
+    }
+
+    /// Pairs of a row that turn, and whether they are neighbours.
+    pub(crate) fn pairs(&self) -> (usize, bool) {
+        (self.n_pairs, self.interleaved)
+    }
+
     /// Works out the angles of a distance.
     pub fn angles(&self, distance: i32, out: &mut Angles) {
         out.pairs.clear();

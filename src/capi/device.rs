@@ -7,8 +7,8 @@ use super::layout::kvq_layout;
 use super::store::kvq_store_args;
 use super::{check, guard, output, release, shared};
 use crate::cuda::attend::{self, Workspace};
-use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc};
-use crate::cuda::{unsupported, Device};
+use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc, StoreParams};
+use crate::cuda::{store, unsupported, Device};
 use crate::error::{Error, Result, Status};
 
 /// A GPU and the kernels for it.
@@ -91,7 +91,8 @@ pub unsafe extern "C" fn kvq_attend_enqueue(
     })
 }
 
-/// Bytes of device memory that kvq_store_enqueue needs as workspace for `n_tokens` rows; as kvq_attend_workspace.
+/// Bytes of device memory that kvq_store_enqueue needs as workspace, for any number of rows up to `n_tokens`. What is in
+/// it does not matter. Calls that may run at the same time need a workspace each.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_store_workspace(
     layout: *const kvq_layout,
@@ -101,14 +102,15 @@ pub unsafe extern "C" fn kvq_store_workspace(
 ) -> Status {
     guard(|| {
         // SAFETY: live objects and room for a size, as the header requires.
-        let (_layout, _device, _bytes) =
+        let (layout, device, bytes) =
             unsafe { (shared(layout, "layout")?, shared(device, "device")?, output(bytes, "bytes")?) };
-        Err(unsupported(format!("storing {n_tokens} rows on a device is not possible yet: store on the CPU")))
+        bytes.write(store::workspace_bytes(&device.device, &layout.layout, n_tokens));
+        Ok(())
     })
 }
 
-/// Enqueues kvq_store for a layer whose memory is on `device`; pointers, workspace and stream as for
-/// kvq_attend_enqueue, after which it is enqueued on the same stream.
+/// Enqueues kvq_store of all heads for a layer whose memory is on `device`; pointers, plan and stream as for
+/// kvq_attend_enqueue, after which it is enqueued on the same stream. The bytes are those that kvq_store makes.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_store_enqueue(
     device: *const kvq_device,
@@ -120,12 +122,74 @@ pub unsafe extern "C" fn kvq_store_enqueue(
 ) -> Status {
     guard(|| {
         // SAFETY: live objects and arguments that nobody changes during the call, as the header requires.
-        let (_device, _layout, args) =
+        let (device, layout, args) =
             unsafe { (shared(device, "device")?, shared(layout, "layout")?, shared(args, "args")?) };
         check_workspace(workspace, "workspace")?;
-        let _ = (workspace_bytes, stream);
-        Err(unsupported(format!("storing {} rows on a device is not possible yet: store on the CPU", args.n_tokens)))
+        let params = store_params(args)?;
+        let workspace = Workspace { memory: workspace, bytes: workspace_bytes };
+        // SAFETY: device memory of the sizes that the header gives.
+        unsafe { store::enqueue(&device.device, &layout.layout, params, args.plan_len, workspace, stream) }
     })
+}
+
+/// What can be seen of the arguments without following a pointer.
+fn store_params(args: &kvq_store_args) -> Result<StoreParams> {
+    check(args.plan, "plan")?;
+    check_memory(args.k_mem, args.v_mem)?;
+    if args.n_tokens > 0 {
+        check(args.k_cur, "k_cur")?;
+        check(args.v_cur, "v_cur")?;
+    }
+    if !args.rotation.is_null() {
+        return Err(unsupported(
+            "rotation is not NULL: keys that join a page whose positions have moved cannot be turned back on a device \
+             yet; while a plan has no turns it may be NULL",
+        ));
+    }
+    for (rows, name) in [(args.q, "q"), (args.lse, "lse")] {
+        if !rows.is_null() {
+            check(rows, name)?;
+        }
+    }
+    Ok(StoreParams {
+        layer: LayerDesc::default(),
+        plan_at: PlanDesc::default(),
+        k_cur: args.k_cur,
+        k_stride_token: args.k_stride_token as u64,
+        k_stride_head: args.k_stride_head as u64,
+        v_cur: args.v_cur,
+        v_stride_token: args.v_stride_token as u64,
+        v_stride_head: args.v_stride_head as u64,
+        q: args.q,
+        q_stride_token: args.q_stride_token as u64,
+        q_stride_head: args.q_stride_head as u64,
+        lse: args.lse,
+        k_mem: args.k_mem,
+        v_mem: args.v_mem,
+        plan: args.plan,
+        rotation: std::ptr::null(),
+        rows: std::ptr::null_mut(),
+        errors: std::ptr::null_mut(),
+        error_stride: 0,
+        row_stride: 0,
+        n_pairs: 0,
+        interleaved: 0,
+        phases: 0,
+        n_key_blocks: 1,
+        n_value_blocks: 0,
+        scale: args.scale,
+        n_tokens: args.n_tokens,
+    })
+}
+
+fn check_memory(k_mem: *const u8, v_mem: *const u8) -> Result<()> {
+    for (memory, name) in [(k_mem, "k_mem"), (v_mem, "v_mem")] {
+        check(memory, name)?;
+        if !(memory as usize).is_multiple_of(64) {
+            return Err(Error::invalid(format!("{name} is not aligned to 64 bytes")));
+        }
+    }
+    Ok(())
 }
 
 fn check_workspace(workspace: *mut c_void, name: &str) -> Result<()> {
@@ -141,12 +205,7 @@ fn attend_params(args: &kvq_attend_args) -> Result<AttendParams> {
     check(args.q, "q")?;
     check(args.plan, "plan")?;
     check(args.out, "out")?;
-    for (memory, name) in [(args.k_mem, "k_mem"), (args.v_mem, "v_mem")] {
-        check(memory, name)?;
-        if !(memory as usize).is_multiple_of(64) {
-            return Err(Error::invalid(format!("{name} is not aligned to 64 bytes")));
-        }
-    }
+    check_memory(args.k_mem, args.v_mem)?;
     if args.k_cur.is_null() != args.v_cur.is_null() {
         return Err(Error::invalid("k_cur and v_cur must both be given or both be NULL"));
     }

@@ -145,7 +145,15 @@ pub(crate) fn abs_max(x: &[f32]) -> f32 {
 /// Smallest and largest element.
 #[inline(always)]
 pub(crate) fn range(x: &[f32]) -> (f32, f32) {
-    (fold(x, f32::INFINITY, f32::min, f32::min), fold(x, f32::NEG_INFINITY, f32::max, f32::max))
+    let low = fold(x, f32::INFINITY, f32::min, f32::min);
+    let high = fold(x, f32::NEG_INFINITY, f32::max, f32::max);
+    (without_sign_of_zero(low), without_sign_of_zero(high))
+}
+
+/// Of zeros of both signs, which one is the smallest depends on the machine.
+#[inline(always)]
+pub(crate) fn without_sign_of_zero(x: f32) -> f32 {
+    x + 0.0
 }
 
 #[inline(always)]

@@ -5,6 +5,21 @@
 /// Bytes of a [`LayerDesc`], asserted on both sides.
 pub const LAYER_DESC_BYTES: usize = 424;
 
+/// Threads of a block of the store step.
+pub const STORE_THREADS: u32 = 512;
+/// Shared memory of such a block, without its rows.
+pub const STORE_SCRATCH_BYTES: u32 = 20 << 10;
+
+/// Of [`StoreParams::phases`]: what is known of queries and tokens is brought up to date.
+pub const STORE_LEARN: u32 = 1;
+/// Of [`StoreParams::phases`]: pages are sealed.
+pub const STORE_SEAL: u32 = 2;
+/// Of [`StoreParams::phases`]: errors of pages are added up, rows go to slots.
+pub const STORE_FINISH: u32 = 4;
+
+/// Flag of a record's source in a plan; see [`crate::plan::Record::fresh`].
+pub const RECORD_FRESH: i32 = 1 << 30;
+
 /// An offset of a part that the page does not have.
 pub const ABSENT: u32 = u32::MAX;
 
@@ -105,8 +120,8 @@ pub struct SideDesc {
     pub clip: u32,
     /// With `CLIP_FACTOR`: the part of the half-range that codes reach.
     pub clip_factor: f32,
-    /// Zero.
-    pub reserved: u32,
+    /// `CODEC_ADAPTIVE`, keys: the step that a token without attention may have.
+    pub bound: f32,
 }
 
 /// A layer, as [`crate::layout::Layout`] has it.
@@ -157,6 +172,10 @@ pub struct PlanDesc {
     pub n_records: u32,
     /// The numbers of pages to scan.
     pub n_pages: [u32; 2],
+    /// Turns.
+    pub turns: u32,
+    /// The number of turns.
+    pub n_turns: u32,
     /// Whether the stream starts anew.
     pub starts_anew: u32,
 }
@@ -233,6 +252,67 @@ pub struct AttendParams {
     pub coefficient_bytes: u32,
     /// And for values.
     pub weight_bytes: u32,
+}
+
+/// What the store kernel gets. Every pointer is the device's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct StoreParams {
+    /// The layer.
+    pub layer: LayerDesc,
+    /// The plan's arrays.
+    pub plan_at: PlanDesc,
+    /// As in kvq_store_args, also all that follow.
+    pub k_cur: *const f32,
+    /// Elements.
+    pub k_stride_token: u64,
+    /// Elements.
+    pub k_stride_head: u64,
+    /// Values of the ubatch.
+    pub v_cur: *const f32,
+    /// Elements.
+    pub v_stride_token: u64,
+    /// Elements.
+    pub v_stride_head: u64,
+    /// Queries of the ubatch, or NULL.
+    pub q: *const f32,
+    /// Elements.
+    pub q_stride_token: u64,
+    /// Elements.
+    pub q_stride_head: u64,
+    /// `[n_tokens][n_heads]` or NULL.
+    pub lse: *const f32,
+    /// Key memory of the stream.
+    pub k_mem: *mut u8,
+    /// Value memory of the stream.
+    pub v_mem: *mut u8,
+    /// The plan.
+    pub plan: *const i32,
+    /// `[bit][pair]`: cosine and sine of a move by `2^bit` positions, see [`crate::rotation`]. NULL: no position has moved.
+    pub rotation: *const f64,
+    /// `[side][head][page][row_stride]`: rows on their way. NULL: they are in shared memory.
+    pub rows: *mut f32,
+    /// `[head][error_stride]`: the number of pages, then noise, signal and rows of each page's sample. NULL: one block
+    /// seals all pages of a head's keys and needs no notes.
+    pub errors: *mut f32,
+    /// Floats from head to head in `errors`.
+    pub error_stride: u32,
+    /// Floats from row to row.
+    pub row_stride: u32,
+    /// Pairs that turn.
+    pub n_pairs: u32,
+    /// 1: pairs are neighbours.
+    pub interleaved: u32,
+    /// Which of `STORE_...` this launch is for.
+    pub phases: u32,
+    /// Blocks that share the pages of a head's keys.
+    pub n_key_blocks: u32,
+    /// The same for values; 0: the blocks of the keys have them too.
+    pub n_value_blocks: u32,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Rows of the ubatch.
+    pub n_tokens: u32,
 }
 
 const _: () = assert!(std::mem::size_of::<LayerDesc>() == LAYER_DESC_BYTES);

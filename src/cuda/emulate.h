@@ -125,6 +125,11 @@ inline uint32_t atomicAdd(uint32_t *to, uint32_t n) {
     *to += n;
     return old;
 }
+inline uint32_t atomicMax(uint32_t *to, uint32_t n) {
+    const uint32_t old = *to;
+    *to = old < n ? n : old;
+    return old;
+}
 inline float __uint_as_float(uint32_t x) {
     float f;
     memcpy(&f, &x, 4);

@@ -18,17 +18,21 @@ pub(super) struct Emulated {
 impl Emulated {
     /// Loads the kernels, from KVQ_EMULATION if that is set: then a change to a kernel needs no new build of the crate.
     pub(super) fn open() -> Result<Self> {
+        let launch = Self::symbol(c"kvq_emulated_launch")?;
+        // SAFETY: emulate.cpp defines it with this type.
+        Ok(Self { launch: unsafe { transmute::<*mut c_void, LaunchFn>(launch) } })
+    }
+
+    fn symbol(symbol: &CStr) -> Result<*mut c_void> {
         let path = std::env::var("KVQ_EMULATION").unwrap_or(concat!(env!("OUT_DIR"), "/libkvq_emulated.so").into());
         let failed = |what: &str| Error::new(Status::Io, format!("{what} of {path} failed"));
         let name = CString::new(path.as_str()).map_err(|_| failed("the name"))?;
-        let symbol: &CStr = c"kvq_emulated_launch";
         // SAFETY: texts that end with a zero; the library stays loaded.
-        let launch = unsafe { libc::dlsym(libc::dlopen(name.as_ptr(), libc::RTLD_NOW), symbol.as_ptr()) };
-        if launch.is_null() {
+        let found = unsafe { libc::dlsym(libc::dlopen(name.as_ptr(), libc::RTLD_NOW), symbol.as_ptr()) };
+        if found.is_null() {
             return Err(failed("loading"));
         }
-        // SAFETY: emulate.cu defines it with this type.
-        Ok(Self { launch: unsafe { transmute::<*mut c_void, LaunchFn>(launch) } })
+        Ok(found)
     }
 }
 
@@ -47,6 +51,23 @@ impl Runner for Emulated {
             1 => Ok(()),
             0 => Err(Error::new(Status::Internal, format!("no kernel {kernel}"))),
             _ => Err(Error::new(Status::Internal, format!("{kernel}: threads wait at different barriers"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recent::exp_of_negative;
+
+    /// Every 257th number from -0 to minus infinity.
+    #[test]
+    fn exponentials_have_the_same_bits_as_in_device_code() {
+        let symbol = Emulated::symbol(c"kvq_emulated_exp_of_negative").unwrap();
+        // SAFETY: store.cu defines it with this type; it reads and writes no memory.
+        let in_device_code = unsafe { transmute::<*mut c_void, extern "C" fn(f32) -> f32>(symbol) };
+        for x in (0x8000_0000u32..=0xff80_0000).step_by(257).chain([0, 0xff80_0000]).map(f32::from_bits) {
+            assert_eq!(in_device_code(x).to_bits(), exp_of_negative(x).to_bits(), "{x}");
         }
     }
 }

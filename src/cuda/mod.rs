@@ -1,4 +1,4 @@
-//! Devices: the same attention on a GPU, on memory that the host owns there.
+//! Devices: the same attention and the same stored bytes on a GPU, in memory that the host owns there.
 //!
 //! A call checks its arguments here, fills in a struct of plain numbers and device pointers ([`desc`]) and launches one
 //! kernel on the caller's stream. It reads nothing that a pointer names, allocates nothing and waits for nothing; grids are
@@ -15,6 +15,7 @@ mod driver;
 mod emulated;
 #[cfg(test)]
 pub(crate) mod lab;
+pub(crate) mod store;
 
 #[cfg(test)]
 mod tests;

@@ -232,10 +232,10 @@ const UBATCHES: &[usize] = &[430, 7, 1];
 #[test]
 fn every_recipe_and_width() {
     let more = ["skvq:k=8,v=8", "skvq:k=4,v=4", "skvq:k=3,v=3", "skvq:k=1.6,v=1.6", "skvq:k=2,v=2", "skvq:group=32"];
-    let more = [&more[..], &["skvq:smooth=0", "skvq:mean=0,rotate=0", "skvq:group=64,symmetric=0,k=4"]].concat();
+    let more = [&more[..], &["skvq:smooth=0", "skvq:mean=0,rotate=0", "skvq:group=64,symmetric=0,mean=0,k=4"]].concat();
     let more = [&more[..], &["kivi:k=2.25", "kivi:k=1", "kivi:k=3.5,meta=fp16", "kivi:k=4,adaptive=0"]].concat();
     let more = [&more[..], &["qaq:bits=3", "qaq:levels=normal", "qaq:outliers=2,symmetric=0,mean=0,smooth=0"]].concat();
-    let more = [&more[..], &["qaq:bits=1.5,min-bits=1,levels=normal", "skvq:page=64", "on:page=256"]].concat();
+    let more = [&more[..], &["qaq:bits=1.5,min-bits=1,levels=normal", "skvq:page=64", "kivi:k=3,page=256"]].concat();
     for lab in Lab::all() {
         for spec in recipes(&more) {
             compare(&lab, &spec, shape(2, 4, 128, 128), 640, UBATCHES, PLAIN);

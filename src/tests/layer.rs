@@ -12,8 +12,10 @@ use crate::planner::{Planner, Row};
 use crate::recent::Attended;
 use crate::recipe::presets::PRESETS;
 use crate::recipe::{Recipe, METHODS};
+use crate::rotation::Rotation;
 use crate::rows::Rows;
 use crate::shape::Shape;
+use crate::shift::shift_head;
 use crate::simd::isa::IsaToken;
 use crate::store::{store_head, StoreRows};
 
@@ -38,6 +40,8 @@ pub(super) struct Layer {
     /// Keys and values.
     pub(super) memory: [Vec<u8>; 2],
     live: Vec<bool>,
+    /// How keys turn when positions move.
+    pub(super) rotation: Option<Rotation>,
 }
 
 impl Layer {
@@ -47,7 +51,7 @@ impl Layer {
         // Not one of the first layers, which may go without an outlier pool.
         let layout = Layout::with_isa(&recipe, shape, 3, n_cells, planner.n_slots(), token).unwrap();
         let memory = [vec![0; layout.k_bytes()], vec![0; layout.v_bytes()]];
-        Self { layout, planner, memory, live: vec![false; n_cells] }
+        Self { layout, planner, memory, live: vec![false; n_cells], rotation: None }
     }
 
     /// Whether the recipe allows this shape.
@@ -55,16 +59,46 @@ impl Layer {
         Layout::new(&Recipe::parse(spec).unwrap(), shape, 3, 64, 64).is_ok()
     }
 
+    /// Cells of a page of a recipe.
+    pub(super) fn page_of(spec: &str) -> usize {
+        Recipe::parse(spec).unwrap().page
+    }
+
     /// Plans an ubatch for these cells, at positions of the same numbers.
     pub(super) fn plan(&mut self, cells: Range<usize>) -> Vec<i32> {
         let n_cells = self.live.len();
-        let rows: Vec<Row> =
-            cells.map(|cell| Row { cell: (cell % n_cells) as u32, pos: cell as i32, seq: 0 }).collect();
+        let first = cells.start;
+        self.plan_cells(&cells.map(|cell| cell % n_cells).collect::<Vec<usize>>(), first)
+    }
+
+    /// Plans an ubatch for these cells, at positions from `first` on.
+    pub(super) fn plan_cells(&mut self, cells: &[usize], first: usize) -> Vec<i32> {
+        let n_cells = self.live.len();
+        let row = |(i, &cell): (usize, &usize)| Row { cell: cell as u32, pos: (first + i) as i32, seq: 0 };
+        let rows: Vec<Row> = cells.iter().enumerate().map(row).collect();
         let mut ints = vec![0; plan_len(rows.len(), self.planner.n_slots(), n_cells, self.layout.page())];
         let live = &self.live;
         self.planner.plan(0, &rows, &|cell| live[cell], &mut ints).unwrap();
         rows.iter().for_each(|row| self.live[row.cell as usize] = true);
         ints
+    }
+
+    /// Whether each cell holds a token; some may be removed.
+    pub(super) fn live(&mut self) -> &mut [bool] {
+        &mut self.live
+    }
+
+    /// Moves the positions of live cells, each by its own distance.
+    ///
+    /// # Panics
+    /// Without a rotation.
+    pub(super) fn shift(&mut self, distance: impl Fn(usize) -> i32) {
+        let live = &self.live;
+        let moved: Vec<i32> = (0..live.len()).map(|cell| if live[cell] { distance(cell) } else { 0 }).collect();
+        let shift = self.planner.shift(0, &moved, &|cell| live[cell]).unwrap();
+        for region in self.memory[0].chunks_exact_mut(self.layout.head_bytes(Side::Key)) {
+            shift_head(&self.layout, region, &shift, self.rotation.as_ref().unwrap()).unwrap();
+        }
     }
 
     /// Random rows of `n` tokens.
@@ -120,9 +154,15 @@ impl Layer {
 
     /// The store step of all heads.
     pub(super) fn store(&mut self, ints: &[i32], ubatch: &Ubatch, lse: &[f32]) {
+        self.store_learning(ints, ubatch, true, Some(lse));
+    }
+
+    /// The store step of all heads, which learns from queries or not.
+    pub(super) fn store_learning(&mut self, ints: &[i32], ubatch: &Ubatch, with_q: bool, lse: Option<&[f32]>) {
         let shape = self.layout.shape();
         let [q, k, v] = rows_of(&shape, ubatch);
-        let rows = StoreRows { k, v, q: Some(q), attended: Some(Attended { lse, scale: SCALE }), rotation: None };
+        let attended = lse.map(|lse| Attended { lse, scale: SCALE });
+        let rows = StoreRows { k, v, q: with_q.then_some(q), attended, rotation: self.rotation.as_ref() };
         let plan = Plan::new(ints).unwrap();
         let [keys, values] = &mut self.memory;
         let keys = keys.chunks_exact_mut(self.layout.head_bytes(Side::Key));
@@ -137,7 +177,8 @@ impl Layer {
     }
 }
 
-const SCALE: f32 = 0.1;
+/// Factor on scores.
+pub(super) const SCALE: f32 = 0.1;
 
 fn rows_of<'a>(shape: &Shape, ubatch: &'a Ubatch) -> [Rows<'a>; 3] {
     [

@@ -257,6 +257,9 @@ impl PageCodec for AdaptiveCodec {
         if self.params.outliers > 0 {
             (desc.outliers, desc.n_outliers) = (self.outliers_offset() as u32, self.params.outliers as u32);
         }
+        if self.side == Side::Key {
+            desc.bound = bounds::key_step(self.page, 1.0, 1.0);
+        }
         (desc.min_bits, desc.attention) = (self.params.min_bits as u32, self.params.attention.into());
         desc.describe_quantizer(&self.quantizer(1), self.params.rotate);
     }

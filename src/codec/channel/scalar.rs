@@ -8,6 +8,7 @@ use super::{ChannelCodec, PageRef, Query, SealRows};
 use crate::codec::float8::{e4m3_base, e4m3_decode, e4m3_encode, inverse_power, power};
 use crate::codec::kernels::Kernels;
 use crate::codec::mixed::{self, MixedPage, Segments, SEGMENT};
+use crate::codec::quantizer::without_sign_of_zero;
 use crate::shape::MAX_HEAD_DIM;
 
 const MAX_DIM: usize = MAX_HEAD_DIM as usize;
@@ -108,9 +109,10 @@ fn fit(codec: &ChannelCodec, rows: &SealRows) -> (Params, Order) {
     let mut params = Params { step: [0.0; MAX_DIM], mid: [0.0; MAX_DIM] };
     for d in 0..dim {
         let (c, bits) = (usize::from(order.channel[d]), order.segments.bits(d / SEGMENT));
-        let half = (high[c] - low[c]) * 0.5 * codec.params.clip.affine(1 << bits);
+        let (low, high) = (without_sign_of_zero(low[c]), without_sign_of_zero(high[c]));
+        let half = (high - low) * 0.5 * codec.params.clip.affine(1 << bits);
         params.step[d] = half / mixed::centre(bits);
-        params.mid[d] = (high[c] + low[c]) * 0.5;
+        params.mid[d] = (high + low) * 0.5;
     }
     (params, order)
 }

@@ -1,0 +1,253 @@
+// What a store keeps beside rows: how large queries are, recent queries, the outlier pool, how far packed keys are off.
+// The twin of src/learned.rs, src/recent.rs and src/pool.rs.
+#pragma once
+#include "seal.cuh"
+
+namespace kvq::store {
+
+// Makes a side as new, but for how far packed keys are off. Ends with a barrier.
+__device__ inline void forget(const Store &b, const Side &side) {
+    const uint64_t error = side.desc.learned + 4 * (side.desc.head_dim + 1), is_key = side.desc.learned_end > side.desc.learned;
+    uint32_t *words = reinterpret_cast<uint32_t *>(side.region + side.desc.pool_table);
+    for (uint64_t i = b.thread; i < (side.desc.recent_end - side.desc.pool_table) / 4; i += STORE_THREADS) {
+        const uint64_t at = side.desc.pool_table + 4 * i;
+        if (!(is_key && at >= error && at < error + 12)) words[i] = 0;
+    }
+    __syncthreads();
+}
+
+// Adds the squares of the queries to the moments. Ends with a barrier.
+__device__ inline void learn_queries(const Store &b, const Side &keys) {
+    const StoreParams &p = b.p;
+    const uint32_t dim = keys.desc.head_dim, gqa = p.layer.gqa_ratio;
+    float *means = keys.learned();
+    const float seen = means[dim], n = float(p.n_tokens * gqa);
+    for (uint32_t c = b.thread; c < dim; c += STORE_THREADS) {
+        const float *q = p.q + b.head * gqa * p.q_stride_head + c;
+        float sum = 0.f;
+        // Many loads at once, then sums in their order; what is not there adds nothing.
+        for (uint32_t first = 0, i = 0; first < p.n_tokens * gqa; first += 32) {
+            float x[32];
+#pragma unroll
+            for (uint32_t j = 0; j < 32; j++) {
+                x[j] = first + j < p.n_tokens * gqa ? finite(*q) : 0.f;
+                q += p.q_stride_head;
+                if (++i == gqa) i = 0, q += p.q_stride_token - gqa * p.q_stride_head;
+            }
+#pragma unroll
+            for (uint32_t j = 0; j < 32; j++) sum += x[j] * x[j];
+        }
+        means[c] = means[c] + (sum - means[c] * n) / (seen + n);
+    }
+    __syncthreads();
+    if (b.thread == 0) means[dim] = fminf(seen + n, 4096.f);
+    __syncthreads();
+}
+
+// Puts the last queries into the ring. Ends with a barrier.
+__device__ inline void remember_queries(const Store &b, const Side &keys) {
+    const StoreParams &p = b.p;
+    const uint32_t dim = keys.desc.head_dim, gqa = p.layer.gqa_ratio, window = p.layer.attn_window;
+    uint32_t *count = reinterpret_cast<uint32_t *>(keys.region + keys.desc.recent);
+    const uint32_t seen = *count, n = min(p.n_tokens, window), entry_words = dim / 2 + 1;
+    for (uint32_t i = b.warp; i < n * gqa; i += STORE_WARPS) {
+        const uint32_t token = p.n_tokens - n + i / gqa, head = b.head * gqa + i % gqa;
+        uint32_t *entry = count + 1 + ((seen + token) % window * gqa + i % gqa) * entry_words;
+        const float *q = p.q + token * p.q_stride_token + head * p.q_stride_head;
+        for (uint32_t c = b.lane; c < dim; c += 32) {
+            reinterpret_cast<uint16_t *>(entry)[c] = float_to_half(finite(q[c]) * p.scale);
+        }
+        if (b.lane == 0) entry[dim / 2] = __float_as_uint(p.lse[token * p.layer.n_heads + head]);
+    }
+    __syncthreads();
+    const uint32_t total = seen + p.n_tokens;
+    if (b.thread == 0) *count = total % window + (total >= window ? window : 0);
+    __syncthreads();
+}
+
+// The largest attention weight of each row under the queries of the ring; 1 without any. Ends with a barrier.
+__device__ inline void find_attention(const Store &b, const Side &keys) {
+    Scratch &s = b.s;
+    const uint32_t dim = keys.desc.head_dim, entry_words = dim / 2 + 1;
+    const uint32_t *count = reinterpret_cast<const uint32_t *>(keys.region + keys.desc.recent);
+    const uint32_t n_entries = min(*count, b.p.layer.attn_window) * b.p.layer.gqa_ratio;
+    // As many threads for a row as there are enough of; they take entries in turn.
+    const uint32_t share = b.thread / MAX_PAGE, row_of = b.thread % MAX_PAGE;
+    float most = -infinity();
+    if (row_of < s.n_rows) {
+        const float *key = b.row(row_of);
+        for (uint32_t i = share; i < n_entries; i += STORE_THREADS / MAX_PAGE) {
+            const uint32_t *entry = count + 1 + i * entry_words;
+            const float lse = __uint_as_float(entry[dim / 2]);
+            if (!(fabsf(lse) < infinity())) continue;
+            float partial[16] = {};
+            for (uint32_t c = 0; c < dim; c += 16) {
+#pragma unroll
+                for (uint32_t j = 0; j < 16; j++) {
+                    const uint32_t word = entry[(c + j) / 2];
+                    partial[j] += half_to_float(uint16_t(word >> j % 2 * 16)) * key[c + j];
+                }
+            }
+            float score = 0.f;
+#pragma unroll
+            for (uint32_t j = 0; j < 16; j++) score += partial[j];
+            most = fmaxf(most, score - lse);
+        }
+    }
+    static_assert(STORE_THREADS == 2 * MAX_PAGE, "two threads share a row");
+    if (share == 1) s.a[row_of] = most;
+    __syncthreads();
+    if (share == 0 && row_of < s.n_rows) {
+        s.attention[row_of] = n_entries == 0 ? 1.f : exp_of_negative(fminf(fmaxf(most, s.a[row_of]), 0.f));
+    }
+    __syncthreads();
+}
+
+// Whether a cell's row is still in its page or slot after this store; answered by a warp.
+__device__ inline bool holds(const Store &b, uint32_t cell) {
+    const StoreParams &p = b.p;
+    if (cell >= p.layer.n_cells) return false;
+    bool is_new = false, is_in_slot = false;
+    for (uint32_t i = b.lane; i < p.n_tokens; i += 32) is_new |= uint32_t(b.plan(p.plan_at.row_cells + i)) == cell;
+    for (uint32_t i = b.lane; i < p.layer.n_slots; i += 32) is_in_slot |= uint32_t(b.plan(p.plan_at.slot_cells[1] + i)) == cell;
+    const bool is_in_page = uint32_t(b.plan(p.plan_at.page_bits[1] + cell / 32)) >> cell % 32 & 1;
+    const bool no = __any_sync(FULL, is_new), yes = __any_sync(FULL, is_in_slot) || is_in_page;
+    return !no && yes;
+}
+
+// Removes the members whose cells hold no token any more, or another one. Ends with a barrier.
+__device__ inline void drop_stale(const Store &b, const Side &side) {
+    uint32_t *table = side.pool_table();
+    for (uint32_t i = b.warp; i < b.p.layer.pool_rows; i += STORE_WARPS) {
+        const uint32_t entry = table[i];
+        if (entry == 0) continue;
+        const bool stays = holds(b, entry - 1);
+        if (b.lane == 0 && !stays) table[i] = 0;
+    }
+    __syncthreads();
+}
+
+// Takes the cells of a page off the pool. Ends with a barrier.
+__device__ inline void give_back(const Store &b, const Side &side, uint32_t page) {
+    uint32_t *table = side.pool_table();
+    for (uint32_t i = b.thread; i < b.p.layer.pool_rows; i += STORE_THREADS) {
+        if (table[i] != 0 && (table[i] - 1) / b.p.layer.page == page) table[i] = 0;
+    }
+    __syncthreads();
+}
+
+// Chooses the rows that enter the pool. Ends with a barrier.
+__device__ inline void trace_outliers(const Store &b, const Side &keys) {
+    Scratch &s = b.s;
+    const uint32_t dim = keys.desc.head_dim, n_pool = b.p.layer.pool_rows, n_places = b.p.layer.pool_outliers;
+    const uint32_t *table = keys.pool_table();
+    // Norms of the rows, and of the members at the other end: none where the pool is free.
+    for (uint32_t i = b.thread; i < s.n_rows; i += STORE_THREADS) {
+        float norm = 0.f;
+        for (uint32_t c = 0; c < dim; c++) norm += fabsf(b.row(i)[c]);
+        s.a[i] = norm;
+    }
+    if (b.thread < n_pool) {
+        float norm = 0.f;
+        const uint16_t *member = keys.pool_row(b.thread);
+        for (uint32_t c = 0; c < dim; c++) norm += fabsf(half_to_float(member[c]));
+        s.b[b.thread] = norm;
+        uint32_t before = 0;
+        for (uint32_t i = 0; i < b.thread; i++) before += table[i] == 0 ? 1 : 0;
+        if (table[b.thread] == 0) s.free_rows[before] = uint16_t(b.thread);
+        if (b.thread == n_pool - 1) s.most[0] = before + (table[b.thread] == 0 ? 1 : 0);
+    }
+    __syncthreads();
+    for (uint32_t i = b.thread; i < s.n_rows; i += STORE_THREADS) {
+        const uint32_t taken = place_in_rising(s.a, i, s.n_rows);
+        uint32_t smaller = taken;
+        for (uint32_t j = 0; j < n_pool; j++) smaller += table[j] != 0 && s.b[j] <= s.a[i] ? 1 : 0;
+        // Both grow with the norm, so those that find a place are the smallest.
+        const bool enters = smaller < n_places && taken < s.most[0];
+        s.pooled[i] = enters ? s.free_rows[taken] : NONE;
+        if (enters) atomicAdd(&s.n_exact, 1u);
+    }
+    __syncthreads();
+}
+
+// Writes the rows that enter the pool. Ends with a barrier.
+__device__ inline void write_pooled(const Store &b, const Side &side, uint32_t page) {
+    const Scratch &s = b.s;
+    for (uint32_t i = b.warp; i < s.n_rows; i += STORE_WARPS) {
+        const uint32_t row = s.pooled[i];
+        if (row == NONE) continue;
+        for (uint32_t c = b.lane; c < side.desc.head_dim; c += 32) side.pool_row(row)[c] = float_to_half(b.row(i)[c]);
+        if (b.lane == 0) side.pool_table()[row] = page * b.p.layer.page + s.at[i] + 1;
+    }
+    __syncthreads();
+}
+
+// Keeps some rows as they came, to be compared with what they become. The mean is in s.mean. Ends with a barrier.
+__device__ inline void take_sample(const Store &b, uint32_t dim) {
+    Scratch &s = b.s;
+    if (b.thread == 0) {
+        s.n_samples = 0;
+        const uint32_t step = max(s.n_rows / SAMPLES, 1u);
+        for (uint32_t i = 0; i < SAMPLES && i * step < s.n_rows; i++) {
+            if (s.pooled[i * step] == NONE) s.sampled[s.n_samples++] = i * step;
+        }
+    }
+    __syncthreads();
+    for (uint32_t i = b.warp; i < s.n_samples; i += STORE_WARPS) {
+        for (uint32_t c = b.lane; c < dim; c += 32) s.sample[i][c] = b.row(s.sampled[i])[c];
+    }
+    __syncthreads();
+}
+
+struct KeyError {
+    float noise, signal, rows;
+    __device__ void add(const KeyError &other) {
+        const float total = rows + other.rows;
+        if (!(total > 0.f)) return;
+        noise += (other.noise - noise) * (other.rows / total);
+        signal += (other.signal - signal) * (other.rows / total);
+        rows = total;
+    }
+};
+
+// Adds the error of a page to what is known of a head's keys. By one thread.
+__device__ inline void add_error(float *learned, uint32_t dim, const KeyError &page) {
+    KeyError known = {learned[dim + 1], learned[dim + 2], learned[dim + 3]};
+    known.add(page);
+    learned[dim + 1] = known.noise, learned[dim + 2] = known.signal, learned[dim + 3] = fminf(known.rows, 4096.f);
+}
+
+// Compares the sample with what the page says; to `note`, or to what is known. Ends with a barrier.
+__device__ inline void learn_error(const Store &b, const Target &target, float *note) {
+    Scratch &s = b.s;
+    const SideDesc &desc = target.side.desc;
+    float *learned = target.side.learned();
+    const uint32_t dim = desc.head_dim;
+    if (b.warp < s.n_samples) decode_row(b.p.layer, desc, {target.header, target.bytes}, s.at[s.sampled[b.warp]], true, b.lane, s.decoded[b.warp]);
+    __syncthreads();
+    if (b.thread < 2 * s.n_samples) {
+        const uint32_t i = b.thread / 2;
+        const float *of = b.thread % 2 ? s.sample[i] : s.decoded[i], *from = b.thread % 2 ? s.mean : s.sample[i];
+        float sum = 0.f;
+        if (learned[dim] > 0.f) {
+            for (uint32_t c = 0; c < dim; c++) {
+                const float x = of[c] - from[c];
+                sum += learned[c] * x * x;
+            }
+        }
+        s.a[b.thread] = sum;
+    }
+    __syncthreads();
+    if (b.thread == 0) {
+        KeyError sample = {0.f, 0.f, 0.f};
+        for (uint32_t i = 0; i < s.n_samples; i++) sample.add({s.a[2 * i], s.a[2 * i + 1], 1.f});
+        if (note != nullptr) {
+            note[0] = sample.noise, note[1] = sample.signal, note[2] = sample.rows;
+        } else {
+            add_error(learned, dim, sample);
+        }
+    }
+    __syncthreads();
+}
+
+}  // namespace kvq::store

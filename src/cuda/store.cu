@@ -1,0 +1,175 @@
+// The store step; see src/store.rs, which it follows byte for byte. A block has a KV head, with both sides where one decides
+// for the other. Where pages do not depend on those before them, several blocks take them in turn; then what comes before
+// and after all pages are launches of their own.
+#include "channel.cuh"
+#include "learn.cuh"
+
+namespace kvq::store {
+
+// Reads the records of one page, the first of which is number `first`. Ends with a barrier.
+__device__ inline void read_records(const Store &b, uint32_t first, uint32_t n_records) {
+    Scratch &s = b.s;
+    const StoreParams &p = b.p;
+    const int *records = p.plan + p.plan_at.records;
+    const uint32_t page = p.layer.page, index = uint32_t(records[2 * first]) / page, i = b.thread, j = first + i;
+    if (i == 0) s.n_exact = 0;
+    if (i < page) s.pooled[i] = NONE, s.attention[i] = 1.f;
+    if (i < page && j < n_records && uint32_t(records[2 * j]) / page == index) {
+        s.at[i] = uint16_t(uint32_t(records[2 * j]) % page);
+        s.source[i] = records[2 * j + 1] & ~RECORD_FRESH;
+        if (j + 1 == n_records || uint32_t(records[2 * j + 2]) / page != index) s.n_rows = i + 1;
+    }
+    __syncthreads();
+}
+
+// How far a cell's row has moved since its page was sealed, asked by a warp.
+__device__ inline int distance_of(const Store &b, uint32_t page, uint32_t at) {
+    const StoreParams &p = b.p;
+    const uint32_t n_turns = uint32_t(b.plan(p.plan_at.n_turns)), n_ints = 2 + p.layer.page / 32;
+    int distance = 0;
+    for (uint32_t i = b.lane; i < n_turns; i += 32) {
+        const int *turn = p.plan + p.plan_at.turns + i * n_ints;
+        if (uint32_t(turn[0]) == page && (uint32_t(turn[2 + at / 32]) >> at % 32 & 1)) distance = turn[1];
+    }
+    // A cell is in one turn at most.
+    for (uint32_t o = 16; o > 0; o /= 2) distance |= __shfl_xor_sync(FULL, distance, o);
+    return distance;
+}
+
+// Turns keys back to where the rows that they join were encoded; see src/rotation.rs. Ends with a barrier.
+__device__ inline void turn_back(const Store &b, uint32_t page, uint32_t dim) {
+    const uint32_t n_pairs = min(b.p.n_pairs, dim / 2);
+    for (uint32_t i = b.warp; i < b.s.n_rows; i += STORE_WARPS) {
+        const int distance = distance_of(b, page, b.s.at[i]);
+        if (distance == 0) continue;
+        const uint32_t magnitude = distance < 0 ? 0u - uint32_t(distance) : uint32_t(distance);
+        for (uint32_t pair = b.lane; pair < n_pairs; pair += 32) {
+            double cosine = 1., sine = 0.;
+            for (uint32_t bit = 0; bit < 32; bit++) {
+                if (!(magnitude >> bit & 1)) continue;
+                const double *power = b.p.rotation + 2 * (bit * b.p.n_pairs + pair), c = power[0], s = power[1];
+                const double turned = cosine * c - sine * s;
+                sine = cosine * s + sine * c;
+                cosine = turned;
+            }
+            const float c = float(cosine), s = -float(distance < 0 ? -sine : sine);
+            float &left = b.row(i)[b.p.interleaved ? 2 * pair : pair], &right = b.row(i)[b.p.interleaved ? 2 * pair + 1 : n_pairs + pair];
+            const float x = left, y = right;
+            left = x * c - y * s;
+            right = x * s + y * c;
+        }
+    }
+    __syncthreads();
+}
+
+// Encodes the records of a page, one side of them.
+__device__ inline void seal_side(const Store &b, const Side &side, uint32_t page, bool fresh, bool is_key, float *note) {
+    const LayerDesc &l = b.p.layer;
+    const Target target = {side, side.header(page), side.page(page), fresh, is_key};
+    gather(b, side);
+    if (is_key) {
+        // Rows that join a page whose range is fixed are too few to tell an outlier among.
+        if (l.pool_rows > 0 && fresh) trace_outliers(b, side);
+        if (l.attn_window > 0) find_attention(b, side);
+    }
+    if (l.pool_rows > 0 && fresh) write_pooled(b, side, page);
+    if (is_key && !fresh && b.p.rotation != nullptr) turn_back(b, page, side.desc.head_dim);
+    if (is_key) {
+        mean_of_rows(b, side.desc.head_dim);
+        take_sample(b, side.desc.head_dim);
+    }
+    if (fresh) clear_page(b, target);
+    if (side.desc.codec == CODEC_CHANNEL) {
+        seal_channels(b, target);
+    } else {
+        seal_tokens(b, target);
+    }
+    if (is_key) learn_error(b, target, note);
+}
+
+// Writes the ubatch's rows that stay exact to their slots.
+__device__ inline void write_slots(const Store &b, const Side &side) {
+    for (uint32_t i = b.warp; i < b.p.n_tokens; i += STORE_WARPS) {
+        const int slot = b.plan(b.p.plan_at.row_slots + i);
+        if (slot < 0) continue;
+        for (uint32_t c = b.lane; c < side.desc.head_dim; c += 32) {
+            side.slot(uint32_t(slot))[c] = float_to_half(finite(side.current[i * side.stride_token + c]));
+        }
+    }
+}
+
+// What comes before any page: forgetting, queries, members of the pool that are gone.
+__device__ inline void learn(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values) {
+    const StoreParams &p = b.p;
+    if (b.plan(p.plan_at.starts_anew)) {
+        if (has_keys) forget(b, keys);
+        if (has_values) forget(b, values);
+    }
+    if (has_keys && p.q != nullptr && p.n_tokens > 0) {
+        learn_queries(b, keys);
+        if (p.lse != nullptr && p.layer.attn_window > 0) remember_queries(b, keys);
+    }
+    if (p.layer.pool_rows > 0) {
+        if (has_keys) drop_stale(b, keys);
+        if (has_values) drop_stale(b, values);
+    }
+}
+
+// Seals every page whose number is `turn` modulo `turns`. `notes`: the block's head in StoreParams::errors.
+__device__ inline void seal_pages(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t turn, uint32_t turns, float *notes) {
+    const StoreParams &p = b.p;
+    const uint32_t n_records = uint32_t(b.plan(p.plan_at.n_records));
+    uint32_t n_pages = 0;
+    for (uint32_t first = 0, n_rows; first < n_records; first += n_rows, n_pages++) {
+        const int *record = p.plan + p.plan_at.records + 2 * first;
+        const uint32_t page = uint32_t(record[0]) / p.layer.page;
+        const bool fresh = record[1] & RECORD_FRESH;
+        read_records(b, first, n_records);
+        n_rows = b.s.n_rows;
+        if (n_pages % turns != turn) {
+            __syncthreads();
+            continue;
+        }
+        if (p.layer.pool_rows > 0 && fresh) {
+            if (has_keys) give_back(b, keys, page);
+            if (has_values) give_back(b, values, page);
+        }
+        if (has_keys) seal_side(b, keys, page, fresh, true, notes == nullptr ? nullptr : notes + 1 + 3 * n_pages);
+        if (has_values) seal_side(b, values, page, fresh, false, nullptr);
+    }
+    if (notes != nullptr && has_keys && turn == 0 && b.thread == 0) notes[0] = __uint_as_float(n_pages);
+}
+
+KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
+    KVQ_SHARED(shared);
+    const uint32_t thread = threadIdx.x;
+    const size_t block = blockIdx.y * gridDim.x + blockIdx.x;
+    float *rows = p.rows == nullptr ? reinterpret_cast<float *>(shared + STORE_SCRATCH_BYTES) : p.rows + block * p.layer.page * p.row_stride;
+    const Store b = {p, *reinterpret_cast<Scratch *>(shared), rows, blockIdx.x, thread, thread % 32, thread / 32};
+    const Side keys = keys_of(b), values = values_of(b);
+    const bool has_keys = blockIdx.y < p.n_key_blocks, has_values = !has_keys || p.n_value_blocks == 0;
+    float *notes = p.errors == nullptr ? nullptr : p.errors + size_t(b.head) * p.error_stride;
+    if (p.phases & STORE_LEARN) learn(b, keys, values, has_keys, has_values);
+    if (p.phases & STORE_SEAL) {
+        const uint32_t turn = has_keys ? blockIdx.y : blockIdx.y - p.n_key_blocks;
+        seal_pages(b, keys, values, has_keys, has_values, turn, has_keys ? p.n_key_blocks : p.n_value_blocks, notes);
+    }
+    if (p.phases & STORE_FINISH) {
+        if (notes != nullptr && has_keys && thread == 0) {
+            const uint32_t n_pages = __float_as_uint(notes[0]);
+            for (const float *note = notes + 1; note < notes + 1 + 3 * n_pages; note += 3) {
+                add_error(keys.learned(), keys.desc.head_dim, {note[0], note[1], note[2]});
+            }
+        }
+        // Records read slots as they were before.
+        if (has_keys) write_slots(b, keys);
+        if (has_values) write_slots(b, values);
+    }
+}
+
+}  // namespace kvq::store
+
+#ifdef KVQ_EMULATE
+// For a test that compares it with its twin.
+extern "C" float kvq_emulated_exp_of_negative(float x) { return kvq::store::exp_of_negative(x); }
+#endif

@@ -1,0 +1,169 @@
+// What the steps of a store share: a block has a KV head, of which it seals the pages one after the other, and one or both
+// of its sides. Compiled without fused multiply-add; see quantizer.cuh.
+#pragma once
+#include "pack.cuh"
+#include "quantizer.cuh"
+
+namespace kvq::store {
+
+constexpr uint32_t STORE_WARPS = STORE_THREADS / 32, MAX_PAGE = 256, MAX_DIM = 256, MAX_POOL = 128, SAMPLES = 4;
+constexpr uint32_t NONE = 0xffff;
+
+// What a block knows of the page that it seals, in shared memory.
+struct Scratch {
+    float a[MAX_DIM], b[MAX_DIM], c[MAX_DIM], d[MAX_DIM];  // of one step, a number for each channel or token
+    float mean[MAX_DIM];                                   // of the rows, as they came
+    float attention[MAX_PAGE];                             // the largest weight of each row
+    float sample[SAMPLES][MAX_DIM], decoded[SAMPLES][MAX_DIM];
+    float totals[4], below[17];
+    uint32_t most[2], segments[3];
+    uint32_t n_rows, n_exact, n_samples, sampled[SAMPLES];
+    int source[MAX_PAGE];
+    uint16_t at[MAX_PAGE];         // the row of the page of each record
+    uint16_t pooled[MAX_PAGE];     // the row of the pool that a record enters, or NONE
+    uint16_t record_of[MAX_PAGE];  // the record of each token or place, or NONE
+    uint16_t free_rows[MAX_POOL];
+    uint8_t order[MAX_PAGE], place[MAX_PAGE];
+};
+static_assert(sizeof(Scratch) <= STORE_SCRATCH_BYTES, "the host asks for as much");
+
+// A block at its work.
+struct Store {
+    const StoreParams &p;
+    Scratch &s;
+    float *rows;  // [record][row_stride]: the rows, what of them is kept exactly, and at last their codes
+    uint32_t head, thread, lane, warp;
+
+    __device__ float *row(uint32_t i) const { return rows + i * p.row_stride; }
+    __device__ uint8_t *codes(uint32_t i) const { return reinterpret_cast<uint8_t *>(row(i)); }
+    __device__ int plan(uint32_t at) const { return p.plan[at]; }
+    __device__ uint8_t *keys() const { return p.k_mem + head * p.layer.k.head_bytes; }
+    __device__ uint8_t *values() const { return p.v_mem + head * p.layer.v.head_bytes; }
+};
+
+// One side of the head.
+struct Side {
+    const SideDesc &desc;
+    uint8_t *region;
+    const float *current;  // of the head
+    size_t stride_token;
+
+    __device__ uint16_t *slot(uint32_t i) const { return reinterpret_cast<uint16_t *>(region) + size_t(i) * desc.head_dim; }
+    __device__ uint16_t *pool_row(uint32_t i) const { return reinterpret_cast<uint16_t *>(region + desc.pool) + size_t(i) * desc.head_dim; }
+    // 1 + the cell of each row, 0 if it is free.
+    __device__ uint32_t *pool_table() const { return reinterpret_cast<uint32_t *>(region + desc.pool_table); }
+    __device__ float *learned() const { return reinterpret_cast<float *>(region + desc.learned); }
+    __device__ uint8_t *header(uint32_t page) const { return region + desc.headers + 4 * size_t(page); }
+    __device__ uint8_t *page(uint32_t page) const { return region + desc.pages + size_t(page) * desc.page_bytes; }
+};
+
+__device__ inline Side keys_of(const Store &b) {
+    return {b.p.layer.k, b.keys(), b.p.k_cur + b.head * b.p.k_stride_head, size_t(b.p.k_stride_token)};
+}
+__device__ inline Side values_of(const Store &b) {
+    return {b.p.layer.v, b.values(), b.p.v_cur + b.head * b.p.v_stride_head, size_t(b.p.v_stride_token)};
+}
+
+// One page of one side, to be sealed with the rows of a block.
+struct Target {
+    const Side &side;
+    uint8_t *header, *bytes;
+    bool fresh;
+    bool is_key;
+};
+
+// As total_cmp orders numbers.
+__device__ __forceinline__ int ordered_bits(float x) {
+    const int bits = int(__float_as_uint(x));
+    return bits ^ int(uint32_t(bits >> 31) >> 1);
+}
+
+// The place of number i among n numbers that fall, equal ones in their order.
+__device__ inline uint32_t place_in_falling(const float *x, uint32_t i, uint32_t n) {
+    const int own = ordered_bits(x[i]);
+    uint32_t place = 0;
+    for (uint32_t j = 0; j < n; j++) {
+        const int other = ordered_bits(x[j]);
+        place += other > own || (other == own && j < i) ? 1 : 0;
+    }
+    return place;
+}
+
+// As place_in_falling for numbers that rise.
+__device__ inline uint32_t place_in_rising(const float *x, uint32_t i, uint32_t n) {
+    const int own = ordered_bits(x[i]);
+    uint32_t place = 0;
+    for (uint32_t j = 0; j < n; j++) {
+        const int other = ordered_bits(x[j]);
+        place += other < own || (other == own && j < i) ? 1 : 0;
+    }
+    return place;
+}
+
+// share_out of src/codec/mixed.rs for falling weights in shared memory; to s.segments. Ends with a barrier.
+__device__ inline void share_out(const Store &b, const float *weight, uint32_t segment, uint32_t n, uint32_t budget, uint32_t floor) {
+    Scratch &s = b.s;
+    if (b.thread < n) {
+        float sum = 0.f;
+        for (uint32_t i = 0; i < segment; i++) sum += weight[b.thread * segment + i];
+        s.below[b.thread + 1] = sum;
+    }
+    __syncthreads();
+    if (b.thread == 0) {
+        s.below[0] = 0.f;
+        for (uint32_t i = 0; i < n; i++) s.below[i + 1] = s.below[i] + s.below[i + 1];
+    }
+    __syncthreads();
+    if (b.warp == 0) {
+        float least = infinity();
+        uint32_t best = ~0u;
+        for (uint32_t i = b.lane; i < (n + 1) * (n + 1); i += 32) {
+            const int four = int(i / (n + 1)), three = int(i % (n + 1)), rest = int(n) - four - three;
+            const int two = int(budget) - 4 * four - 3 * three - rest, one = rest - two;
+            if (rest < 0 || two < 0 || one < 0) continue;
+            if ((floor > 1 && one > 0) || (floor > 2 && two > 0) || (floor > 3 && three > 0)) continue;
+            const float distortion[4] = {0.01154f, 0.03744f, 0.1188f, 0.3634f};
+            const int counts[4] = {four, three, two, one};
+            float error = 0.f;
+            for (int width = 0, at = 0; width < 4; at += counts[width++]) {
+                error += distortion[width] * (s.below[at + counts[width]] - s.below[at]);
+            }
+            if (best == ~0u || error < least) least = error, best = i;
+        }
+        for (uint32_t o = 16; o > 0; o /= 2) {
+            const float error = __shfl_xor_sync(FULL, least, o);
+            const uint32_t other = __shfl_xor_sync(FULL, best, o);
+            if (error < least || (error == least && other < best)) least = error, best = other;
+        }
+        if (b.lane == 0) {
+            const uint32_t four = best / (n + 1), three = best % (n + 1);
+            s.segments[0] = four, s.segments[1] = three;
+            s.segments[2] = budget - 4 * four - 3 * three - (n - four - three);
+        }
+    }
+    __syncthreads();
+}
+
+// The larger of s.most[i] and a number that is not negative; also a zero that looks so.
+__device__ __forceinline__ void raise(Scratch &s, uint32_t i, float x) {
+    if (x > 0.f) atomicMax(&s.most[i], __float_as_uint(x));
+}
+
+// Rotates a row by a warp: the stages in the order of src/codec/hadamard.rs. Between barriers of the warp.
+__device__ inline void rotate_row_exactly(float *row, uint32_t dim, uint32_t lane) {
+    const uint32_t block = dim & (0u - dim);
+    for (uint32_t half = block / 2; half > 0; half /= 2) {
+        for (uint32_t i = lane; i < dim / 2; i += 32) {
+            const uint32_t a = 2 * i - (i & (half - 1));
+            const float x = row[a], y = row[a + half];
+            row[a] = x + y;
+            row[a + half] = x - y;
+        }
+        __syncwarp();
+    }
+    const float norm = 1.f / sqrtf(float(block));
+    for (uint32_t c = lane; c < dim; c += 32) row[c] *= norm;
+    __syncwarp();
+}
+
+}  // namespace kvq::store

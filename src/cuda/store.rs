@@ -1,0 +1,135 @@
+//! Storing: how many blocks, and where rows are while they are encoded.
+
+use std::ffi::c_void;
+
+use super::attend::Workspace;
+use super::desc::{
+    LayerDesc, StoreParams, ABSENT, STORE_FINISH, STORE_LEARN, STORE_SCRATCH_BYTES, STORE_SEAL, STORE_THREADS,
+};
+use super::{Device, Launch};
+use crate::error::{Error, Result, Status};
+use crate::layout::Layout;
+use crate::plan::{self, plan_len};
+
+/// The one kernel; see `store.cu`.
+pub(super) const KERNEL: &str = "kvq_store_any";
+
+/// Most blocks that share the pages of a side of a head.
+const MAX_TURNS: u32 = 8;
+
+/// How a call is cut into blocks.
+struct Cut {
+    n_key_blocks: u32,
+    n_value_blocks: u32,
+    /// Floats from row to row: an odd number, so that threads that take a row each do not wait for each other.
+    row_stride: u32,
+    row_bytes: u32,
+    in_shared: bool,
+    /// Floats of a head's notes on pages.
+    error_stride: u32,
+}
+
+impl Cut {
+    fn new(device: &Device, layer: &LayerDesc, n_tokens: u32) -> Self {
+        let row_stride =
+            [layer.k, layer.v].map(|side| side.head_dim + 2 * side.n_outliers + 1).into_iter().fold(0, u32::max);
+        let row_bytes = layer.page * row_stride * 4;
+        let turns = n_tokens.div_ceil(layer.page).clamp(1, MAX_TURNS);
+        // Members of a pool stay from page to page, and so do factors.
+        let keys_are_apart = layer.pool_rows == 0 && layer.k.exponents == ABSENT;
+        // Keys decide who enters the pool, and for both sides which tokens matter.
+        let sides_are_apart = layer.pool_rows == 0 && layer.attn_window == 0;
+        let n_pages = layer.n_pages.min(layer.n_slots + n_tokens);
+        Self {
+            n_key_blocks: if keys_are_apart { turns } else { 1 },
+            n_value_blocks: if sides_are_apart { turns } else { 0 },
+            row_stride,
+            row_bytes,
+            in_shared: STORE_SCRATCH_BYTES + row_bytes <= device.limits().shared_bytes,
+            error_stride: 1 + 3 * n_pages,
+        }
+    }
+
+    /// Whether one launch does it all.
+    fn is_one_launch(&self) -> bool {
+        self.n_key_blocks == 1 && self.n_value_blocks <= 1
+    }
+
+    fn blocks_of_head(&self) -> u32 {
+        self.n_key_blocks + self.n_value_blocks
+    }
+
+    fn error_bytes(&self, layer: &LayerDesc) -> usize {
+        let bytes = layer.n_kv_heads as usize * self.error_stride as usize * 4;
+        if self.is_one_launch() {
+            0
+        } else {
+            bytes.next_multiple_of(256)
+        }
+    }
+
+    fn workspace_bytes(&self, layer: &LayerDesc) -> usize {
+        let n_blocks = layer.n_kv_heads as usize * self.blocks_of_head() as usize;
+        self.error_bytes(layer) + if self.in_shared { 0 } else { n_blocks * self.row_bytes as usize }
+    }
+}
+
+/// Bytes of workspace for a call.
+pub(crate) fn workspace_bytes(device: &Device, layout: &Layout, n_tokens: u32) -> usize {
+    let layer = LayerDesc::new(layout);
+    // Some, so that whoever allocates them gets an address.
+    Cut::new(device, &layer, n_tokens).workspace_bytes(&layer).max(256)
+}
+
+/// Enqueues the store step of one layer and stream. `params.layer` and what the workspace holds are filled in here.
+///
+/// # Safety
+/// Every pointer is NULL where that is allowed or names device memory of the size that kvq_store_args gives; no other call
+/// uses the workspace at the same time.
+pub(crate) unsafe fn enqueue(
+    device: &Device,
+    layout: &Layout,
+    mut params: StoreParams,
+    given_plan_len: usize,
+    workspace: Workspace,
+    stream: *mut c_void,
+) -> Result<()> {
+    let layer = LayerDesc::new(layout);
+    let cut = Cut::new(device, &layer, params.n_tokens);
+    let n_tokens = params.n_tokens as usize;
+    let need = plan_len(n_tokens, layout.n_slots(), layout.n_cells(), layout.page());
+    if given_plan_len < need {
+        return Err(Error::invalid(format!(
+            "a plan of {n_tokens} tokens for this layout has {need} integers, plan_len is {given_plan_len}"
+        )));
+    }
+    let bytes = cut.workspace_bytes(&layer);
+    if workspace.bytes < bytes {
+        return Err(Error::new(
+            Status::BufferTooSmall,
+            format!("the workspace has {} bytes, {bytes} are needed: see kvq_store_workspace", workspace.bytes),
+        ));
+    }
+    params.layer = layer;
+    params.errors = if cut.is_one_launch() { std::ptr::null_mut() } else { workspace.memory.cast() };
+    params.plan_at = plan::describe(n_tokens, layout.n_slots(), layout.n_cells(), layout.page());
+    let memory: *mut u8 = workspace.memory.cast();
+    params.rows =
+        if cut.in_shared { std::ptr::null_mut() } else { memory.wrapping_add(cut.error_bytes(&layer)).cast() };
+    (params.row_stride, params.error_stride) = (cut.row_stride, cut.error_stride);
+    let shared_bytes = STORE_SCRATCH_BYTES + if cut.in_shared { cut.row_bytes } else { 0 };
+    let mut launch = |phases: u32, n_key_blocks: u32, n_value_blocks: u32| {
+        (params.phases, params.n_key_blocks, params.n_value_blocks) = (phases, n_key_blocks, n_value_blocks);
+        let blocks = [layer.n_kv_heads, n_key_blocks + n_value_blocks];
+        let launch = Launch { blocks, threads: STORE_THREADS, shared_bytes };
+        // SAFETY: the kernel takes a StoreParams; the caller answers for the pointers in it.
+        unsafe { device.runner.launch(KERNEL, launch, (&raw mut params).cast(), stream) }
+    };
+    let one_value_block = cut.n_value_blocks.min(1);
+    if cut.is_one_launch() {
+        return launch(STORE_LEARN | STORE_SEAL | STORE_FINISH, 1, one_value_block);
+    }
+    launch(STORE_LEARN, 1, one_value_block)?;
+    launch(STORE_SEAL, cut.n_key_blocks, cut.n_value_blocks)?;
+    launch(STORE_FINISH, 1, one_value_block)
+}

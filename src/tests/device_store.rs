@@ -1,0 +1,409 @@
+//! The store step on a device against the scalar path: after every ubatch the same bytes everywhere, what was learned, the
+//! ring of queries and the outlier pool included. Devices are those of `device.rs`.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use super::layer::{recipes, Layer, Rng, Ubatch, SCALE};
+use crate::codec::page::Side;
+use crate::cuda::attend::Workspace;
+use crate::cuda::desc::{LayerDesc, PlanDesc, StoreParams};
+use crate::cuda::lab::{Buffer, Lab};
+use crate::cuda::store::{enqueue, workspace_bytes};
+use crate::error::Status;
+use crate::plan::Plan;
+use crate::rotation::Rotation;
+use crate::shape::Shape;
+use crate::simd::isa::{Isa, IsaToken};
+
+fn shape(n_kv_heads: u32, gqa: u32, head_dim_k: u32, head_dim_v: u32) -> Shape {
+    Shape { n_heads: n_kv_heads * gqa, n_kv_heads, head_dim_k, head_dim_v }
+}
+
+/// What memory holds before its first row.
+const POISON: u8 = 0xa5;
+
+/// A layer twice: in the CPU's memory and in a device's.
+struct Twin<'a> {
+    lab: &'a Lab,
+    layer: Layer,
+    memory: [Buffer; 2],
+    workspace: Buffer,
+    /// The rotation's powers, if positions move.
+    rotation: Option<Buffer>,
+}
+
+/// Which queries the store learns from.
+#[derive(Clone, Copy, PartialEq)]
+enum Learns {
+    Everything,
+    /// No softmax denominators.
+    Queries,
+    Nothing,
+}
+
+impl<'a> Twin<'a> {
+    fn new(lab: &'a Lab, spec: &str, shape: Shape, n_cells: usize) -> Self {
+        let mut layer = Layer::new(spec, shape, n_cells, IsaToken::new(Isa::Scalar).unwrap());
+        layer.memory.iter_mut().for_each(|side| side.fill(POISON));
+        let memory = layer.memory.each_ref().map(|side| lab.upload(side));
+        let workspace = lab.upload(&vec![POISON; workspace_bytes(lab.device(), &layer.layout, n_cells as u32)]);
+        Self { lab, layer, memory, workspace, rotation: None }
+    }
+
+    /// Lets positions move from now on.
+    fn rotate(&mut self, interleaved: bool) {
+        let n_pairs = self.layer.layout.shape().head_dim_k as usize / 2 - 8;
+        let frequencies: Vec<f64> = (0..n_pairs).map(|i| 1e4f64.powf(-(i as f64) / n_pairs as f64)).collect();
+        let rotation = Rotation::new(&frequencies, interleaved).unwrap();
+        self.rotation = Some(self.lab.upload(rotation.powers()));
+        self.layer.rotation = Some(rotation);
+    }
+
+    /// Moves every position by one of two distances, on the CPU.
+    fn shift(&mut self, rng: &mut Rng) {
+        let mut distance = || (rng.next() % 4096) as i32 - 2048;
+        let (near, far) = (distance(), distance());
+        let page = self.layer.layout.page();
+        self.layer.shift(|cell| if cell % page < page / 2 { near } else { far });
+        self.memory[0] = self.lab.upload(&self.layer.memory[0]);
+    }
+
+    fn params(&self, rows: &[Buffer; 5], n_tokens: usize, learns: Learns) -> StoreParams {
+        let Shape { n_heads, n_kv_heads, head_dim_k, head_dim_v } = self.layer.layout.shape();
+        let [q, k, v, lse, plan] = rows.each_ref().map(Buffer::pointer);
+        let unless = |is_left_out: bool, pointer: *const f32| if is_left_out { std::ptr::null() } else { pointer };
+        StoreParams {
+            layer: LayerDesc::default(),
+            plan_at: PlanDesc::default(),
+            k_cur: k.cast(),
+            k_stride_token: u64::from(n_kv_heads * head_dim_k),
+            k_stride_head: head_dim_k.into(),
+            v_cur: v.cast(),
+            v_stride_token: u64::from(n_kv_heads * head_dim_v),
+            v_stride_head: head_dim_v.into(),
+            q: unless(learns == Learns::Nothing, q.cast()),
+            q_stride_token: u64::from(n_heads * head_dim_k),
+            q_stride_head: head_dim_k.into(),
+            lse: unless(learns != Learns::Everything, lse.cast()),
+            k_mem: self.memory[0].pointer().cast(),
+            v_mem: self.memory[1].pointer().cast(),
+            plan: plan.cast(),
+            rotation: self.rotation.as_ref().map_or(std::ptr::null(), |buffer| buffer.pointer().cast()),
+            rows: std::ptr::null_mut(),
+            errors: std::ptr::null_mut(),
+            error_stride: 0,
+            row_stride: 0,
+            n_pairs: self.layer.rotation.as_ref().map_or(0, |rotation| rotation.pairs().0 as u32),
+            interleaved: self.layer.rotation.as_ref().is_some_and(|rotation| rotation.pairs().1).into(),
+            phases: 0,
+            n_key_blocks: 1,
+            n_value_blocks: 0,
+            scale: SCALE,
+            n_tokens: n_tokens as u32,
+        }
+    }
+
+    /// Stores a ubatch in both and says where they differ.
+    fn store(&mut self, ints: &[i32], ubatch: &Ubatch, lse: &[f32], learns: Learns) -> Option<String> {
+        let lab = self.lab;
+        let floats = |x: &[f32]| lab.upload(x);
+        let rows = [floats(&ubatch.q), floats(&ubatch.k), floats(&ubatch.v), floats(lse), lab.upload(ints)];
+        let params = self.params(&rows, Plan::new(ints).unwrap().n_tokens(), learns);
+        let workspace = Workspace { memory: self.workspace.pointer(), bytes: self.workspace.bytes() };
+        // SAFETY: every pointer is a buffer of the device that holds what the header says and outlives the download, which
+        // waits for the kernel.
+        unsafe {
+            enqueue(lab.device(), &self.layer.layout, params, ints.len(), workspace, std::ptr::null_mut()).unwrap();
+        }
+        let lse = (learns == Learns::Everything).then_some(lse);
+        self.layer.store_learning(ints, ubatch, learns != Learns::Nothing, lse);
+        let got = self.memory.each_ref().map(|side| lab.download::<u8>(side));
+        [Side::Key, Side::Value].into_iter().find_map(|side| {
+            let (want, got) = (&self.layer.memory[side as usize], &got[side as usize]);
+            let at = want.iter().zip(got).position(|(a, b)| a != b)?;
+            let n = want.iter().zip(got).filter(|(a, b)| a != b).count();
+            let (want, got, n_bytes) = (want[at], got[at], want.len());
+            Some(format!("{n} of {n_bytes} bytes, first {}: {got:#x} for {want:#x}", self.name_of(side, at)))
+        })
+    }
+
+    /// What lies at a byte.
+    fn name_of(&self, side: Side, at: usize) -> String {
+        let (layout, desc) = (&self.layer.layout, LayerDesc::new(&self.layer.layout));
+        let desc = if side == Side::Key { desc.k } else { desc.v };
+        let (head, at) = (at / layout.head_bytes(side), (at % layout.head_bytes(side)) as u64);
+        let parts = [
+            ("slots", 0),
+            ("pool", desc.pool),
+            ("pool's cells", desc.pool_table),
+            ("learned", desc.learned),
+            ("ring", desc.recent),
+            ("headers", desc.headers),
+            ("pages", desc.pages),
+        ];
+        let (part, start) = *parts.iter().rev().find(|(_, start)| *start <= at).unwrap();
+        let inside = at - start;
+        let page_bytes = u64::from(desc.page_bytes);
+        match part {
+            "pages" => format!("{side:?} head {head} page {} byte {}", inside / page_bytes, inside % page_bytes),
+            _ => format!("{side:?} head {head} {part} byte {inside}"),
+        }
+    }
+}
+
+/// Rows as models make them and worse: channels far off zero, tokens of small norm, what is not finite.
+fn spoil(rng: &mut Rng, shape: &Shape, ubatch: &mut Ubatch) {
+    let sides = [(shape.head_dim_k as usize, &mut ubatch.k), (shape.head_dim_v as usize, &mut ubatch.v)];
+    for (dim, values) in sides {
+        for row in values.chunks_exact_mut(dim) {
+            row[5] = row[5] * 40.0 + 300.0;
+            row[7] *= 8.0;
+            let size = match rng.next() % 16 {
+                0 => 0.02,
+                1 => 0.0,
+                2 => 1e-6,
+                3 => 100.0,
+                _ => 1.0,
+            };
+            row.iter_mut().for_each(|x| *x *= size);
+            if rng.next() % 32 == 0 {
+                let bad = [f32::NAN, f32::INFINITY, -f32::INFINITY, 1e30];
+                row[rng.next() as usize % dim] = bad[rng.next() as usize % 4];
+            }
+        }
+    }
+    let n = ubatch.q.len();
+    ubatch.q[rng.next() as usize % n] = f32::NAN;
+}
+
+fn denominators(rng: &mut Rng, n: usize) -> Vec<f32> {
+    let one = |rng: &mut Rng| match rng.next() % 64 {
+        0 => f32::NEG_INFINITY,
+        1 => f32::NAN,
+        _ => rng.normal() * 3.0 + 2.0,
+    };
+    (0..n).map(|_| one(rng)).collect()
+}
+
+/// The cells of the next ubatch, after some tokens were removed.
+fn next_cells(rng: &mut Rng, layer: &mut Layer, page: usize) -> Vec<usize> {
+    let live = layer.live();
+    let n_cells = live.len();
+    let mut at = |n: usize| rng.next() as usize % n;
+    match at(8) {
+        0 => live[at(n_cells)..].fill(false),
+        1 => (0..n_cells).for_each(|i| live[i] &= at(5) != 0),
+        2 => {
+            let first = at(n_cells);
+            live[first..(first + page / 2).min(n_cells)].fill(false);
+        }
+        3 if at(4) == 0 => live.fill(false),
+        _ => {}
+    }
+    let n = [1, 1, 2, 7, page / 2, page, page + 9, 2 * page + 1][at(8)];
+    let mut free: Vec<usize> = (0..n_cells).filter(|cell| !live[*cell]).collect();
+    if free.len() < n {
+        live[..n].fill(false);
+        free = (0..n_cells).filter(|cell| !live[*cell]).collect();
+    }
+    if at(4) == 0 {
+        // Anywhere, in any order.
+        (1..free.len()).for_each(|i| free.swap(i, at(i + 1)));
+    }
+    free.truncate(n);
+    free
+}
+
+/// What a walk has done.
+#[derive(Default)]
+struct Walked {
+    /// Rows that were encoded.
+    sealed: usize,
+    /// Pages that were made anew.
+    fresh: usize,
+    /// Rows that were turned back first.
+    turned: usize,
+}
+
+/// Random appends, removals and reuse of cells, with positions that move if `shifts`.
+fn walk(lab: &Lab, spec: &str, shape: Shape, n_cells: usize, steps: usize, shifts: bool) -> Walked {
+    let mut twin = Twin::new(lab, spec, shape, n_cells);
+    if shifts {
+        twin.rotate(shape.n_heads % 2 == 0);
+    }
+    let page = twin.layer.layout.page();
+    let mut rng = Rng::new(spec.len() as u64 * 7919 + u64::from(shape.n_heads) * 131 + u64::from(shape.head_dim_k));
+    let (mut position, mut walked) = (0, Walked::default());
+    for step in 0..steps {
+        let cells = match step {
+            // Enough for some pages first.
+            0 => (0..2 * page + 40).collect(),
+            1 => (2 * page + 40..3 * page).collect(),
+            _ => next_cells(&mut rng, &mut twin.layer, page),
+        };
+        let ints = twin.layer.plan_cells(&cells, position);
+        position += cells.len();
+        let mut ubatch = twin.layer.ubatch(&mut rng, cells.len());
+        spoil(&mut rng, &shape, &mut ubatch);
+        let lse = denominators(&mut rng, cells.len() * shape.n_heads as usize);
+        let learns =
+            [Learns::Everything, Learns::Everything, Learns::Queries, Learns::Nothing][rng.next() as usize % 4];
+        let plan = Plan::new(&ints).unwrap();
+        let fresh = plan.records().filter(|record| record.fresh).map(|record| record.cell / page);
+        walked.sealed += plan.records().len();
+        walked.fresh += fresh.collect::<BTreeSet<usize>>().len();
+        walked.turned += plan.records().filter(|r| !r.fresh && plan.turned(r.cell) != 0).count();
+        if let Some(difference) = twin.store(&ints, &ubatch, &lse, learns) {
+            panic!("{}: {spec} {shape:?} {n_cells} cells, step {step}, {} rows: {difference}", lab.name(), cells.len());
+        }
+        if shifts && step % 3 == 2 {
+            twin.shift(&mut rng);
+        }
+    }
+    walked
+}
+
+/// Walks through every recipe and prints what it did.
+fn walk_all(specs: &[String], shapes: &[Shape], steps: usize) {
+    for lab in Lab::all() {
+        for spec in specs {
+            for &shape in shapes.iter().filter(|shape| Layer::fits(spec, **shape)) {
+                let (start, page) = (Instant::now(), Layer::page_of(spec));
+                let Walked { sealed, fresh, .. } = walk(&lab, spec, shape, 5 * page + 11, steps, false);
+                assert!(sealed > page && fresh > 1, "{spec}: {sealed} rows in {fresh} pages tell too little");
+                let ms = start.elapsed().as_millis();
+                let Shape { n_heads, n_kv_heads, head_dim_k, head_dim_v } = shape;
+                println!(
+                    "{:12} {spec:48} {n_heads:3}/{n_kv_heads} {head_dim_k:3}/{head_dim_v:3} {sealed:6} rows, {fresh:3} fresh pages, {ms:6} ms",
+                    lab.name()
+                );
+            }
+        }
+    }
+}
+
+/// Microseconds of a call: one token that goes to a slot, and a page that is sealed. For a GPU that does nothing else:
+/// `cargo test --release --features cuda times_of_a_layer -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn times_of_a_layer() {
+    const CALLS: u32 = 200;
+    for lab in Lab::all() {
+        for spec in ["skvq:k=2,v=2", "kivi:k=2.25,v=2", "on", "ott", "qaq:bits=2.25"] {
+            let mut twin = Twin::new(&lab, spec, shape(8, 4, 128, 128), 4096);
+            let mut rng = Rng::new(1);
+            let mut time = |cells: std::ops::Range<usize>| {
+                let ints = twin.layer.plan(cells.clone());
+                let ubatch = twin.layer.ubatch(&mut rng, cells.len());
+                let lse = vec![1.0; cells.len() * 32];
+                let floats = |x: &[f32]| lab.upload(x);
+                let rows = [floats(&ubatch.q), floats(&ubatch.k), floats(&ubatch.v), floats(&lse), lab.upload(&ints)];
+                let workspace = Workspace { memory: twin.workspace.pointer(), bytes: twin.workspace.bytes() };
+                let call = || {
+                    let params = twin.params(&rows, cells.len(), Learns::Everything);
+                    // SAFETY: as in `Twin::store`.
+                    unsafe {
+                        enqueue(lab.device(), &twin.layer.layout, params, ints.len(), workspace, std::ptr::null_mut())
+                            .unwrap();
+                    }
+                };
+                call();
+                lab.download::<f32>(&rows[3]);
+                let start = Instant::now();
+                (0..CALLS).for_each(|_| call());
+                lab.download::<f32>(&rows[3]);
+                let microseconds = start.elapsed().as_secs_f64() * 1e6 / f64::from(CALLS);
+                let n_records = Plan::new(&ints).unwrap().records().len();
+                (microseconds, n_records)
+            };
+            let (many, n_many) = time(0..512);
+            let (one, n_one) = time(512..513);
+            println!(
+                "{:10} {spec:18} 512 tokens, {n_many} rows sealed: {many:8.1} us; 1 token, {n_one}: {one:6.1} us",
+                lab.name()
+            );
+        }
+    }
+}
+
+fn owned(specs: &[&str]) -> Vec<String> {
+    specs.iter().map(|spec| spec.to_string()).collect()
+}
+
+#[test]
+fn every_recipe() {
+    walk_all(&recipes(&[]), &[shape(2, 2, 128, 128)], 12);
+}
+
+#[test]
+fn every_width_and_form() {
+    let group = ["skvq:k=8,v=8", "skvq:k=4,v=4", "skvq:k=3,v=3", "skvq:k=1.6,v=1.6", "skvq:k=2,v=2", "skvq:group=32"];
+    let forms = ["skvq:smooth=0", "skvq:mean=0,rotate=0", "skvq:group=64,symmetric=0,k=4", "skvq:refit=0,clip=0.8"];
+    let channel = ["kivi:k=2.25", "kivi:k=1", "kivi:k=3.5,meta=fp16", "kivi:k=4,adaptive=0", "ott:k=2.5,outliers=6"];
+    let adaptive = ["qaq:bits=3,attn-keys=1", "qaq:levels=normal", "qaq:outliers=2,symmetric=0,mean=0"];
+    let more = ["qaq:bits=1.5,min-bits=1,levels=normal", "qaq:adaptive=0", "qaq:attn-window=0,mean=0"];
+    let specs: Vec<String> =
+        [&group[..], &forms, &channel, &adaptive, &more].concat().iter().map(|s| with_page(s, 64)).collect();
+    walk_all(&specs, &[shape(1, 3, 64, 96)], 16);
+}
+
+fn with_page(spec: &str, page: usize) -> String {
+    format!("{spec}{}page={page},window=32", if spec.contains(':') { "," } else { ":" })
+}
+
+#[test]
+fn every_page_and_head_size() {
+    for page in [64, 256] {
+        let specs: Vec<String> =
+            ["skvq:k=1.6,v=3", "skvq:symmetric=0,group=32", "kivi:k=2.5", "qaq", "ott:k=3,outliers=3,pool=4"]
+                .iter()
+                .map(|spec| with_page(spec, page))
+                .collect();
+        walk_all(&specs, &[shape(1, 2, 96, 64), shape(1, 1, 256, 256), shape(2, 7, 64, 160)], 8);
+    }
+}
+
+/// A window so small that rows of the ubatch itself are sealed, and ones that join pages.
+#[test]
+fn small_windows() {
+    let specs =
+        ["skvq:page=64,window=0,sinks=0", "kivi:page=64,window=5", "ott:page=64,window=0", "qaq:page=64,window=8"];
+    walk_all(&owned(&specs), &[shape(1, 2, 64, 64)], 40);
+}
+
+/// Rows that join a page whose positions have moved since it was sealed.
+#[test]
+fn rows_are_turned_back() {
+    for lab in Lab::all() {
+        for (spec, shape) in
+            [("skvq:page=64,window=0", shape(1, 2, 64, 64)), ("kivi:page=64,window=8", shape(1, 3, 96, 64))]
+        {
+            let walked = walk(&lab, spec, shape, 331, 60, true);
+            assert!(walked.turned > 20, "{spec}: {} rows tell too little", walked.turned);
+        }
+    }
+}
+
+#[test]
+fn too_little_workspace_and_short_plans_are_refused() {
+    for lab in Lab::all() {
+        // Rows of such pages fit no shared memory.
+        let mut twin = Twin::new(&lab, "skvq:page=256", shape(1, 1, 256, 256), 512);
+        let ints = twin.layer.plan(0..3);
+        let rows = [(); 5].map(|()| lab.upload(&[0f32; 4096]));
+        let bytes = workspace_bytes(lab.device(), &twin.layer.layout, 3);
+        let given = Workspace { memory: twin.workspace.pointer(), bytes };
+        assert!((256 * 256 * 4..=twin.workspace.bytes()).contains(&bytes));
+        let short = Workspace { bytes: given.bytes - 1, ..given };
+        for (workspace, len, status) in
+            [(short, ints.len(), Status::BufferTooSmall), (given, ints.len() - 1, Status::InvalidArgument)]
+        {
+            let params = twin.params(&rows, 3, Learns::Nothing);
+            // SAFETY: nothing is enqueued.
+            let refused =
+                unsafe { enqueue(lab.device(), &twin.layer.layout, params, len, workspace, std::ptr::null_mut()) };
+            assert_eq!(refused.unwrap_err().status(), status);
+        }
+    }
+}
