@@ -22,6 +22,8 @@ pub(crate) const MAX_SOURCES: usize = FRESH as usize;
 pub const MAX_TURNS: usize = 4;
 /// Ints of the header that are zero.
 const RESERVED: [Range<usize>; 2] = [9..10, 11..STARTS_ANEW];
+/// Int of the header that holds the number of turns.
+const N_TURNS: usize = 10;
 /// Int of the header that holds the number of records.
 const N_RECORDS: usize = 6;
 /// Ints of the header that hold [`Plan::n_pages`] of both views.
@@ -168,6 +170,9 @@ pub(crate) fn describe(n_tokens: usize, n_slots: usize, n_cells: usize, page: us
         n_records: N_RECORDS as u32,
         n_pages: [N_PAGES as u32, N_PAGES as u32 + 1],
         starts_anew: STARTS_ANEW as u32,
+        turns: at(extent.turns()),
+        n_turns: N_TURNS as u32,
+        turn_ints: turn_ints(page) as u32,
     }
 }
 
@@ -206,7 +211,7 @@ impl<'a> Plan<'a> {
         let (n_tokens, n_slots) = (size(2, "tokens")?, size(3, "slots")?);
         let (n_cells, page) = (size(4, "cells")?, size(5, "cells per page")?);
         let (stream, n_records) = (size(1, "as its stream")?, size(N_RECORDS, "records")?);
-        let n_turns = size(10, "turns")?;
+        let n_turns = size(N_TURNS, "turns")?;
         let n_pages = [size(N_PAGES, "pages to scan before")?, size(N_PAGES + 1, "pages to scan after")?];
         if n_cells == 0 || page == 0 || !page.is_multiple_of(CELLS_PER_WORD) {
             return Err(Error::invalid(format!("plan has {n_cells} cells in pages of {page}")));
@@ -454,7 +459,7 @@ impl<'a> PlanWriter<'a> {
         let (used, unused) = self.ints[self.extent.turns()].split_at_mut(turns.len());
         used.copy_from_slice(turns);
         unused.fill(0);
-        self.ints[10] = (turns.len() / turn_ints(self.extent.page)) as i32;
+        self.ints[N_TURNS] = (turns.len() / turn_ints(self.extent.page)) as i32;
     }
 }
 
