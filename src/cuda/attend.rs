@@ -80,7 +80,7 @@ fn fits_fast(layer: &LayerDesc, head_dim_v: u32) -> bool {
 }
 
 /// Most warps of a block of a fast kernel, and the fewest that are worth it.
-const FAST_WARPS: std::ops::RangeInclusive<u32> = 4..=16;
+const FAST_WARPS: std::ops::RangeInclusive<u32> = 4..=12;
 
 /// See `attend_fast.cu`.
 fn fast_block(layer: &LayerDesc, kernel: &Kernel, n_pieces: u32, limits: Limits) -> Option<Block> {
@@ -96,10 +96,7 @@ fn fast_block(layer: &LayerDesc, kernel: &Kernel, n_pieces: u32, limits: Limits)
     let (coefficient_bytes, weight_bytes) = (padded(coefficients), padded(if layer.v.width == 3 { 512 } else { 256 }));
     let page = |side: &SideDesc| side.page_bytes.next_multiple_of(128);
     let outputs = rows * layer.v.head_dim * 4;
-    // Scores of a page: those of four rows, or more, are kept by four.
-    let scores = rows.next_multiple_of(4) * layer.page * 4;
-    let shared_warp = page(&layer.k) + page(&layer.v) + rows * (coefficient_bytes + weight_bytes) + scores;
-    let shared_warp = shared_warp.max(outputs);
+    let shared_warp = (page(&layer.k) + page(&layer.v) + rows * (coefficient_bytes + weight_bytes)).max(outputs);
     let dim = layer.k.head_dim;
     let states = |n_warps: u32| 4 * (3 * rows + n_warps * rows * 4 + 1);
     let shared_warps = rows * (4 * dim.max(layer.v.head_dim) + 2 * (dim + 8)) + states(*FAST_WARPS.end());
