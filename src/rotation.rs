@@ -5,6 +5,7 @@
 //! frequency[i]`, and the score `q . turned(k)` is `turned_back(q) . k`: packed keys can stay as they are.
 #![forbid(unsafe_code)]
 
+use crate::cuda::desc::RotationDesc;
 use crate::error::{Error, Result};
 use crate::shape::MAX_HEAD_DIM;
 
@@ -53,6 +54,15 @@ impl Rotation {
             })
         };
         Ok(Self { n_pairs: frequencies.len(), interleaved, powers: (0..BITS).flat_map(power).collect() })
+    }
+
+    /// The same for device code.
+    pub(crate) fn describe(&self) -> RotationDesc {
+        let mut desc = RotationDesc::default();
+        // The first of the powers is a move by one.
+        desc.pairs.iter_mut().zip(&self.powers[..self.n_pairs]).for_each(|(to, from)| *to = *from);
+        (desc.n_pairs, desc.interleaved) = (self.n_pairs as u32, self.interleaved.into());
+        desc
     }
 
     /// Fails unless heads of `head_dim` values have all the pairs.

@@ -2,12 +2,12 @@
 
 use std::ffi::{c_char, c_void, CStr};
 
-use super::attention::kvq_attend_args;
+use super::attention::{kvq_attend_args, rotation};
 use super::layout::kvq_layout;
 use super::store::kvq_store_args;
 use super::{check, guard, output, release, shared};
 use crate::cuda::attend::{self, Workspace};
-use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc, StoreParams};
+use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc, RotationDesc, StoreParams};
 use crate::cuda::{store, unsupported, Device};
 use crate::error::{Error, Result, Status};
 
@@ -65,8 +65,9 @@ pub unsafe extern "C" fn kvq_attend_workspace(
 }
 
 /// Enqueues kvq_attend for a layer whose memory is on `device`, on a CUDA stream (a cudaStream_t or CUstream; NULL: the
-/// default stream). Every pointer in `args` is a device pointer, `plan` included, and `n_splits` is 1: the result is
-/// final. The host reads nothing of them, allocates nothing and does not wait, so the call can be captured in a CUDA
+/// default stream). Every pointer in `args` but `rotation` is a device pointer, `plan` included, and `n_splits` is 1: the
+/// result is final. With a rotation the kernels that read turned pages are taken, which are slow: leave it NULL until
+/// positions have moved. The host reads nothing of them, allocates nothing and does not wait, so the call can be captured in a CUDA
 /// graph; `args` itself is read during the call only. The plan is trusted: it must come from kvq_planner_plan.
 ///
 /// What no kernel can do is refused with KVQ_STATUS_UNSUPPORTED before anything is enqueued.
@@ -84,7 +85,12 @@ pub unsafe extern "C" fn kvq_attend_enqueue(
         let (device, layout, args) =
             unsafe { (shared(device, "device")?, shared(layout, "layout")?, shared(args, "args")?) };
         check_workspace(workspace, "workspace")?;
-        let params = attend_params(args)?;
+        let mut params = attend_params(args)?;
+        // SAFETY: rotation is NULL or a live rotation, on the host, as the header requires.
+        if let Some(rotation) = unsafe { rotation(args.rotation, "rotation") }? {
+            rotation.check(layout.layout.shape().head_dim_k as usize)?;
+            params.rotation = rotation.describe();
+        }
         let workspace = Workspace { memory: workspace, bytes: workspace_bytes };
         // SAFETY: device memory of the sizes that the header gives.
         unsafe { attend::enqueue(&device.device, &layout.layout, params, args.plan_len, workspace, stream) }
@@ -255,5 +261,6 @@ fn attend_params(args: &kvq_attend_args) -> Result<AttendParams> {
         shared_warp: 0,
         coefficient_bytes: 0,
         weight_bytes: 0,
+        rotation: RotationDesc::default(),
     })
 }

@@ -13,6 +13,8 @@ pub(super) struct Kernel {
     pub(super) name: &'static str,
     /// Query rows that a block takes.
     pub(super) tile_rows: u32,
+    /// It knows pages whose positions have moved.
+    pub(super) reads_turned: bool,
     /// Whether it can read the layer.
     pub(super) fits: fn(&LayerDesc) -> bool,
     /// Blocks that keep a multiprocessor busy.
@@ -48,18 +50,18 @@ static KERNELS: &[Kernel] = &[
 ];
 
 const fn general(name: &'static str, tile_rows: u32) -> Kernel {
-    Kernel { name, tile_rows, fits: |_| true, blocks_per_multiprocessor: 3, block: general_block }
+    Kernel { name, tile_rows, reads_turned: true, fits: |_| true, blocks_per_multiprocessor: 3, block: general_block }
 }
 
 const fn fast(name: &'static str, tile_rows: u32, fits: fn(&LayerDesc) -> bool) -> Kernel {
-    Kernel { name, tile_rows, fits, blocks_per_multiprocessor: 1, block: fast_block }
+    Kernel { name, tile_rows, reads_turned: false, fits, blocks_per_multiprocessor: 1, block: fast_block }
 }
 
 /// See `attend_any.cu`.
 fn general_block(layer: &LayerDesc, kernel: &Kernel, _n_pieces: u32, limits: Limits) -> Option<Block> {
     let (columns, rows) = (layer.page.max(128), kernel.tile_rows);
     let dim = layer.k.head_dim.max(layer.v.head_dim);
-    let shared_warps = 4 * (2 * rows * dim + 2 * rows * columns + 8 * rows + 2 * dim + 256 + 128);
+    let shared_warps = 4 * (3 * rows * dim + 2 * rows * columns + 8 * rows + 2 * dim + 256 + 128);
     let block = Block { n_warps: 4, shared_warps, shared_warp: 0, coefficient_bytes: 0, weight_bytes: 0 };
     (block.shared_bytes() <= limits.shared_bytes).then_some(block)
 }
@@ -78,7 +80,7 @@ fn fits_fast(layer: &LayerDesc, head_dim_v: u32) -> bool {
 }
 
 /// Most warps of a block of a fast kernel, and the fewest that are worth it.
-const FAST_WARPS: std::ops::RangeInclusive<u32> = 4..=16;
+const FAST_WARPS: std::ops::RangeInclusive<u32> = 4..=12;
 
 /// See `attend_fast.cu`.
 fn fast_block(layer: &LayerDesc, kernel: &Kernel, n_pieces: u32, limits: Limits) -> Option<Block> {
@@ -94,10 +96,7 @@ fn fast_block(layer: &LayerDesc, kernel: &Kernel, n_pieces: u32, limits: Limits)
     let (coefficient_bytes, weight_bytes) = (padded(coefficients), padded(if layer.v.width == 3 { 512 } else { 256 }));
     let page = |side: &SideDesc| side.page_bytes.next_multiple_of(128);
     let outputs = rows * layer.v.head_dim * 4;
-    // Scores of a page: those of four rows, or more, are kept by four.
-    let scores = rows.next_multiple_of(4) * layer.page * 4;
-    let shared_warp = page(&layer.k) + page(&layer.v) + rows * (coefficient_bytes + weight_bytes) + scores;
-    let shared_warp = shared_warp.max(outputs);
+    let shared_warp = (page(&layer.k) + page(&layer.v) + rows * (coefficient_bytes + weight_bytes)).max(outputs);
     let dim = layer.k.head_dim;
     let states = |n_warps: u32| 4 * (3 * rows + n_warps * rows * 4 + 1);
     let shared_warps = rows * (4 * dim.max(layer.v.head_dim) + 2 * (dim + 8)) + states(*FAST_WARPS.end());
@@ -129,12 +128,12 @@ struct Cut {
 }
 
 impl Cut {
-    fn new(device: &Device, layer: &LayerDesc, n_tokens: u32, n_kv: u32) -> Result<Self> {
+    fn new(device: &Device, layer: &LayerDesc, n_tokens: u32, n_kv: u32, turned: bool) -> Result<Self> {
         let rows = n_tokens
             .checked_mul(layer.gqa_ratio)
             .filter(|rows| *rows > 0)
             .ok_or_else(|| Error::invalid(format!("{n_tokens} query tokens are not possible")))?;
-        let cuts = KERNELS.iter().filter(|kernel| (kernel.fits)(layer));
+        let cuts = KERNELS.iter().filter(|kernel| (kernel.fits)(layer) && (kernel.reads_turned || !turned));
         let cuts = cuts.filter_map(|kernel| Self::with(kernel, device.limits(), layer, rows, n_kv));
         cuts.min_by_key(|cut| cut.n_tiles)
             .ok_or_else(|| super::unsupported("no kernel of this build attends such a layer on this device"))
@@ -166,7 +165,8 @@ fn n_cells_seen(layer: &LayerDesc, n_kv: u32) -> u32 {
 /// Bytes of workspace for a call with so many query tokens and columns of the mask.
 pub(crate) fn workspace_bytes(device: &Device, layout: &Layout, n_tokens: u32, n_kv: u32) -> Result<usize> {
     let layer = layout.describe();
-    Ok(Cut::new(device, &layer, n_tokens, n_kv)?.workspace_bytes(&layer))
+    let bytes = |turned| Ok(Cut::new(device, &layer, n_tokens, n_kv, turned)?.workspace_bytes(&layer));
+    Ok(usize::max(bytes(false)?, bytes(true)?))
 }
 
 /// Device memory that a call may use while it runs.
@@ -190,7 +190,8 @@ pub(crate) unsafe fn enqueue(
     stream: *mut c_void,
 ) -> Result<()> {
     let layer = layout.describe();
-    let cut = Cut::new(device, &layer, params.n_tokens, params.n_kv)?;
+    let turned = params.rotation.n_pairs > 0;
+    let cut = Cut::new(device, &layer, params.n_tokens, params.n_kv, turned)?;
     let need = plan_len(params.n_tokens as usize, layout.n_slots(), layout.n_cells(), layout.page());
     if given_plan_len < need {
         return Err(Error::invalid(format!(

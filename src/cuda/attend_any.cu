@@ -13,17 +13,19 @@ constexpr uint32_t THREADS = 128, WARPS = THREADS / 32, MAX_POOL = 128;
 // Shared memory of a block, floats; cuda/attend.rs adds up the same.
 template <int ROWS> struct Shared {
     float *query;     // [ROWS][dim]: as it came, times the scale
+    float *turned;    // [ROWS][dim]: turned back by the distance that rows of a page have moved
     float *prepared;  // [ROWS][dim]: what the codes of a page are multiplied with
     float *scores;    // [ROWS][columns]: scores, then softmax weights
     float *weights;   // [ROWS][columns]: what the codes of values are multiplied with; scores by place
     float *maximum, *sum, *factor, *slope, *offset, *total, *spoiled, *changed;  // [ROWS]
-    float *table;     // [2][dim]: steps and exponents
+    float *table;     // [2][dim]: cosines and sines of a turn; factors
     float *spare;     // [256]
     int *pooled;      // [MAX_POOL]
 
     __device__ Shared(float *s, uint32_t dim, uint32_t columns) {
         const auto take = [&](uint32_t n) { float *p = s; s += n; return p; };
         query = take(ROWS * dim);
+        turned = take(ROWS * dim);
         prepared = take(ROWS * dim);
         scores = take(ROWS * columns);
         weights = take(ROWS * columns);
@@ -44,12 +46,15 @@ template <int ROWS> struct Attend {
     const uint32_t warp, lane, columns;
     float acc[2][ROWS] = {};
     bool is_prepared = false;
+    int turned_by = 0;            // what `query` is turned back by
+    const float *query;           // what pages are scored with
+    uint32_t first_turn = 0, n_turns = 0, chosen = ABSENT;  // of a page; the one scored now, ABSENT: rows that have not moved
 
     __device__ Attend(const AttendParams &params, float *shared)
         : p(params), layer(params.layer), tile(Tile::of_block(params, ROWS)),
           s(shared, max(layer.k.head_dim, layer.v.head_dim), max(layer.page, 128u)),
           k_region(p.k_mem + tile.head * layer.k.head_bytes), v_region(p.v_mem + tile.head * layer.v.head_bytes),
-          warp(threadIdx.x / 32), lane(threadIdx.x % 32), columns(max(layer.page, 128u)) {}
+          warp(threadIdx.x / 32), lane(threadIdx.x % 32), columns(max(layer.page, 128u)) { query = s.query; }
 
     __device__ void load_query() {
         const uint32_t dim = layer.k.head_dim;
@@ -80,6 +85,62 @@ template <int ROWS> struct Attend {
         __syncthreads();
     }
 
+    // Prepares for keys that have moved by a distance: see rotation.rs.
+    __device__ void turn_query(int distance) {
+        if (distance == turned_by) return;
+        turned_by = distance;
+        is_prepared = false;
+        query = distance == 0 ? s.query : s.turned;
+        if (distance == 0) return;
+        const RotationDesc &rotation = p.rotation;
+        const uint32_t n = rotation.n_pairs, dim = layer.k.head_dim, magnitude = distance < 0 ? 0u - uint32_t(distance) : uint32_t(distance);
+        __syncthreads();
+        for (uint32_t i = threadIdx.x; i < n; i += THREADS) {
+            // (cosine, sine) of one position, to the power of the distance.
+            double c = 1.0, d = 0.0, x = rotation.pairs[i][0], y = rotation.pairs[i][1];
+            for (uint32_t m = magnitude; m > 0; m /= 2) {
+                const double product = c * x - d * y, square = x * x - y * y;
+                if (m & 1) d = c * y + d * x, c = product;
+                y = 2.0 * x * y, x = square;
+            }
+            s.table[2 * i] = float(c);
+            s.table[2 * i + 1] = float(distance < 0 ? -d : d);
+        }
+        __syncthreads();
+        for (uint32_t r = warp; r < ROWS; r += WARPS) {
+            const float *from = s.query + r * dim;
+            float *to = s.turned + r * dim;
+            for (uint32_t c = 2 * n + lane; c < dim; c += 32) to[c] = from[c];
+            for (uint32_t i = lane; i < n; i += 32) {
+                const uint32_t a = rotation.interleaved ? 2 * i : i, b = rotation.interleaved ? 2 * i + 1 : i + n;
+                const float x = from[a], y = from[b], cosine = s.table[2 * i], sine = s.table[2 * i + 1];
+                to[a] = x * cosine + y * sine;
+                to[b] = y * cosine - x * sine;
+            }
+        }
+        __syncthreads();
+    }
+
+    __device__ const int *turn(uint32_t i) const { return p.plan + p.plan_at.turns + i * p.plan_at.turn_ints; }
+    // Finds the turns of a page; all turns are sorted by page.
+    __device__ void find_turns(uint32_t page) {
+        const uint32_t all = p.rotation.n_pairs > 0 ? uint32_t(p.plan[p.plan_at.n_turns]) : 0;
+        uint32_t end = all;
+        first_turn = n_turns = 0;
+        while (first_turn < end) {
+            const uint32_t middle = (first_turn + end) / 2;
+            if (uint32_t(turn(middle)[0]) < page) first_turn = middle + 1;
+            else end = middle;
+        }
+        while (first_turn + n_turns < all && uint32_t(turn(first_turn + n_turns)[0]) == page) n_turns++;
+    }
+    // Whether a token is among the rows that are scored now.
+    __device__ bool is_chosen(uint32_t t) const {
+        for (uint32_t i = 0; i < n_turns; i++)
+            if (uint32_t(turn(first_turn + i)[2 + t / 32]) >> t % 32 & 1) return chosen == i;
+        return chosen == ABSENT;
+    }
+
     // Whether any query row may see a cell of the page.
     __device__ bool is_visible(uint32_t page) {
         const int *bits = p.plan + p.plan_at.page_bits[p.view] + page * (layer.page / 32);
@@ -108,7 +169,7 @@ template <int ROWS> struct Attend {
         for (uint32_t c = threadIdx.x; c < dim; c += THREADS) s.table[dim + c] = k.exponents != ABSENT ? page.factor(k, c) : 1.f;
         __syncthreads();
         for (uint32_t r = warp; r < ROWS; r += WARPS) {
-            for (uint32_t c = lane; c < dim; c += 32) s.prepared[r * dim + c] = s.query[r * dim + c] * s.table[dim + c];
+            for (uint32_t c = lane; c < dim; c += 32) s.prepared[r * dim + c] = query[r * dim + c] * s.table[dim + c];
             __syncwarp();
             if (k.rotate) rotate_row(s.prepared + r * dim, dim, lane);
         }
@@ -121,7 +182,7 @@ template <int ROWS> struct Attend {
         for (uint32_t r = warp; r < ROWS; r += WARPS) {
             float base = 0.f, total = 0.f;
             for (uint32_t c = lane; c < k.head_dim; c += 32) {
-                if (k.mean != ABSENT) base += s.query[r * k.head_dim + c] * page.mean(k, c);
+                if (k.mean != ABSENT) base += query[r * k.head_dim + c] * page.mean(k, c);
                 total += s.prepared[r * k.head_dim + c];
             }
             base = warp_sum(base);
@@ -152,6 +213,7 @@ template <int ROWS> struct Attend {
                 const float step = page.step(k, g * layer.page + t), mid = page.mid(k, g * layer.page + t);
                 for (int r = 0; r < ROWS; r++) score[r] += step * (sum[r] - centre * total[r]) + mid * total[r];
             }
+            if (!is_chosen(t)) continue;
             for (int r = 0; r < ROWS; r++) s.scores[r * columns + t] = score[r];
         }
     }
@@ -163,7 +225,7 @@ template <int ROWS> struct Attend {
         for (uint32_t r = warp; r < ROWS; r += WARPS) {
             float offset = 0.f;
             for (uint32_t d = lane; d < dim; d += 32) {
-                const float q = s.query[r * dim + page.ordered(k, d, dim)], step = page.step(k, d);
+                const float q = query[r * dim + page.ordered(k, d, dim)], step = page.step(k, d);
                 s.prepared[r * dim + d] = q * step;
                 offset += q * (page.mid(k, d) - step * centre_of(segments.bits(d / 16), false));
             }
@@ -176,6 +238,7 @@ template <int ROWS> struct Attend {
             float sum[ROWS];
             for (int r = 0; r < ROWS; r++) sum[r] = s.offset[r];
             mixed_dot<ROWS>(segments, false, words, dim, s.prepared, dim, sum);
+            if (!is_chosen(t)) continue;
             for (int r = 0; r < ROWS; r++) s.scores[r * columns + t] = sum[r];
         }
     }
@@ -203,6 +266,7 @@ template <int ROWS> struct Attend {
         __syncthreads();
         for (uint32_t t = threadIdx.x; t < n; t += THREADS) {
             const uint32_t place = page.ordered(k, t, n);
+            if (!is_chosen(t)) continue;
             for (int r = 0; r < ROWS; r++) s.scores[r * columns + t] = s.weights[r * columns + place];
         }
     }
@@ -331,9 +395,15 @@ template <int ROWS> struct Attend {
     __device__ void attend_page(uint32_t index) {
         if (!is_visible(index)) return;
         const Page k = Page::of(layer.k, k_region, index), v = Page::of(layer.v, v_region, index);
-        if (layer.k.codec == CODEC_GROUP) group_scores(k);
-        else if (layer.k.codec == CODEC_CHANNEL) channel_scores(k);
-        else adaptive_scores(k);
+        find_turns(index);
+        for (uint32_t i = 0; i <= n_turns; i++) {
+            chosen = i == n_turns ? ABSENT : i;
+            turn_query(i == n_turns ? 0 : turn(first_turn + i)[1]);
+            if (layer.k.codec == CODEC_GROUP) group_scores(k);
+            else if (layer.k.codec == CODEC_CHANNEL) channel_scores(k);
+            else adaptive_scores(k);
+            __syncthreads();
+        }
         mask_page(index);
         if (softmax(layer.page)) {
             if (layer.v.codec == CODEC_GROUP) group_values(v);

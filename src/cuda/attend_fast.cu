@@ -92,7 +92,6 @@ template <int ROWS, int DIM_V> struct Fast {
     bool mask_ahead;
     uint8_t *own, *k_page, *v_page, *coefficients, *weights;
     Target k_target, v_target;
-    float4 *kept;  // [block][tile][lane]: scores of a page
     // Registers.
     float acc[DIM_V / 32][2][4] = {};
     float reference[2] = {DEAD, DEAD}, sum[2] = {}, steps[2] = {};
@@ -120,7 +119,6 @@ template <int ROWS, int DIM_V> struct Fast {
         v_page = k_page + (k.page_bytes + 127) / 128 * 128;
         coefficients = v_page + (v.page_bytes + 127) / 128 * 128;
         weights = coefficients + ROWS * p.coefficient_bytes;
-        kept = reinterpret_cast<float4 *>(weights + ROWS * p.weight_bytes) + lane;
         k_target = target(k_page), v_target = target(v_page);
         k_region = p.k_mem + tile.head * k.head_bytes;
         v_region = p.v_mem + tile.head * v.head_bytes;
@@ -372,16 +370,15 @@ template <int ROWS, int DIM_V> struct Fast {
     // c[block][tile] += the products of the words of four lanes, read as FIELDS fields of BITS bits.
     template <int BITS, int FIELDS, int N>
     __device__ __forceinline__ void multiply_fields(const uint8_t *page, uint32_t word, uint32_t n_words, uint32_t shift, const uint4 *b, float (&c)[N][2][4]) {
-        constexpr int TOGETHER = N > 1 ? 2 : 1;
         uint4 coefs[FIELDS / 2];
 #pragma unroll
         for (int f = 0; f < FIELDS / 2; f++) coefs[f] = b[f];
         // Two blocks at a time: sums that do not wait for each other.
 #pragma unroll
-        for (int pair = 0; pair < N; pair += TOGETHER) {
-            uint32_t x[TOGETHER][4];
+        for (int pair = 0; pair < N; pair += 2) {
+            uint32_t x[2][4];
 #pragma unroll
-            for (int i = 0; i < TOGETHER; i++) {
+            for (int i = 0; i < 2; i++) {
                 const uint32_t row = word + (pair + i) * n_words;
                 const uint4 codes = *reinterpret_cast<const uint4 *>(page + row * 128 + ((quad ^ (row & 7)) << 4));
                 x[i][0] = codes.x >> shift, x[i][1] = codes.y >> shift, x[i][2] = codes.z >> shift, x[i][3] = codes.w >> shift;
@@ -391,7 +388,7 @@ template <int ROWS, int DIM_V> struct Fast {
                 const uint32_t mask = ((1u << BITS) - 1) * 0x00010001u << BITS * f;
                 const uint32_t b0 = f % 2 ? coefs[f / 2].z : coefs[f / 2].x, b1 = f % 2 ? coefs[f / 2].w : coefs[f / 2].y;
 #pragma unroll
-                for (int i = 0; i < TOGETHER; i++)
+                for (int i = 0; i < 2; i++)
 #pragma unroll
                     for (int j = 0; j < 2; j++)
                         mma(c[pair + i][j], x[i][j] & mask, x[i][j + 2] & mask, x[i][j] >> 8 & mask, x[i][j + 2] >> 8 & mask, b0, b1);
@@ -399,21 +396,20 @@ template <int ROWS, int DIM_V> struct Fast {
         }
     }
 
-    // The same for all words of N blocks of 32 lanes of a tile, of which the first starts at row `first`; `coefs`: this lane's
-    // column of B.
-    template <int N, bool UNEVEN> __device__ __forceinline__ void multiply(const Words &w, const uint8_t *page, uint32_t first, const uint8_t *coefs, float (&c)[N][2][4]) {
+    // The same for all words of N blocks of 32 lanes of a tile; `coefs`: this lane's column of B.
+    template <int N, bool UNEVEN> __device__ __forceinline__ void multiply(const Words &w, const uint8_t *page, const uint8_t *coefs, float (&c)[N][2][4]) {
 #pragma unroll 1
         for (uint32_t group = 0; group < w.groups(); group++) {
             const Reading reading = w.reading(group);
             const auto at = [&](uint32_t word, uint32_t more) { return reinterpret_cast<const uint4 *>(coefs + w.at(word) + more); };
             // A fourth lane without a word reads another one, and has coefficients of zero.
-            const uint32_t own_word = 4 * group + t, word = first + min(own_word, w.n - 1);
+            const uint32_t own_word = 4 * group + t, word = min(own_word, w.n - 1);
             if (reading == TWO_BITS) multiply_fields<2, 4, N>(page, word, w.n, 0, at(own_word, 0), c);
             else if (reading == FOUR_BITS) multiply_fields<4, 2, N>(page, word, w.n, 0, at(own_word, 0), c);
             else if (reading == ONE_BIT) multiply_fields<1, 8, N>(page, word, w.n, 0, at(own_word, 0), c);
             else if (!UNEVEN) return;  // values: four words at a time, whatever their width
-            else if (reading == ONE_BIT_PAIR) multiply_fields<1, 4, N>(page, first + 4 * group + t / 2, w.n, 4 * (t % 2), at(4 * group + t / 2, 32 * (t % 2)), c);
-            else multiply_fields<1, 2, N>(page, first + 4 * group, w.n, 2 * t, at(4 * group, 16 * t), c);
+            else if (reading == ONE_BIT_PAIR) multiply_fields<1, 4, N>(page, 4 * group + t / 2, w.n, 4 * (t % 2), at(4 * group + t / 2, 32 * (t % 2)), c);
+            else multiply_fields<1, 2, N>(page, 4 * group, w.n, 2 * t, at(4 * group, 16 * t), c);
         }
     }
 
@@ -538,52 +534,54 @@ template <int ROWS, int DIM_V> struct Fast {
             prepare_channel(words, segments, header, base);
         }
         const uint8_t *coefs = coefficients + (TWICE ? g % 4 : g) * p.coefficient_bytes;
-        const bool plain = is_plain(page, at), grouped = k.codec == CODEC_GROUP;
-        float most[2] = {DEAD, DEAD};
-        // A loop that is not unrolled, and scores in shared memory, each lane's for itself: code that fits the instruction
-        // caches is worth more than registers.
-#pragma unroll 1
-        for (uint32_t b = 0; b < BLOCKS; b++) {
-            float c[1][2][4] = {};
-            multiply<1, true>(words, k_page, b * words.n, coefs, c);
-            const uint32_t codes = grouped ? *reinterpret_cast<const uint32_t *>(k_page + swizzle(k.steps + 32 * b + 4 * quad)) : 0;
-            const uint32_t bits = at.get(b);
+        float score[BLOCKS][TILES][2][2], most[2] = {DEAD, DEAD};  // [block][tile][token][column]
+        float c[BLOCKS][2][4] = {};
+        multiply<BLOCKS, true>(words, k_page, coefs, c);
 #pragma unroll
-            for (int j = 0; j < TILES; j++) {
-                float score[4];  // [token][column]
+        for (uint32_t b = 0; b < BLOCKS; b++) {
+            const uint32_t codes = k.codec == CODEC_GROUP ? *reinterpret_cast<const uint32_t *>(k_page + swizzle(k.steps + 32 * b + 4 * quad)) : 0;
+#pragma unroll
+            for (int j = 0; j < TILES; j++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const float step = scale_decode(codes >> 8 * ((TWICE ? t / 2 : j) + 2 * i) & 255, header[0]);
+                    const uint32_t code = codes >> 8 * ((TWICE ? t / 2 : j) + 2 * i) & 255;
+                    const float step = scale_decode(code, header[0]);
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        const float x = TWICE ? (t / 2 ? c[0][1][2 * i + e] : c[0][0][2 * i + e]) : c[0][j][2 * i + e];
+                        const float x = TWICE ? (t / 2 ? c[b][1][2 * i + e] : c[b][0][2 * i + e]) : c[b][j][2 * i + e];
                         float s = scale[e] * x;
-                        if (grouped) s = step * (s + offset[e]);
-                        score[2 * i + e] = s + base[e];
+                        if (k.codec == CODEC_GROUP) s = step * (s + offset[e]);
+                        score[b][j][i][e] = s + base[e];
                     }
                 }
-                if (p.softcap > 0.f) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) score[i] = capped(score[i]);
-                }
-                if (!plain) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const uint32_t token = token_of(j, i / 2);
-                        score[i] = masked(score[i], bits >> token & 1 ? int(page * PAGE + 32 * b + token) : -1, i % 2);
-                    }
-                }
-#pragma unroll
-                for (int i = 0; i < 4; i++) most[i % 2] = fmaxf(most[i % 2], score[i]);
-                kept[(b * TILES + j) * 32] = make_float4(score[0], score[1], score[2], score[3]);
-            }
         }
         __syncwarp();
         uint32_t next = candidate;
         if (!__any_sync(FULL, candidate_bits != 0)) next = next_page(candidate + stride, end, stride);
         if (next != ~0u) fetch(k_target, k_region, k, next);
         copy_commit();
+        const Look now = at;
         if (next != ~0u) look(next, at);
+        const auto each = [&](auto f) {
+#pragma unroll
+            for (uint32_t b = 0; b < BLOCKS; b++)
+#pragma unroll
+                for (int j = 0; j < TILES; j++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+#pragma unroll
+                        for (int e = 0; e < 2; e++) f(b, j, i, e);
+        };
+        if (p.softcap > 0.f) each([&](uint32_t b, int j, int i, int e) { score[b][j][i][e] = capped(score[b][j][i][e]); });
+        if (!is_plain(page, now)) {
+            const uint32_t bits[BLOCKS] = {now.get(0), now.get(1), now.get(2), now.get(3)};
+            each([&](uint32_t b, int j, int i, int e) {
+                const uint32_t token = token_of(j, i);
+                const int cell = bits[b] >> token & 1 ? int(page * PAGE + 32 * b + token) : -1;
+                score[b][j][i][e] = masked(score[b][j][i][e], cell, e);
+            });
+        }
+        each([&](uint32_t b, int j, int i, int e) { most[e] = fmaxf(most[e], score[b][j][i][e]); });
         max_of_columns(most);
         move_reference(most);
         copy_wait<1>();
@@ -594,14 +592,12 @@ template <int ROWS, int DIM_V> struct Fast {
         // Steps relative to the page's largest possible one.
         const uint32_t step_base = 127 - 16;
         const float step_scale = LIFT * place, above = three ? high / place : 0.f;
-#pragma unroll 1
+#pragma unroll
         for (uint32_t b = 0; b < BLOCKS; b++) {
             const uint32_t codes = *reinterpret_cast<const uint32_t *>(v_page + swizzle(v.steps + 32 * b + 4 * quad));
 #pragma unroll
             for (int j = 0; j < TILES; j++) {
                 const int s = TWICE ? t / 2 : j;
-                const float4 y = kept[(b * TILES + j) * 32];
-                const float score[4] = {y.x, y.y, y.z, y.w};
                 float step[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) step[i] = scale_decode(codes >> 8 * (s + 2 * i) & 255, step_base) * step_scale;
@@ -610,14 +606,14 @@ template <int ROWS, int DIM_V> struct Fast {
                     float x[2];
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        const float q = power_of_two(score[2 * i + e] - most[e]);
+                        const float q = power_of_two(score[b][j][i][e] - most[e]);
                         sums[e] += q;
                         x[i] = q * step[i];
                         step_sums[e] += x[i];
                     }
-                    uint8_t *put = put_at + e * p.weight_bytes + 64 * b + 4 * s;
-                    *reinterpret_cast<uint32_t *>(put) = pack_halves(x[0], x[1]);
-                    if (three) *reinterpret_cast<uint32_t *>(put + 256) = pack_halves(x[0] * above, x[1] * above);
+                    uint8_t *at = put_at + e * p.weight_bytes + 64 * b + 4 * s;
+                    *reinterpret_cast<uint32_t *>(at) = pack_halves(x[0], x[1]);
+                    if (three) *reinterpret_cast<uint32_t *>(at + 256) = pack_halves(x[0] * above, x[1] * above);
                 }
             }
         }
@@ -634,7 +630,7 @@ template <int ROWS, int DIM_V> struct Fast {
         const Words values = Words::of(Segments::uniform(v.width, PAGE / 16), PAGE / 16);
         const uint8_t *b = weights + (TWICE ? g % 4 : g) * p.weight_bytes;
         float o[DIM_V / 32][2][4] = {};
-        multiply<DIM_V / 32, false>(values, v_page, 0, b, o);
+        multiply<DIM_V / 32, false>(values, v_page, b, o);
 #pragma unroll
         for (int block = 0; block < DIM_V / 32; block++) {
 #pragma unroll
@@ -676,7 +672,6 @@ template <int ROWS, int DIM_V> struct Fast {
         // sees it: rows that hold nothing are hidden, or not added up.
         const bool is_stored = rows.kind != ExactRows::CURRENT, has_value = 4 * lane < uint32_t(DIM_V);
         uint4 keys[4][2];
-        uint2 values[PIECE];
         if (is_stored) {
 #pragma unroll
             for (uint32_t i = 0; i < 4; i++)
@@ -685,9 +680,6 @@ template <int ROWS, int DIM_V> struct Fast {
                     const bool is_there = 32 * i < dim && g + 8 * half < n;
                     keys[i][half] = is_there ? *reinterpret_cast<const uint4 *>(rows.half_row(k, p.k_mem, tile.head, first + g + 8 * half) + 32 * i + 8 * t) : make_uint4(0, 0, 0, 0);
                 }
-#pragma unroll
-            for (uint32_t i = 0; i < PIECE; i++)
-                values[i] = has_value && i < n ? *reinterpret_cast<const uint2 *>(rows.half_row(v, p.v_mem, tile.head, first + i) + 4 * lane) : make_uint2(0, 0);
         }
         const auto cell_of = [&](uint32_t i) { return i < n ? rows.cell(p, tile.head, first + i) : -1; };
         const int own_cell = lane < PIECE ? cell_of(lane) : -1;
@@ -757,11 +749,18 @@ template <int ROWS, int DIM_V> struct Fast {
                 for (int j = 0; j < 4; j++) exact.of[r][j] += table[i * ROWS + r] * x[j];
         };
         if (has_value && is_stored) {
+            // Eight at a time, asked for together.
+#pragma unroll 1
+            for (uint32_t from = 0; from < PIECE; from += 8) {
+                uint2 values[8];
 #pragma unroll
-            for (uint32_t i = 0; i < PIECE; i++) {
-                if (!(seen >> i & 1)) continue;
-                const uint2 y = values[i];
-                add_value(i, {half_to_float(uint16_t(y.x)), half_to_float(uint16_t(y.x >> 16)), half_to_float(uint16_t(y.y)), half_to_float(uint16_t(y.y >> 16))});
+                for (uint32_t i = 0; i < 8; i++)
+                    values[i] = seen >> (from + i) & 1 ? *reinterpret_cast<const uint2 *>(rows.half_row(v, p.v_mem, tile.head, first + from + i) + 4 * lane) : make_uint2(0, 0);
+#pragma unroll
+                for (uint32_t i = 0; i < 8; i++) {
+                    const uint2 y = values[i];
+                    add_value(from + i, {half_to_float(uint16_t(y.x)), half_to_float(uint16_t(y.x >> 16)), half_to_float(uint16_t(y.y)), half_to_float(uint16_t(y.y >> 16))});
+                }
             }
         } else if (has_value) {
 #pragma unroll 1
@@ -1017,7 +1016,7 @@ template <int ROWS, int DIM_V> struct Fast {
 }  // namespace kvq
 
 #define KVQ_FAST(name, rows, dim)                                 \
-    KVQ_KERNEL(name, 512, 1, kvq::AttendParams) {                 \
+    KVQ_KERNEL(name, 384, 1, kvq::AttendParams) {                 \
         KVQ_SHARED(shared);                                       \
         kvq::Fast<rows, dim>(p, shared).run();                    \
     }

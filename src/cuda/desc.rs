@@ -178,6 +178,24 @@ pub struct PlanDesc {
     pub n_turns: u32,
     /// Whether the stream starts anew.
     pub starts_anew: u32,
+    /// Turns.
+    pub turns: u32,
+    /// The number of turns.
+    pub n_turns: u32,
+    /// Ints of a turn: page, distance, a bit for each cell.
+    pub turn_ints: u32,
+}
+
+/// How keys turn with their positions; see `rotation`. Without pairs, no position has moved.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RotationDesc {
+    /// Cosine and sine of a move by one position.
+    pub pairs: [[f64; 2]; 128],
+    /// Pairs that turn.
+    pub n_pairs: u32,
+    /// 1: pairs are neighbours, 0: halves.
+    pub interleaved: u32,
 }
 
 /// What the attention kernels get. Every pointer is the device's.
@@ -252,6 +270,14 @@ pub struct AttendParams {
     pub coefficient_bytes: u32,
     /// And for values.
     pub weight_bytes: u32,
+    /// How keys turn with their positions.
+    pub rotation: RotationDesc,
+}
+
+impl Default for RotationDesc {
+    fn default() -> Self {
+        Self { pairs: [[1.0, 0.0]; 128], n_pairs: 0, interleaved: 0 }
+    }
 }
 
 /// What the store kernel gets. Every pointer is the device's.

@@ -7,11 +7,12 @@ use super::layer::{recipes, Layer, Ubatch};
 use super::random::Rng;
 use crate::attention::{attend, AttendArgs, Mask};
 use crate::cuda::attend::{enqueue, workspace_bytes, Workspace};
-use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc};
+use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc, RotationDesc};
 use crate::cuda::lab::{Buffer, Lab};
 use crate::layout::Layout;
 use crate::plan::Plan;
 use crate::reference;
+use crate::rotation::Rotation;
 use crate::rows::Rows;
 use crate::shape::Shape;
 use crate::simd::isa::{Isa, IsaToken};
@@ -38,10 +39,19 @@ struct Asked {
     stored: bool,
     /// Columns that the mask lacks.
     short: usize,
+    /// Positions have moved, rows of a page by several distances.
+    turned: bool,
 }
 
-const PLAIN: Asked =
-    Asked { mask: MaskKind::F16, softcap: 0.0, max_bias: 0.0, sink_logits: false, stored: false, short: 0 };
+const PLAIN: Asked = Asked {
+    mask: MaskKind::F16,
+    softcap: 0.0,
+    max_bias: 0.0,
+    sink_logits: false,
+    stored: false,
+    short: 0,
+    turned: false,
+};
 
 /// What a mask says: some cells hidden, by token, some weighed.
 fn mask_of(rng: &mut Rng, n_tokens: usize, n_kv: usize) -> Vec<f32> {
@@ -78,13 +88,20 @@ impl Question<'_> {
         self.layer.rows(self.given.ubatch)
     }
 
+    fn rotation(&self) -> Option<Rotation> {
+        let n = self.layer.layout.shape().head_dim_k as usize / 2 - 3;
+        let frequencies: Vec<f64> = (0..n).map(|pair| 0.3f64.powf(pair as f64 / n as f64 * 6.0)).collect();
+        self.asked.turned.then(|| Rotation::new(&frequencies, self.given.sinks.len() % 4 == 0).unwrap())
+    }
+
     /// Output and denominators on the CPU.
     fn on_cpu(&self, layout: &Layout) -> (Vec<f32>, Vec<f32>) {
         let shape = self.layer.layout.shape();
         let [q, k, v] = self.rows();
         let plan = Plan::new(self.given.ints).unwrap();
+        let rotation = self.rotation();
         let args = AttendArgs {
-            rotation: None,
+            rotation: rotation.as_ref(),
             q,
             current: (!self.asked.stored).then_some((k, v)),
             k_mem: &self.layer.memory[0],
@@ -169,6 +186,7 @@ impl Question<'_> {
             shared_warp: 0,
             coefficient_bytes: 0,
             weight_bytes: 0,
+            rotation: self.rotation().map_or(RotationDesc::default(), |rotation| rotation.describe()),
         };
         let memory: *mut c_void = workspace.pointer();
         // SAFETY: every pointer is a buffer of the device that holds what the header says and outlives the download, which
@@ -181,6 +199,19 @@ impl Question<'_> {
     }
 }
 
+/// Says of a plan that rows of the first pages have moved since they were encoded: by two distances, and some not at all.
+fn turn_pages(ints: &mut [i32], layer: &Layer) {
+    let plan = Plan::new(ints).unwrap();
+    let at = crate::plan::describe(plan.n_tokens(), plan.n_slots(), plan.n_cells(), plan.page());
+    let turns = [(0, 17, 0x0f0f_00ff), (0, -40_000, 0xf000_ff00u32 as i32), (1, 3, -1)];
+    ints[at.n_turns as usize] = turns.len() as i32;
+    for (i, (page, distance, cells)) in turns.into_iter().enumerate() {
+        let turn = &mut ints[at.turns as usize + i * at.turn_ints as usize..][..2 + layer.layout.page() / 32];
+        turn.fill(cells);
+        (turn[0], turn[1]) = (page, distance);
+    }
+}
+
 /// Feeds a layer ubatches and compares attention at each of them; gives the worst error.
 fn compare(lab: &Lab, spec: &str, shape: Shape, n_cells: usize, ubatches: &[usize], asked: Asked) -> f64 {
     let mut layer = Layer::new(spec, shape, n_cells, IsaToken::detect().unwrap());
@@ -189,7 +220,11 @@ fn compare(lab: &Lab, spec: &str, shape: Shape, n_cells: usize, ubatches: &[usiz
     let mut rng = Rng::new(spec.len() as u64 + u64::from(shape.n_heads) * 131 + n_cells as u64);
     let (mut at, mut worst, mut workspace) = (0, 0f64, None);
     for (i, &n) in ubatches.iter().enumerate() {
-        let ints = layer.plan(at..at + n);
+        let plan = layer.plan(at..at + n);
+        let mut ints = plan.clone();
+        if asked.turned {
+            turn_pages(&mut ints, &layer);
+        }
         at += n;
         let ubatch = layer.ubatch(&mut rng, n);
         let n_kv = at.next_multiple_of(64).min(n_cells).saturating_sub(asked.short).max(1);
@@ -214,7 +249,7 @@ fn compare(lab: &Lab, spec: &str, shape: Shape, n_cells: usize, ubatches: &[usiz
         }
         let (_, lse) = Question { layer: &layer, scalar: &scalar, given, asked: Asked { stored: false, ..asked } }
             .on_cpu(&layer.layout);
-        layer.store(&ints, &ubatch, &lse);
+        layer.store(&plan, &ubatch, &lse);
         if asked.stored && i + 1 == ubatches.len() {
             check(Question { layer: &layer, scalar: &scalar, given, asked });
         }
@@ -285,6 +320,7 @@ fn ways_to_ask() {
         Asked { stored: true, ..PLAIN },
         Asked { stored: true, mask: MaskKind::None, sink_logits: true, softcap: 20.0, ..PLAIN },
         Asked { short: 70, ..PLAIN },
+        Asked { turned: true, ..PLAIN },
     ];
     for lab in Lab::all() {
         for spec in ["2", "on", "qaq", "ott:sinks=0"] {
