@@ -753,8 +753,9 @@ kvq_status kvq_attend_workspace(const kvq_layout *layout,
                                 size_t *bytes);
 
 // Enqueues kvq_attend for a layer whose memory is on `device`, on a CUDA stream (a cudaStream_t or CUstream; NULL: the
-// default stream). Every pointer in `args` is a device pointer, `plan` included, and `n_splits` is 1: the result is
-// final. The host reads nothing of them, allocates nothing and does not wait, so the call can be captured in a CUDA
+// default stream). Every pointer in `args` but `rotation` is a device pointer, `plan` included, and `n_splits` is 1: the
+// result is final. With a rotation the kernels that read turned pages are taken, which are slow: leave it NULL until
+// positions have moved. The host reads nothing of them, allocates nothing and does not wait, so the call can be captured in a CUDA
 // graph; `args` itself is read during the call only. The plan is trusted: it must come from kvq_planner_plan.
 //
 // What no kernel can do is refused with KVQ_STATUS_UNSUPPORTED before anything is enqueued.
@@ -765,11 +766,12 @@ kvq_status kvq_attend_enqueue(const kvq_device *device,
                               size_t workspace_bytes,
                               void *stream);
 
-// Bytes of device memory that kvq_store_enqueue needs as workspace for `n_tokens` rows; as kvq_attend_workspace.
+// Bytes of device memory that kvq_store_enqueue needs as workspace, for any number of rows up to `n_tokens`. What is in
+// it does not matter. Calls that may run at the same time need a workspace each.
 kvq_status kvq_store_workspace(const kvq_layout *layout, const kvq_device *device, uint32_t n_tokens, size_t *bytes);
 
-// Enqueues kvq_store for a layer whose memory is on `device`; pointers, workspace and stream as for
-// kvq_attend_enqueue, after which it is enqueued on the same stream.
+// Enqueues kvq_store of all heads for a layer whose memory is on `device`; pointers, plan and stream as for
+// kvq_attend_enqueue, after which it is enqueued on the same stream. The bytes are those that kvq_store makes.
 kvq_status kvq_store_enqueue(const kvq_device *device,
                              const kvq_layout *layout,
                              const kvq_store_args *args,

@@ -20,8 +20,6 @@ pub(crate) const MAX_SOURCES: usize = FRESH as usize;
 pub const MAX_TURNS: usize = 4;
 /// Ints of the header that are zero.
 const RESERVED: [Range<usize>; 2] = [9..10, 11..STARTS_ANEW];
-/// Int of the header that holds the number of turns.
-const N_TURNS: usize = 10;
 /// Int of the header that holds the number of records.
 const N_RECORDS: usize = 6;
 /// Ints of the header that hold [`Plan::n_pages`] of both views.
@@ -172,8 +170,6 @@ pub(crate) fn describe(n_tokens: usize, n_slots: usize, n_cells: usize, page: us
         turns: at(extent.turns()),
         n_turns: N_TURNS as u32,
         starts_anew: STARTS_ANEW as u32,
-        turns: at(extent.turns()),
-        n_turns: N_TURNS as u32,
         turn_ints: turn_ints(page) as u32,
     }
 }

@@ -24,8 +24,8 @@ const MAX_DIM: usize = MAX_HEAD_DIM as usize;
 /// query is prepared anew wherever factors change.
 const WORTH_A_CHANGE: f32 = 1.1;
 
-/// Fewer rows say too little of how large a channel is, and one says nothing once it is its own mean: its rounding would
-/// become the factors, and rows that join the page later would lose most of their channels.
+/// Fewer rows have no mean and no factors of their own. One row would be its own mean, and what is left of it, its rounding,
+/// would set the size of steps and factors: rows that join the page later would lose all they have.
 const MIN_ROWS: usize = 8;
 
 /// Which of the two a codec stores; they lie behind each other in its page.
@@ -78,7 +78,9 @@ impl Smooth {
         let mean = &mut mean[..dim];
         if self.mean {
             if rows.fresh {
-                mean_row(rows.rows, mean);
+                if rows.rows.len() >= MIN_ROWS * dim {
+                    mean_row(rows.rows, mean);
+                }
                 for (bytes, m) in part[..2 * dim].chunks_exact_mut(2).zip(mean.iter()) {
                     bytes.copy_from_slice(&f16::from_f32(*m).to_le_bytes());
                 }
@@ -182,7 +184,7 @@ mod tests {
 
     /// A page may be sealed with a single row, when the others were removed before it was full.
     #[test]
-    fn one_row_does_not_choose_factors() {
+    fn one_row_has_no_mean_and_no_factors() {
         let dim = 64;
         let mut coded = normal(dim);
         let smooth = Smooth { mean: true, factors: true };
@@ -200,6 +202,7 @@ mod tests {
         };
         smooth.apply(&mut part, &mut rows, dim);
         assert_eq!(smooth.exponents(&part, dim), expected);
+        assert!(smooth.mean_half(&part, dim).iter().all(|&byte| byte == 0));
         assert_eq!(last, expected);
     }
 

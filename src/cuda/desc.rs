@@ -178,10 +178,6 @@ pub struct PlanDesc {
     pub n_turns: u32,
     /// Whether the stream starts anew.
     pub starts_anew: u32,
-    /// Turns.
-    pub turns: u32,
-    /// The number of turns.
-    pub n_turns: u32,
     /// Ints of a turn: page, distance, a bit for each cell.
     pub turn_ints: u32,
 }

@@ -41,6 +41,9 @@ __device__ __forceinline__ int eighths_of_octaves(float x) {
     return int(__float_as_uint(fmaxf(x, __uint_as_float(1u << 23))) >> 20) - (127 << 3);
 }
 
+// Fewer rows have no mean and choose no exponents: MIN_ROWS of codec/smooth.rs.
+constexpr uint32_t SMOOTH_MIN_ROWS = 8;
+
 // Writes the exponents of a fresh page, given the squares of each channel in s.a. Ends with a barrier.
 __device__ inline void choose_exponents(const Store &b, const Target &t) {
     Scratch &s = b.s;
@@ -65,7 +68,7 @@ __device__ inline void choose_exponents(const Store &b, const Target &t) {
         s.totals[b.warp] = sum;
     }
     __syncthreads();
-    const bool keeps = s.totals[2] * s.totals[3] <= 1.1f * (s.totals[0] * s.totals[1]);
+    const bool keeps = s.n_rows < SMOOTH_MIN_ROWS || s.totals[2] * s.totals[3] <= 1.1f * (s.totals[0] * s.totals[1]);
     if (c < dim) {
         exponents[c] = keeps ? last[c] : uint8_t(int8_t(own));
         if (!keeps) last[c] = exponents[c];
@@ -82,7 +85,7 @@ __device__ inline void transform_rows(const Store &b, const Target &t) {
         float mean = 0.f, squares = 0.f;
         if (d.mean != ABSENT) {
             uint16_t *stored = reinterpret_cast<uint16_t *>(t.bytes + d.mean) + c;
-            if (t.fresh) *stored = float_to_half(s.mean[c]);
+            if (t.fresh) *stored = float_to_half(s.n_rows < SMOOTH_MIN_ROWS ? 0.f : s.mean[c]);
             mean = half_to_float(*stored);
         }
 #pragma unroll 4

@@ -4,7 +4,8 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use super::layer::{recipes, Layer, Rng, Ubatch, SCALE};
+use super::layer::{recipes, Layer, Ubatch, SCALE};
+use super::random::Rng;
 use crate::codec::page::Side;
 use crate::cuda::attend::Workspace;
 use crate::cuda::desc::{LayerDesc, PlanDesc, StoreParams};
@@ -62,7 +63,7 @@ impl<'a> Twin<'a> {
 
     /// Moves every position by one of two distances, on the CPU.
     fn shift(&mut self, rng: &mut Rng) {
-        let mut distance = || (rng.next() % 4096) as i32 - 2048;
+        let mut distance = || rng.below(4096) as i32 - 2048;
         let (near, far) = (distance(), distance());
         let page = self.layer.layout.page();
         self.layer.shift(|cell| if cell % page < page / 2 { near } else { far });
@@ -130,7 +131,7 @@ impl<'a> Twin<'a> {
 
     /// What lies at a byte.
     fn name_of(&self, side: Side, at: usize) -> String {
-        let (layout, desc) = (&self.layer.layout, LayerDesc::new(&self.layer.layout));
+        let (layout, desc) = (&self.layer.layout, self.layer.layout.describe());
         let desc = if side == Side::Key { desc.k } else { desc.v };
         let (head, at) = (at / layout.head_bytes(side), (at % layout.head_bytes(side)) as u64);
         let parts = [
@@ -159,7 +160,7 @@ fn spoil(rng: &mut Rng, shape: &Shape, ubatch: &mut Ubatch) {
         for row in values.chunks_exact_mut(dim) {
             row[5] = row[5] * 40.0 + 300.0;
             row[7] *= 8.0;
-            let size = match rng.next() % 16 {
+            let size = match rng.below(16) {
                 0 => 0.02,
                 1 => 0.0,
                 2 => 1e-6,
@@ -167,18 +168,18 @@ fn spoil(rng: &mut Rng, shape: &Shape, ubatch: &mut Ubatch) {
                 _ => 1.0,
             };
             row.iter_mut().for_each(|x| *x *= size);
-            if rng.next() % 32 == 0 {
+            if rng.below(32) == 0 {
                 let bad = [f32::NAN, f32::INFINITY, -f32::INFINITY, 1e30];
-                row[rng.next() as usize % dim] = bad[rng.next() as usize % 4];
+                row[rng.below(dim)] = bad[rng.below(4)];
             }
         }
     }
     let n = ubatch.q.len();
-    ubatch.q[rng.next() as usize % n] = f32::NAN;
+    ubatch.q[rng.below(n)] = f32::NAN;
 }
 
 fn denominators(rng: &mut Rng, n: usize) -> Vec<f32> {
-    let one = |rng: &mut Rng| match rng.next() % 64 {
+    let one = |rng: &mut Rng| match rng.below(64) {
         0 => f32::NEG_INFINITY,
         1 => f32::NAN,
         _ => rng.normal() * 3.0 + 2.0,
@@ -190,7 +191,7 @@ fn denominators(rng: &mut Rng, n: usize) -> Vec<f32> {
 fn next_cells(rng: &mut Rng, layer: &mut Layer, page: usize) -> Vec<usize> {
     let live = layer.live();
     let n_cells = live.len();
-    let mut at = |n: usize| rng.next() as usize % n;
+    let mut at = |n: usize| rng.below(n);
     match at(8) {
         0 => live[at(n_cells)..].fill(false),
         1 => (0..n_cells).for_each(|i| live[i] &= at(5) != 0),
@@ -247,8 +248,7 @@ fn walk(lab: &Lab, spec: &str, shape: Shape, n_cells: usize, steps: usize, shift
         let mut ubatch = twin.layer.ubatch(&mut rng, cells.len());
         spoil(&mut rng, &shape, &mut ubatch);
         let lse = denominators(&mut rng, cells.len() * shape.n_heads as usize);
-        let learns =
-            [Learns::Everything, Learns::Everything, Learns::Queries, Learns::Nothing][rng.next() as usize % 4];
+        let learns = [Learns::Everything, Learns::Everything, Learns::Queries, Learns::Nothing][rng.below(4)];
         let plan = Plan::new(&ints).unwrap();
         let fresh = plan.records().filter(|record| record.fresh).map(|record| record.cell / page);
         walked.sealed += plan.records().len();

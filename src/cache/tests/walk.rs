@@ -21,7 +21,7 @@ use crate::store;
 const N_CELLS: usize = 320;
 const N_SEQS: usize = 4;
 /// Largest squared error of a packed row, in parts of what a row of ordinary size has; another row would have about 2.
-const MOST_ERROR: f64 = 0.75;
+const MOST_ERROR: f64 = 1.0;
 /// Mean square of the values of an ordinary row, by [`Rng::values`].
 const POWER: f64 = 1.0;
 /// Of the appends, one in so many is compared in full; the places of cells are counted each time.
