@@ -92,7 +92,8 @@ pub unsafe extern "C" fn kvq_attend_enqueue(
 }
 
 /// Bytes of device memory that kvq_store_enqueue needs as workspace, for any number of rows up to `n_tokens`. What is in
-/// it does not matter. Calls that may run at the same time need a workspace each.
+/// it does not matter, so it cannot be one of kvq_attend_enqueue. Calls that may run at the same time need a workspace
+/// each.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_store_workspace(
     layout: *const kvq_layout,
@@ -111,6 +112,8 @@ pub unsafe extern "C" fn kvq_store_workspace(
 
 /// Enqueues kvq_store of all heads for a layer whose memory is on `device`; pointers, plan and stream as for
 /// kvq_attend_enqueue, after which it is enqueued on the same stream. The bytes are those that kvq_store makes.
+///
+/// `rotation` must be NULL, as it may be while no position has moved; otherwise KVQ_STATUS_UNSUPPORTED.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_store_enqueue(
     device: *const kvq_device,

@@ -76,7 +76,7 @@ impl Cut {
 
 /// Bytes of workspace for a call.
 pub(crate) fn workspace_bytes(device: &Device, layout: &Layout, n_tokens: u32) -> usize {
-    let layer = LayerDesc::new(layout);
+    let layer = layout.describe();
     // Some, so that whoever allocates them gets an address.
     Cut::new(device, &layer, n_tokens).workspace_bytes(&layer).max(256)
 }
@@ -94,7 +94,7 @@ pub(crate) unsafe fn enqueue(
     workspace: Workspace,
     stream: *mut c_void,
 ) -> Result<()> {
-    let layer = LayerDesc::new(layout);
+    let layer = layout.describe();
     let cut = Cut::new(device, &layer, params.n_tokens);
     let n_tokens = params.n_tokens as usize;
     let need = plan_len(n_tokens, layout.n_slots(), layout.n_cells(), layout.page());

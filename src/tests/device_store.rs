@@ -130,7 +130,7 @@ impl<'a> Twin<'a> {
 
     /// What lies at a byte.
     fn name_of(&self, side: Side, at: usize) -> String {
-        let (layout, desc) = (&self.layer.layout, LayerDesc::new(&self.layer.layout));
+        let (layout, desc) = (&self.layer.layout, self.layer.layout.describe());
         let desc = if side == Side::Key { desc.k } else { desc.v };
         let (head, at) = (at / layout.head_bytes(side), (at % layout.head_bytes(side)) as u64);
         let parts = [
