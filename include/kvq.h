@@ -767,11 +767,14 @@ kvq_status kvq_attend_enqueue(const kvq_device *device,
                               void *stream);
 
 // Bytes of device memory that kvq_store_enqueue needs as workspace, for any number of rows up to `n_tokens`. What is in
-// it does not matter. Calls that may run at the same time need a workspace each.
+// it does not matter, so it cannot be one of kvq_attend_enqueue. Calls that may run at the same time need a workspace
+// each.
 kvq_status kvq_store_workspace(const kvq_layout *layout, const kvq_device *device, uint32_t n_tokens, size_t *bytes);
 
 // Enqueues kvq_store of all heads for a layer whose memory is on `device`; pointers, plan and stream as for
 // kvq_attend_enqueue, after which it is enqueued on the same stream. The bytes are those that kvq_store makes.
+//
+// `rotation` must be NULL, as it may be while no position has moved; otherwise KVQ_STATUS_UNSUPPORTED.
 kvq_status kvq_store_enqueue(const kvq_device *device,
                              const kvq_layout *layout,
                              const kvq_store_args *args,

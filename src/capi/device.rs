@@ -65,10 +65,11 @@ pub unsafe extern "C" fn kvq_attend_workspace(
 }
 
 /// Enqueues kvq_attend for a layer whose memory is on `device`, on a CUDA stream (a cudaStream_t or CUstream; NULL: the
-/// default stream). Every pointer in `args` but `rotation` is a device pointer, `plan` included, and `n_splits` is 1: the
-/// result is final. With a rotation the kernels that read turned pages are taken, which are slow: leave it NULL until
-/// positions have moved. The host reads nothing of them, allocates nothing and does not wait, so the call can be captured in a CUDA
-/// graph; `args` itself is read during the call only. The plan is trusted: it must come from kvq_planner_plan.
+/// default stream). Every pointer in `args` but `rotation` is a device pointer, `plan` included, and `n_splits` is 1:
+/// the result is final. With a rotation the kernels that read turned pages are taken, which are slow: leave it NULL
+/// until positions have moved. The host reads nothing of them, allocates nothing and does not wait, so the call can be
+/// captured in a CUDA graph; `args` itself is read during the call only. The plan is trusted: it must come from
+/// kvq_planner_plan.
 ///
 /// What no kernel can do is refused with KVQ_STATUS_UNSUPPORTED before anything is enqueued.
 #[no_mangle]
@@ -98,7 +99,8 @@ pub unsafe extern "C" fn kvq_attend_enqueue(
 }
 
 /// Bytes of device memory that kvq_store_enqueue needs as workspace, for any number of rows up to `n_tokens`. What is in
-/// it does not matter. Calls that may run at the same time need a workspace each.
+/// it does not matter, so it cannot be one of kvq_attend_enqueue. Calls that may run at the same time need a workspace
+/// each.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_store_workspace(
     layout: *const kvq_layout,
@@ -117,6 +119,8 @@ pub unsafe extern "C" fn kvq_store_workspace(
 
 /// Enqueues kvq_store of all heads for a layer whose memory is on `device`; pointers, plan and stream as for
 /// kvq_attend_enqueue, after which it is enqueued on the same stream. The bytes are those that kvq_store makes.
+///
+/// `rotation` must be NULL, as it may be while no position has moved; otherwise KVQ_STATUS_UNSUPPORTED.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_store_enqueue(
     device: *const kvq_device,

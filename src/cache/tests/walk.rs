@@ -30,7 +30,7 @@ const FULL_CHECK: usize = 4;
 #[test]
 fn every_recipe_walks() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
-    let short = if cfg!(debug_assertions) { (1, 60) } else { (3, 120) };
+    let short = if cfg!(debug_assertions) { (1, 60) } else { (2, 120) };
     let (n_seeds, n_ops) =
         (number("KVQ_WALK_SEEDS").unwrap_or(short.0), number("KVQ_WALK_OPS").unwrap_or(short.1) as usize);
     for spec in specs() {
