@@ -231,7 +231,7 @@ struct Walked {
 fn walk(lab: &Lab, spec: &str, shape: Shape, n_cells: usize, steps: usize, shifts: bool) -> Walked {
     let mut twin = Twin::new(lab, spec, shape, n_cells);
     if shifts {
-        twin.rotate(shape.n_heads % 2 == 0);
+        twin.rotate(shape.n_heads.is_multiple_of(2));
     }
     let page = twin.layer.layout.page();
     let mut rng = Rng::new(spec.len() as u64 * 7919 + u64::from(shape.n_heads) * 131 + u64::from(shape.head_dim_k));
