@@ -84,6 +84,7 @@ llama_kvq_cache::llama_kvq_cache(llama_kv_cache & kv, const char * spec) : kv(kv
         throw std::runtime_error(format("kvq: --kvq %s: %s", spec, kvq_last_error()));
     }
     recipe.reset(r);
+    n_guard = kvq_recipe_page(r);
 
     kvq_planner * p = nullptr;
     if (kvq_planner_new(r, kv.get_size(), kv.n_stream, kv.n_seq_max, &p) != 0) {
@@ -102,11 +103,7 @@ kvq_shape llama_kvq_cache::layer_shape(uint32_t il) const {
 }
 
 ggml_tensor * llama_kvq_cache::new_k(ggml_context * ctx, ggml_backend_buffer_type_t buft, uint32_t il) {
-    if (!ggml_backend_buft_is_host(buft)) {
-        throw std::runtime_error(format("kvq: the KV cache of layer %u would be in %s memory, "
-                    "this build attends on the CPU only: use -ngl 0 or --no-kv-offload",
-                    il, ggml_backend_buft_name(buft)));
-    }
+    kvq_gpu * gpu = gpu_of(buft, il);
 
     const kvq_shape shape = layer_shape(il);
 
@@ -116,8 +113,13 @@ ggml_tensor * llama_kvq_cache::new_k(ggml_context * ctx, ggml_backend_buffer_typ
                     il, shape.n_heads, shape.n_kv_heads, shape.head_dim_k, shape.head_dim_v, kvq_last_error()));
     }
     layouts.emplace_back(layout);
+    gpus.push_back(gpu);
     progress.push_back(KVQ_LAYER_IDLE);
     rotations.emplace_back();
+
+    if (gpu) {
+        reserve_space(*gpu, layout, 1, kv.get_size());
+    }
 
     return ggml_new_tensor_3d(ctx, GGML_TYPE_I8, kvq_layout_k_bytes(layout), 1, kv.n_stream);
 }
@@ -138,7 +140,7 @@ std::string llama_kvq_cache::spec() const {
 
 void llama_kvq_cache::allocated(ggml_backend_buffer_t buf) const {
     // empty while llama.cpp only estimates memory
-    if (const size_t size = ggml_backend_buffer_get_size(buf)) {
+    if (const size_t size = ggml_backend_buffer_is_host(buf) ? ggml_backend_buffer_get_size(buf) : 0) {
         llama_kvq_must(kvq_use_large_pages(ggml_backend_buffer_get_base(buf), size), "large pages");
     }
 }
