@@ -1,6 +1,7 @@
 """The parts of patches/integration.sh that are no one-liner in a shell. Each prints what it found."""
 
 import json
+import os
 import pathlib
 import random
 import struct
@@ -53,7 +54,8 @@ def odd_model(path, head_dim=40):
 def completions(bin_dir, model, kv, log):
     """Two requests at once through llama-server, with two slots: both must answer, with text."""
     answers = {}
-    with server(bin_dir, model, kv, 2048, pathlib.Path(log), 2, n_parallel=2) as one:
+    extra = ["-ngl", os.environ.get("KVQ_TEST_NGL", "0")]
+    with server(bin_dir, model, kv, 2048, pathlib.Path(log), 2, n_parallel=2, extra=extra) as one:
         def ask(prompt):
             answers[prompt] = one.complete(prompt, 24)
         threads = [threading.Thread(target=ask, args=[p]) for p in ("The river " * 150, "Once upon a time")]

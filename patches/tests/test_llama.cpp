@@ -2,7 +2,7 @@
 //   test_llama MODEL RECIPE [NMSE]
 // Compares a kvq context with an f16 one (prefill, decode, several sequences, sequence copy, abort, K-shift), and checks that
 // a sequence does not suffer from others, that nothing remains of removed ones, that saved state comes back bit-identical
-// and that damaged state is refused. Exit status 2: this model refuses the recipe.
+// and that damaged state is refused. Exit status 2: this model refuses the recipe. KVQ_TEST_NGL: layers on GPUs (default: 0).
 
 #include "llama.h"
 
@@ -483,7 +483,7 @@ int main(int argc, char ** argv) {
     llama_backend_init();
 
     auto mparams = llama_model_default_params();
-    mparams.n_gpu_layers = 0;
+    mparams.n_gpu_layers = getenv("KVQ_TEST_NGL") ? atoi(getenv("KVQ_TEST_NGL")) : 0;
     llama_model * model = llama_model_load_from_file(argv[1], mparams);
     if (!model) {
         fprintf(stderr, "cannot load %s\n", argv[1]);
