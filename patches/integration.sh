@@ -239,7 +239,9 @@ if [ -e "$bin/fake_cuda.so" ]; then
         env KVQ_FAKE_UNPATCHED=1 LD_PRELOAD="$bin/fake_cuda.so" "$bin/llama-completion" -m "$model" -fit off -n 1 -p x --kvq skvq
     refused "a library that cannot open the GPU" "kvq: .* in CUDA0 memory: .*; or use $elsewhere" \
         env KVQ_FAKE_DEVICE=own LD_PRELOAD="$bin/fake_cuda.so" "$bin/llama-completion" -m "$model" -fit off -n 1 -p x --kvq skvq
-    refused "-sm row" 'kvq: layers cannot be split .*: use -sm layer$' fake_completion -n 1 -p x --kvq skvq -sm row
+    for mode in row tensor; do
+        refused "-sm $mode" 'kvq: layers cannot be split .*: use -sm layer$' fake_completion -n 1 -p x --kvq skvq -sm $mode
+    done
     check "--no-kv-offload where a GPU would be refused" \
         env KVQ_FAKE_UNPATCHED=1 LD_PRELOAD="$bin/fake_cuda.so" "$bin/llama-completion" -m "$model" -fit off -no-cnv -n 4 -p x \
         --kvq skvq --no-kv-offload

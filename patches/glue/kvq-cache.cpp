@@ -118,7 +118,7 @@ ggml_tensor * llama_kvq_cache::new_k(ggml_context * ctx, ggml_backend_buffer_typ
     rotations.emplace_back();
 
     if (gpu) {
-        reserve_space(*gpu, layout, 1, kv.get_size());
+        needed_space(*gpu, layout, 1, kv.get_size()); // refuses what it has no kernels for
     }
 
     return ggml_new_tensor_3d(ctx, GGML_TYPE_I8, kvq_layout_k_bytes(layout), 1, kv.n_stream);

@@ -110,7 +110,13 @@ private:
     // where memory of this type is: null on the CPU; throws where kvq cannot run
     kvq_gpu * gpu_of(ggml_backend_buffer_type_t buft, uint32_t il);
 
-    // what a graph with so many rows needs there; throws if it cannot run such a layer
+    // bytes that a graph with so many rows needs there; throws if the GPU cannot run such a layer
+    struct space {
+        size_t attend;
+        size_t store;
+    };
+    space needed_space(const kvq_gpu & gpu, const kvq_layout * layout, uint32_t n_tokens, uint32_t n_kv) const;
+
     void reserve_space(kvq_gpu & gpu, const kvq_layout * layout, uint32_t n_tokens, uint32_t n_kv);
     void grow_space(const kvq_gpu & gpu, ggml_tensor *& space, size_t size);
 

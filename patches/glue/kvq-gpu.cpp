@@ -68,15 +68,21 @@ kvq_gpu * llama_kvq_cache::gpu_of(ggml_backend_buffer_type_t buft, uint32_t il) 
     return all_gpus.back().get();
 }
 
-void llama_kvq_cache::reserve_space(kvq_gpu & gpu, const kvq_layout * layout, uint32_t n_tokens, uint32_t n_kv) {
-    size_t attend = 0;
-    size_t store  = 0;
-    if (kvq_attend_workspace(layout, gpu.device, n_tokens, n_kv, &attend) != 0 ||
-        kvq_store_workspace (layout, gpu.device, n_tokens, &store) != 0) {
+llama_kvq_cache::space llama_kvq_cache::needed_space(const kvq_gpu & gpu, const kvq_layout * layout,
+        uint32_t n_tokens, uint32_t n_kv) const {
+    space size = {};
+    if (kvq_attend_workspace(layout, gpu.device, n_tokens, n_kv, &size.attend) != 0 ||
+        kvq_store_workspace (layout, gpu.device, n_tokens, &size.store) != 0) {
         throw std::runtime_error(format("kvq: --kvq %s: %s; or %s", spec().c_str(), kvq_last_error(), KVQ_ELSEWHERE));
     }
-    grow_space(gpu, gpu.attend_space, attend);
-    grow_space(gpu, gpu.store_space,  store);
+    return size;
+}
+
+void llama_kvq_cache::reserve_space(kvq_gpu & gpu, const kvq_layout * layout, uint32_t n_tokens, uint32_t n_kv) {
+    const auto size = needed_space(gpu, layout, n_tokens, n_kv);
+
+    grow_space(gpu, gpu.attend_space, size.attend);
+    grow_space(gpu, gpu.store_space,  size.store);
 }
 
 // A smaller one stays where it is: CUDA graphs that were captured hold its address.

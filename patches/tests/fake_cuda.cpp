@@ -346,7 +346,13 @@ static size_t reg_count(ggml_backend_reg_t) {
 static ggml_backend_dev_t reg_device(ggml_backend_reg_t, size_t i) {
     return &devices[i]->dev;
 }
+static ggml_backend_buffer_type_t split_buft(int device, const float *) {
+    return &devices[device]->buft; // splits nothing
+}
 static void * reg_proc(ggml_backend_reg_t, const char * name) {
+    if (strcmp(name, "ggml_backend_split_buffer_type") == 0) {
+        return (void *) split_buft;
+    }
     const bool is_seam = strcmp(name, "ggml_backend_cuda_register_custom_op") == 0;
     return is_seam && !getenv("KVQ_FAKE_UNPATCHED") ? (void *) register_custom_op : nullptr;
 }
