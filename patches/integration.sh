@@ -274,6 +274,8 @@ if [ -e "$bin/fake_cuda.so" ]; then
             check "sequences, copies, shift, saved states, aborted graphs; $ngl layers on a GPU" \
                 on_fake env KVQ_TEST_NGL=$ngl "$bin/test_llama" "$model" skvq:k=8,v=8
         done
+        check "aborted graphs that have given work to a GPU" on_fake env KVQ_TEST_NGL=99 KVQ_TEST_ON_CPU='blk\..*\.ffn_.*' \
+            KVQ_TEST_QUICK=abort "$bin/test_llama" "$model" skvq:k=8,v=8
         check "the same with outlier tokens" on_fake env KVQ_TEST_NGL=99 "$bin/test_llama" "$model" ott:k=4,v=8,skip-layers=0 0.01
         check "what is in saved states" on_fake env KVQ_TEST_NGL=99 "$bin/test_state" "$model"
         check "K-shifts lose nothing" on_fake env KVQ_TEST_NGL=99 "$bin/test_shift" "$model" "$text" skvq:k=2,v=2
