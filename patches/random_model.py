@@ -87,7 +87,8 @@ def write(path, shape, weights=Q4_0):
 
 
 def shape(**changes):
-    sizes = {"layers": 32, "embd": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "ff": 14336, "vocab": 32000, "ctx": 1 << 20}
+    sizes = {"layers": 32, "embd": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "ff": 14336, "vocab": 32000,
+             "ctx": 1 << 20}
     return argparse.Namespace(**{**sizes, **changes})
 
 

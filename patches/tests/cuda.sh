@@ -64,8 +64,8 @@ without_graphs() {
 }
 check "CUDA graphs change nothing" without_graphs
 moves() {
-    completion -n 1 -ngl "$1" --prompt-cache "$1.state" && completion -n 32 -ngl "$2" --prompt-cache "$1.state" --prompt-cache-ro >moved.log 2>&1 &&
-        grep 'exact match' moved.log
+    completion -n 1 -ngl "$1" --prompt-cache "$1.state" &&
+        completion -n 32 -ngl "$2" --prompt-cache "$1.state" --prompt-cache-ro >moved.log 2>&1 && grep 'exact match' moved.log
 }
 check "a state of the CPU goes on on the GPU" moves 0 99
 check "a state of the GPU goes on on the CPU" moves 99 0

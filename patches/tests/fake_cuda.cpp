@@ -29,7 +29,13 @@
 #include <string>
 #include <vector>
 
-#define MUST(x) do { if (!(x)) { fprintf(stderr, "fake_cuda: %s:%d: not so: %s\n", __FILE__, __LINE__, #x); abort(); } } while (0)
+#define MUST(x) \
+    do { \
+        if (!(x)) { \
+            fprintf(stderr, "fake_cuda: line %d: not so: %s\n", __LINE__, #x); \
+            abort(); \
+        } \
+    } while (0)
 
 using work = std::function<void()>;
 
@@ -127,7 +133,8 @@ static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t 
     const size_t n_bytes = (size + page - 1)/page*page + page;
 
     const std::lock_guard<std::recursive_mutex> lock(mutex);
-    char * base = (char *) mmap(nullptr, n_bytes, n_open ? PROT_READ | PROT_WRITE : PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    const int access_now = n_open ? PROT_READ | PROT_WRITE : PROT_NONE;
+    char * base = (char *) mmap(nullptr, n_bytes, access_now, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     MUST(base != MAP_FAILED);
     memories.push_back({ (fake_device *) buft->context, base, n_bytes });
     {
@@ -426,7 +433,8 @@ extern "C" void kvq_device_free(kvq_device * device) {
     delete device;
 }
 
-extern "C" kvq_status kvq_attend_workspace(const kvq_layout *, const kvq_device *, uint32_t n_tokens, uint32_t, size_t * bytes) {
+extern "C" kvq_status kvq_attend_workspace(const kvq_layout *, const kvq_device *, uint32_t n_tokens, uint32_t,
+        size_t * bytes) {
     *bytes = SPACE*n_tokens;
     return KVQ_STATUS_OK;
 }
