@@ -2,11 +2,14 @@
 # Builds llama.cpp with the kvq patches: everything a user needs, from a fresh clone.
 #
 #   patches/build.sh             patched llama.cpp into build/llama/bin
+#   patches/build.sh --cuda      for NVIDIA GPUs as well: needs nvcc of CUDA 12.8 or later, but no GPU
 #   patches/build.sh --tests     and the programs that patches/integration.sh runs
 #   patches/build.sh --stock     and llama-perplexity of the same tree without patches, into build/stock/llama/bin
 #   patches/build.sh --tree      only the patched source tree, build/llama.cpp
 #
 #   LLAMA_CPP_DIR=/your/checkout   use that llama.cpp instead of the pinned one; it is copied, never modified
+#   KVQ_CUDA_ARCHS="80 90"         compute capabilities of --cuda (default: those of the GPUs here; without a GPU, all)
+#   NVCC=FILE, CUDA_PATH=DIR       nvcc, or the folder of its bin/ (default: the one in PATH, or /usr/local/cuda)
 #   JOBS=N                         parallel compile jobs (default: all cores)
 #   KVQ_BUILD=DIR                  instead of build/
 #
@@ -18,11 +21,12 @@ set -euo pipefail
 
 build=${KVQ_BUILD:-$root/build}
 targets=(llama-perplexity llama-bench llama-completion llama-server llama-cli llama-quantize)
-want_stock=no want_tests=no tree_only=no
+want_stock=no want_tests=no want_cuda=no tree_only=no
 for arg in "$@"; do
     case $arg in
         --tests) want_tests=yes targets+=(test-llama-archs) ;;
         --stock) want_stock=yes ;;
+        --cuda) want_cuda=yes ;;
         --tree) tree_only=yes ;;
         *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2 ;;
     esac
@@ -137,6 +141,28 @@ compile() {
         cmake --build "$binary" --parallel "$jobs" --target "${targets_of_tree[@]}"
 }
 
+# Sets cargo_flags and cuda_flags for a build with or without CUDA.
+cargo_flags=() cuda_flags=(-DGGML_CUDA=OFF)
+find_cuda() {
+    local nvcc dir archs
+    nvcc=${NVCC:-}
+    for dir in ${CUDA_PATH:+"$CUDA_PATH/bin"} "$(dirname "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)")"; do
+        if [ -z "$nvcc" ] && [ -x "$dir/nvcc" ]; then nvcc=$dir/nvcc; fi
+    done
+    [ -x "$nvcc" ] || die "--cuda needs nvcc: install the CUDA toolkit, or set NVCC or CUDA_PATH"
+    if [ -z "${KVQ_CUDA_ARCHS:-}" ]; then
+        KVQ_CUDA_ARCHS=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -un | paste -sd ' ') ||
+            KVQ_CUDA_ARCHS=
+    fi
+    archs=${KVQ_CUDA_ARCHS// /-real;}
+    cargo_flags=(--features cuda)
+    cuda_flags=(-DGGML_CUDA=ON "-DCMAKE_CUDA_COMPILER=$nvcc" -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache
+        ${archs:+"-DCMAKE_CUDA_ARCHITECTURES=$archs-real"})
+    export NVCC=$nvcc
+    if [ -n "$KVQ_CUDA_ARCHS" ]; then export KVQ_CUDA_ARCHS; else unset KVQ_CUDA_ARCHS; fi
+    say "nvcc: $nvcc; compute capabilities: ${KVQ_CUDA_ARCHS:-all}"
+}
+
 mkdir -p "$build"
 build=$(cd "$build" && pwd)
 if [ -n "${LLAMA_CPP_DIR:-}" ]; then
@@ -153,11 +179,12 @@ fi
 need cmake=cmake ninja=ninja-build ccache=ccache g++=g++ patch=patch python3=python3 tar=tar gzip=gzip
 if [ -z "${LLAMA_CPP_DIR:-}" ] && ! python3 -m pip --version >/dev/null 2>&1; then need pip3=python3-pip; fi
 need_rust
+if [ "$want_cuda" = yes ]; then find_cuda; fi
 
-run_logged "$build/cargo.log" "building libkvq" cargo build --release --manifest-path "$root/Cargo.toml"
+run_logged "$build/cargo.log" "building libkvq" cargo build --release --manifest-path "$root/Cargo.toml" "${cargo_flags[@]}"
 prepare "$build/llama.cpp" "$root"/patches/[0-9]*.patch
 compile "$build/llama.cpp" "$build/llama" "$build/llama.log" "${targets[*]}" -DGGML_KVQ=ON "-DKVQ_DIR=$root" \
-    "-DKVQ_LIB=${CARGO_TARGET_DIR:-$root/target}/release/libkvq.a"
+    "-DKVQ_LIB=${CARGO_TARGET_DIR:-$root/target}/release/libkvq.a" "${cuda_flags[@]}"
 if [ "$want_tests" = yes ]; then
     for test in test_llama test_shift test_state; do
         run_logged "$build/tests.log" "compiling patches/tests/$test.cpp" g++ -std=c++17 -O2 -Wall -Wextra \
@@ -165,6 +192,10 @@ if [ "$want_tests" = yes ]; then
             "$root/patches/tests/$test.cpp" -o "$build/llama/bin/$test" -L "$build/llama/bin" -lllama -lggml \
             -lggml-base "-Wl,-rpath,\$ORIGIN"
     done
+    run_logged "$build/tests.log" "compiling patches/tests/fake_cuda.cpp" g++ -std=c++17 -O2 -Wall -Wextra -shared -fPIC \
+        -I "$build/llama.cpp/ggml/include" -I "$build/llama.cpp/ggml/src" -I "$root/include" \
+        "$root/patches/tests/fake_cuda.cpp" -o "$build/llama/bin/fake_cuda.so" -L "$build/llama/bin" -lggml -lggml-cpu \
+        -lggml-base "-Wl,-rpath,\$ORIGIN"
 fi
 if [ "$want_stock" = yes ]; then
     prepare "$build/stock/llama.cpp"

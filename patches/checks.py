@@ -1,13 +1,14 @@
 """The parts of patches/integration.sh that are no one-liner in a shell. Each prints what it found."""
 
 import json
+import os
 import pathlib
 import random
-import struct
 import subprocess
 import sys
 import threading
 
+import random_model
 from passkey import server
 from runs import RunError, Runs, markdown
 
@@ -17,43 +18,15 @@ BARS = {"skvq:k=4,v=4": 0.15, "skvq:k=3,v=3": 0.3, "skvq:k=3,v=2": 0.5, "skvq:k=
 
 def odd_model(path, head_dim=40):
     """A llama model of one layer, zero weights, no vocabulary, and a head size that kvq has no page for."""
-    n_heads, n_ff, n_vocab = 2, 64, 32
-    n_embd = n_heads * head_dim
-
-    def string(text):
-        return struct.pack("<Q", len(text)) + text.encode()
-
-    def entry(key, value):
-        kind, packed = {str: (8, lambda v: string(v)), int: (4, lambda v: struct.pack("<I", v)),
-                        float: (6, lambda v: struct.pack("<f", v))}[type(value)]
-        return string(key) + struct.pack("<I", kind) + packed(value)
-
-    metadata = {"general.architecture": "llama", "tokenizer.ggml.model": "none", "llama.vocab_size": n_vocab,
-                "llama.context_length": 512, "llama.embedding_length": n_embd, "llama.block_count": 1,
-                "llama.feed_forward_length": n_ff, "llama.attention.head_count": n_heads,
-                "llama.attention.head_count_kv": n_heads,
-                "llama.rope.dimension_count": head_dim, "llama.attention.layer_norm_rms_epsilon": 1e-5}
-    tensors = {"token_embd": (n_embd, n_vocab), "output_norm": (n_embd,), "blk.0.attn_norm": (n_embd,),
-               "blk.0.ffn_norm": (n_embd,), "blk.0.ffn_gate": (n_embd, n_ff), "blk.0.ffn_up": (n_embd, n_ff),
-               "blk.0.ffn_down": (n_ff, n_embd),
-               **{f"blk.0.attn_{name}": (n_embd, n_embd) for name in ("q", "k", "v", "output")}}
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
-    head += b"".join(entry(key, value) for key, value in metadata.items())
-    offset = 0
-    for name, dims in tensors.items():
-        head += string(name + ".weight") + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
-        head += struct.pack("<IQ", 0, offset)
-        size = 4
-        for dim in dims:
-            size *= dim
-        offset += -(-size // 32) * 32
-    pathlib.Path(path).write_bytes(head + bytes(-len(head) % 32) + bytes(offset))
+    shape = random_model.shape(layers=1, embd=2 * head_dim, heads=2, kv_heads=2, head_dim=head_dim, ff=64, vocab=32, ctx=512)
+    random_model.write(path, shape, random_model.F32)
 
 
 def completions(bin_dir, model, kv, log):
     """Two requests at once through llama-server, with two slots: both must answer, with text."""
     answers = {}
-    with server(bin_dir, model, kv, 2048, pathlib.Path(log), 2, n_parallel=2) as one:
+    extra = ["-ngl", os.environ.get("KVQ_TEST_NGL", "0")]
+    with server(bin_dir, model, kv, 2048, pathlib.Path(log), 2, n_parallel=2, extra=extra) as one:
         def ask(prompt):
             answers[prompt] = one.complete(prompt, 24)
         threads = [threading.Thread(target=ask, args=[p]) for p in ("The river " * 150, "Once upon a time")]

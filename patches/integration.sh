@@ -227,6 +227,65 @@ refused "a kvq state without kvq" 'failed to load session file' continued off st
 check "saving without kvq" save off plain.bin
 refused "a state without kvq" 'failed to load session file' continued skvq:k=3,v=3 plain.bin
 
+echo "== GPUs"
+# A CUDA backend that is none: its memory is the host's, locked while it does not compute.
+on_fake() { env LD_PRELOAD="$bin/fake_cuda.so" "$@"; }
+fake_completion() { on_fake "$bin/llama-completion" -m "$model" -t 2 --temp 0 -no-cnv --no-warmup -lv 4 -fit off "$@"; }
+if [ -e "$bin/fake_cuda.so" ]; then
+    elsewhere='--no-kv-offload or -ngl 0$'
+    refused "a GPU backend that is not CUDA" "kvq: .* layer 0 would be in ROCm0 memory, where kvq cannot attend: use $elsewhere" \
+        env KVQ_FAKE_NAME=ROCm LD_PRELOAD="$bin/fake_cuda.so" "$bin/llama-completion" -m "$model" -fit off -n 1 -p x --kvq skvq
+    refused "a CUDA backend without the patch" "kvq: .* in CUDA0 memory, whose backend was built without .*: rebuild it, or use $elsewhere" \
+        env KVQ_FAKE_UNPATCHED=1 LD_PRELOAD="$bin/fake_cuda.so" "$bin/llama-completion" -m "$model" -fit off -n 1 -p x --kvq skvq
+    refused "a library that cannot open the GPU" "kvq: .* in CUDA0 memory: .*; or use $elsewhere" \
+        env KVQ_FAKE_DEVICE=own LD_PRELOAD="$bin/fake_cuda.so" "$bin/llama-completion" -m "$model" -fit off -n 1 -p x --kvq skvq
+    for mode in row tensor; do
+        refused "-sm $mode" 'kvq: layers cannot be split .*: use -sm layer$' fake_completion -n 1 -p x --kvq skvq -sm $mode
+    done
+    check "--no-kv-offload where a GPU would be refused" \
+        env KVQ_FAKE_UNPATCHED=1 LD_PRELOAD="$bin/fake_cuda.so" "$bin/llama-completion" -m "$model" -fit off -no-cnv -n 4 -p x \
+        --kvq skvq --no-kv-offload
+    # fake_text GPUS OPTION...: what the model says, with this many GPUs, in gpu.txt
+    fake_text() {
+        local n=$1
+        shift
+        KVQ_FAKE_GPUS=$n KVQ_FAKE_LOG=1 fake_completion --kvq skvq:k=3,v=3 -c 1024 -n 48 -p "$prompt" "$@" >gpu.txt 2>gpu.log ||
+            { tail -n 20 gpu.log; return 1; }
+        grep 'fake_cuda:' gpu.log
+    }
+    same_text() { fake_text "$@" && cmp first.txt gpu.txt; }
+    check "all layers on one GPU give the text of the CPU" same_text 1 -ngl 99
+    check "graphs are launched again" grep -q -E 'fake_cuda: [0-9]+ graphs, [1-9][0-9]+ of them again' gpu.log
+    check "some layers on a GPU" same_text 1 -ngl 2
+    check "layers split over two GPUs" same_text 2 -ngl 99
+    check "all but the cache on a GPU" same_text 1 -ngl 99 --no-kv-offload
+    check "a state saved without a GPU goes on with one" same_text 1 -ngl 99 --prompt-cache state.bin --prompt-cache-ro
+    save_on_fake() { fake_completion --kvq skvq:k=3,v=3 -c 1024 -n 1 -p "$prompt" -ngl 99 --prompt-cache gpu.bin; }
+    restores_from_gpu() {
+        save_on_fake >/dev/null && continued skvq:k=3,v=3 gpu.bin >restored.txt 2>restored.log || return
+        cmp first.txt restored.txt && grep 'exact match' restored.log
+    }
+    check "a state saved with a GPU goes on without one" restores_from_gpu
+    # The workspace is counted as well.
+    in_breakdown() { fake_completion --kvq skvq -c 4096 -n 1 -p x -ngl 99 2>&1 | grep -E 'memory breakdown|CUDA0'; }
+    check "memory breakdown" in_breakdown
+    if [ -x "$bin/test_llama" ]; then
+        for ngl in 99 2; do
+            check "sequences, copies, shift, saved states, aborted graphs; $ngl layers on a GPU" \
+                on_fake env KVQ_TEST_NGL=$ngl "$bin/test_llama" "$model" skvq:k=8,v=8
+        done
+        check "aborted graphs that have given work to a GPU" on_fake env KVQ_TEST_NGL=99 KVQ_TEST_ON_CPU='blk\..*\.ffn_.*' \
+            KVQ_TEST_QUICK=abort "$bin/test_llama" "$model" skvq:k=8,v=8
+        check "the same with outlier tokens" on_fake env KVQ_TEST_NGL=99 "$bin/test_llama" "$model" ott:k=4,v=8,skip-layers=0 0.01
+        check "what is in saved states" on_fake env KVQ_TEST_NGL=99 "$bin/test_state" "$model"
+        check "K-shifts lose nothing" on_fake env KVQ_TEST_NGL=99 "$bin/test_shift" "$model" "$text" skvq:k=2,v=2
+    fi
+    check "llama-server on a GPU, two requests at once" on_fake env KVQ_TEST_NGL=99 \
+        python3 -B "$root/patches/checks.py" completions "$bin" "$model" skvq gpu_server.log
+else
+    skip "layers in GPU memory: no fake_cuda.so (patches/build.sh --tests)"
+fi
+
 echo "== soak"
 check "a minute of everything at once, beside f16" "$root/patches/soak.py" --bin "$bin" --minutes 1 -o soak
 

@@ -1,5 +1,6 @@
-// The two graph nodes of a layer: attend, then store. With few rows the attend node makes partial results over slices
-// of the cache, which a third node combines.
+// The two graph nodes of a layer: attend, then store. On the CPU, with few rows, the attend node makes partial results over
+// slices of the cache, which a third node combines. Nodes of a layer in GPU memory have callbacks of their own, for which the
+// CUDA backend knows what to launch.
 
 #include "kvq-glue.h"
 
@@ -10,6 +11,7 @@
 
 bool operator==(const llama_kvq_node & a, const llama_kvq_node & b) {
     return a.layout == b.layout && a.progress == b.progress && a.rotation == b.rotation &&
+           a.device == b.device && a.attend_space == b.attend_space && a.store_space == b.store_space &&
            a.has_rows == b.has_rows && a.has_sinks == b.has_sinks &&
            a.scale  == b.scale  && a.softcap  == b.softcap  && a.max_bias  == b.max_bias;
 }
@@ -25,7 +27,7 @@ void * llama_kvq_cache::keep(const llama_kvq_node & node) {
     return &nodes.back();
 }
 
-// In all nodes: plan is [plan_len, n_stream], rows and outputs of the streams follow each other. Attention's output is a
+// In all nodes: plan is [n, m, n_stream], rows and outputs of the streams follow each other. Attention's output is a
 // block of rows, [head_dim_v, n_head, n_tokens*n_stream], and behind it a float for each row: the logarithm of its softmax
 // denominator, which the store node reads.
 
@@ -34,8 +36,8 @@ static float * lse_of(const ggml_tensor * out) {
     return (float *) out->data + out->ne[0]*out->ne[1]*(out->ne[2] - 1);
 }
 
-// sources: q, k_mem, v_mem, mask, plan[, k_cur, v_cur][, sinks]
-static void kvq_attend_part(ggml_tensor * dst, uint32_t n_splits, int ith, int nth, const llama_kvq_node & node) {
+// sources: q, k_mem, v_mem, mask, plan[, k_cur, v_cur][, sinks]; s: of n_stream
+static kvq_attend_args attend_args(const ggml_tensor * dst, uint32_t n_splits, int64_t s, const llama_kvq_node & node) {
     const ggml_tensor * q     = dst->src[0];
     const ggml_tensor * k_mem = dst->src[1];
     const ggml_tensor * v_mem = dst->src[2];
@@ -45,51 +47,55 @@ static void kvq_attend_part(ggml_tensor * dst, uint32_t n_splits, int ith, int n
     const ggml_tensor * v_cur = node.has_rows  ? dst->src[6] : nullptr;
     const ggml_tensor * sinks = node.has_sinks ? dst->src[node.has_rows ? 7 : 5] : nullptr;
 
-    const int64_t n_stream = plan->ne[1];
+    const int64_t n_stream = plan->ne[2];
     const int64_t n_tokens = q->ne[2]/n_stream;
     const int64_t n_rows   = q->ne[1]*n_tokens;
     const int64_t n_out    = n_splits == 1 ? n_rows*(dst->ne[2] - 1) : ggml_nelements(dst)/n_stream;
+    const int64_t i0       = s*n_tokens;
 
-    for (int64_t s = 0; s < n_stream; ++s) {
-        const int64_t i0 = s*n_tokens;
+    kvq_attend_args args;
+    memset(&args, 0, sizeof(args));
 
-        kvq_attend_args args;
-        memset(&args, 0, sizeof(args));
+    args.q              = (const float *) ((const char *) q->data + i0*q->nb[2]);
+    args.q_stride_token = q->nb[2]/sizeof(float);
+    args.q_stride_head  = q->nb[1]/sizeof(float);
 
-        args.q              = (const float *) ((const char *) q->data + i0*q->nb[2]);
-        args.q_stride_token = q->nb[2]/sizeof(float);
-        args.q_stride_head  = q->nb[1]/sizeof(float);
+    if (node.has_rows) {
+        args.k_cur          = (const float *) ((const char *) k_cur->data + i0*k_cur->nb[2]);
+        args.k_stride_token = k_cur->nb[2]/sizeof(float);
+        args.k_stride_head  = k_cur->nb[1]/sizeof(float);
+        args.v_cur          = (const float *) ((const char *) v_cur->data + i0*v_cur->nb[2]);
+        args.v_stride_token = v_cur->nb[2]/sizeof(float);
+        args.v_stride_head  = v_cur->nb[1]/sizeof(float);
+    }
 
-        if (node.has_rows) {
-            args.k_cur          = (const float *) ((const char *) k_cur->data + i0*k_cur->nb[2]);
-            args.k_stride_token = k_cur->nb[2]/sizeof(float);
-            args.k_stride_head  = k_cur->nb[1]/sizeof(float);
-            args.v_cur          = (const float *) ((const char *) v_cur->data + i0*v_cur->nb[2]);
-            args.v_stride_token = v_cur->nb[2]/sizeof(float);
-            args.v_stride_head  = v_cur->nb[1]/sizeof(float);
-        }
+    args.k_mem    = (const uint8_t *) k_mem->data + s*k_mem->nb[1];
+    args.v_mem    = (const uint8_t *) v_mem->data + s*v_mem->nb[1];
+    args.plan     = (const int32_t *) ((const char *) plan->data + s*plan->nb[2]);
+    args.plan_len = plan->ne[0]*plan->ne[1];
+    args.rotation = node.rotation->get();
 
-        args.k_mem    = (const uint8_t *) k_mem->data + s*k_mem->nb[1];
-        args.v_mem    = (const uint8_t *) v_mem->data + s*v_mem->nb[1];
-        args.plan     = (const int32_t *) plan->data  + s*plan->ne[0];
-        args.plan_len = plan->ne[0];
-        args.rotation = node.rotation->get();
+    args.mask              = (const char *) mask->data + s*mask->nb[3];
+    args.mask_is_f16       = mask->type == GGML_TYPE_F16;
+    args.mask_stride_token = mask->nb[1]/mask->nb[0];
+    args.n_kv              = mask->ne[0];
 
-        args.mask              = (const char *) mask->data + s*mask->nb[3];
-        args.mask_is_f16       = mask->type == GGML_TYPE_F16;
-        args.mask_stride_token = mask->nb[1]/mask->nb[0];
-        args.n_kv              = mask->ne[0];
+    args.sink_logits = sinks ? (const float *) sinks->data : nullptr;
 
-        args.sink_logits = sinks ? (const float *) sinks->data : nullptr;
+    args.scale    = node.scale;
+    args.softcap  = node.softcap;
+    args.max_bias = node.max_bias;
+    args.n_tokens = n_tokens;
+    args.n_splits = n_splits;
+    args.out      = (float *) dst->data + s*n_out;
+    args.lse      = n_splits == 1 ? lse_of(dst) + s*n_rows : nullptr;
 
-        args.scale    = node.scale;
-        args.softcap  = node.softcap;
-        args.max_bias = node.max_bias;
-        args.n_tokens = n_tokens;
-        args.n_splits = n_splits;
-        args.out      = (float *) dst->data + s*n_out;
-        args.lse      = n_splits == 1 ? lse_of(dst) + s*n_rows : nullptr;
+    return args;
+}
 
+static void kvq_attend_part(ggml_tensor * dst, uint32_t n_splits, int ith, int nth, const llama_kvq_node & node) {
+    for (int64_t s = 0; s < dst->src[4]->ne[2]; ++s) {
+        const auto args = attend_args(dst, n_splits, s, node);
         llama_kvq_must(kvq_attend(node.layout, &args, ith, nth), "attend");
     }
 }
@@ -123,52 +129,92 @@ static void kvq_node_combine(ggml_tensor * dst, int ith, int nth, void * userdat
     }
 }
 
-// sources: k_cur, v_cur, k_mem, v_mem, plan, q, the output of kvq_node_attend or kvq_node_combine
-static void kvq_node_store(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const auto & node = *(const llama_kvq_node *) userdata;
-
-    const ggml_tensor * k_cur = dst->src[0];
-    const ggml_tensor * v_cur = dst->src[1];
-    const ggml_tensor * k_mem = dst->src[2];
-    const ggml_tensor * v_mem = dst->src[3];
-    const ggml_tensor * plan  = dst->src[4];
+// sources: k_mem, which is dst as well, v_mem, plan, k_cur, v_cur, q, the output of kvq_node_attend or kvq_node_combine
+static kvq_store_args store_args(const ggml_tensor * dst, int64_t s, const llama_kvq_node & node) {
+    const ggml_tensor * k_mem = dst->src[0];
+    const ggml_tensor * v_mem = dst->src[1];
+    const ggml_tensor * plan  = dst->src[2];
+    const ggml_tensor * k_cur = dst->src[3];
+    const ggml_tensor * v_cur = dst->src[4];
     const ggml_tensor * q     = dst->src[5];
     const ggml_tensor * out   = dst->src[6];
 
-    const int64_t n_stream = plan->ne[1];
-    const int64_t n_tokens = k_cur->ne[2]/n_stream;
+    const int64_t n_tokens = k_cur->ne[2]/plan->ne[2];
+    const int64_t i0       = s*n_tokens;
 
-    for (int64_t s = 0; s < n_stream; ++s) {
-        const int64_t i0 = s*n_tokens;
+    kvq_store_args args;
+    memset(&args, 0, sizeof(args));
 
-        kvq_store_args args;
-        memset(&args, 0, sizeof(args));
+    args.k_cur          = (const float *) ((const char *) k_cur->data + i0*k_cur->nb[2]);
+    args.k_stride_token = k_cur->nb[2]/sizeof(float);
+    args.k_stride_head  = k_cur->nb[1]/sizeof(float);
+    args.v_cur          = (const float *) ((const char *) v_cur->data + i0*v_cur->nb[2]);
+    args.v_stride_token = v_cur->nb[2]/sizeof(float);
+    args.v_stride_head  = v_cur->nb[1]/sizeof(float);
+    args.k_mem          = (uint8_t *) k_mem->data + s*k_mem->nb[1];
+    args.v_mem          = (uint8_t *) v_mem->data + s*v_mem->nb[1];
+    args.plan           = (const int32_t *) ((const char *) plan->data + s*plan->nb[2]);
+    args.plan_len       = plan->ne[0]*plan->ne[1];
+    args.rotation       = node.rotation->get();
+    args.q              = (const float *) ((const char *) q->data + i0*q->nb[2]);
+    args.q_stride_token = q->nb[2]/sizeof(float);
+    args.q_stride_head  = q->nb[1]/sizeof(float);
+    args.lse            = lse_of(out) + i0*out->ne[0];
+    args.scale          = node.scale;
+    args.n_tokens       = n_tokens;
 
-        args.k_cur          = (const float *) ((const char *) k_cur->data + i0*k_cur->nb[2]);
-        args.k_stride_token = k_cur->nb[2]/sizeof(float);
-        args.k_stride_head  = k_cur->nb[1]/sizeof(float);
-        args.v_cur          = (const float *) ((const char *) v_cur->data + i0*v_cur->nb[2]);
-        args.v_stride_token = v_cur->nb[2]/sizeof(float);
-        args.v_stride_head  = v_cur->nb[1]/sizeof(float);
-        args.k_mem          = (uint8_t *) k_mem->data + s*k_mem->nb[1];
-        args.v_mem          = (uint8_t *) v_mem->data + s*v_mem->nb[1];
-        args.plan           = (const int32_t *) plan->data + s*plan->ne[0];
-        args.plan_len       = plan->ne[0];
-        args.rotation       = node.rotation->get();
-        args.q              = (const float *) ((const char *) q->data + i0*q->nb[2]);
-        args.q_stride_token = q->nb[2]/sizeof(float);
-        args.q_stride_head  = q->nb[1]/sizeof(float);
-        args.lse            = lse_of(out) + s*n_tokens*out->ne[0];
-        args.scale          = node.scale;
-        args.n_tokens       = n_tokens;
+    return args;
+}
 
+static void kvq_node_store(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & node = *(const llama_kvq_node *) userdata;
+
+    for (int64_t s = 0; s < dst->src[2]->ne[2]; ++s) {
+        const auto args = store_args(dst, s, node);
         llama_kvq_must(kvq_store(node.layout, &args, ith, nth), "store");
     }
 
     if (ith == 0) {
         *node.progress = KVQ_LAYER_DONE;
-        *(float *) dst->data = 0.0f;
     }
+}
+
+// dst of these as on the CPU, never split
+static void kvq_node_gpu_attend(ggml_tensor *, int, int, void *) {
+    GGML_ABORT("kvq: the CPU was to attend in GPU memory");
+}
+
+static void kvq_node_gpu_store(ggml_tensor *, int, int, void *) {
+    GGML_ABORT("kvq: the CPU was to store into GPU memory");
+}
+
+// Without a stream everything is enqueued already, as part of a CUDA graph. So the arguments must depend on nothing but the
+// node and its sources, which are the same then.
+static void kvq_launch_attend(ggml_tensor * dst, void * stream, void * userdata) {
+    const auto & node = *(const llama_kvq_node *) userdata;
+
+    for (int64_t s = 0; stream && s < dst->src[4]->ne[2]; ++s) {
+        const auto args = attend_args(dst, 1, s, node);
+        llama_kvq_must(kvq_attend_enqueue(node.device, node.layout, &args, node.attend_space->data,
+                    ggml_nbytes(node.attend_space), stream), "attend");
+    }
+}
+
+static void kvq_launch_store(ggml_tensor * dst, void * stream, void * userdata) {
+    const auto & node = *(const llama_kvq_node *) userdata;
+
+    for (int64_t s = 0; stream && s < dst->src[2]->ne[2]; ++s) {
+        const auto args = store_args(dst, s, node);
+        llama_kvq_must(kvq_store_enqueue(node.device, node.layout, &args, node.store_space->data,
+                    ggml_nbytes(node.store_space), stream), "store");
+    }
+
+    *node.progress = KVQ_LAYER_DONE;
+}
+
+void kvq_gpu_register(kvq_register_t register_op) {
+    register_op(kvq_node_gpu_attend, kvq_launch_attend);
+    register_op(kvq_node_gpu_store,  kvq_launch_store);
 }
 
 // f32 with contiguous channels; rows and heads may be strided
@@ -201,6 +247,7 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
     }
 
     auto       * ctx0   = graph.ctx0;
+    auto       * gpu    = gpus.at(kv.map_layer_ids.at(il));
     const auto * layout = layouts.at(kv.map_layer_ids.at(il)).get();
     const auto   owner  = kv.layers[kv.map_layer_ids.at(il)].il;
 
@@ -231,13 +278,19 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
 
     const int64_t n_stream = kq_mask->ne[3];
     const int64_t n_tokens = q->ne[2]/n_stream;
-    const int64_t plan_len = kvq_planner_plan_len(planner.get(), n_tokens);
-    const int64_t n_splits = kvq_attend_splits(layout, n_tokens,
+    const int64_t n_splits = gpu ? 1 : kvq_attend_splits(layout, n_tokens,
             graph.n_tokens > 1 ? cparams.n_threads_batch : cparams.n_threads);
 
-    GGML_ASSERT(kq_mask->ne[1] == n_tokens && k_mem->ne[1] == n_stream && ggml_nelements(plan) >= plan_len*n_stream);
+    GGML_ASSERT(kq_mask->ne[1] == n_tokens && k_mem->ne[1] == n_stream && plan->ne[2] == n_stream &&
+            plan->ne[0]*plan->ne[1] >= (int64_t) kvq_planner_plan_len(planner.get(), n_tokens));
 
-    plan = ggml_view_2d(ctx0, plan, plan_len, n_stream, plan_len*sizeof(int32_t), 0);
+    if (gpu) {
+        gpu->find_backend(graph.sched);
+        reserve_space(*gpu, layout, n_tokens, kq_mask->ne[0]);
+        node.device       = gpu->device;
+        node.attend_space = gpu->attend_space;
+        node.store_space  = gpu->store_space;
+    }
 
     std::vector<ggml_tensor *> src = { as_rows(ctx0, q), k_mem, v_mem, kq_mask, plan };
     if (k_cur) {
@@ -257,7 +310,7 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
 
     if (n_splits == 1) {
         out = ggml_custom_4d(ctx0, GGML_TYPE_F32, n_head, q->ne[2], n_embd_v + 1, 1, src.data(), src.size(),
-                kvq_node_attend, GGML_N_TASKS_MAX, userdata);
+                gpu ? kvq_node_gpu_attend : kvq_node_attend, GGML_N_TASKS_MAX, userdata);
     } else {
         ggml_tensor * split = ggml_custom_4d(ctx0, GGML_TYPE_F32, n_embd_v + 2, n_head*n_tokens, n_splits, n_stream,
                 src.data(), src.size(), kvq_node_attend_split, GGML_N_TASKS_MAX, userdata);
@@ -269,6 +322,10 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
                 kvq_node_combine, GGML_N_TASKS_MAX, userdata);
     }
 
+    graph.cb(out, "kvq_attend", il);
+    if (gpu) {
+        ggml_backend_sched_set_tensor_backend(graph.sched, out, gpu->backend);
+    }
     ggml_build_forward_expand(graph.gf, out);
 
     if (k_cur) {
@@ -276,11 +333,15 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
             *node.progress = KVQ_LAYER_DONE;
         }
 
-        ggml_tensor * src_store[7] = { k_cur, v_cur, k_mem, v_mem, plan, src[0], out };
+        // The scheduler places a node where its result is, never where a source is, of which it would make a copy elsewhere.
+        ggml_tensor * src_store[6] = { v_mem, plan, k_cur, v_cur, src[0], out };
 
-        ggml_tensor * store = ggml_custom_4d(ctx0, GGML_TYPE_F32, 1, 1, 1, 1, src_store, 7,
-                kvq_node_store, GGML_N_TASKS_MAX, userdata);
+        ggml_tensor * store = ggml_custom_inplace(ctx0, k_mem, src_store, 6,
+                gpu ? kvq_node_gpu_store : kvq_node_store, GGML_N_TASKS_MAX, userdata);
         graph.cb(store, "kvq_store", il);
+        if (gpu) {
+            ggml_backend_sched_set_tensor_backend(graph.sched, store, gpu->backend);
+        }
 
         ggml_build_forward_expand(graph.gf, store);
     }

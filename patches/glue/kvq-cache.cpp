@@ -81,6 +81,7 @@ llama_kvq_cache::llama_kvq_cache(llama_kv_cache & kv, const char * spec) : kv(kv
     if (kvq_recipe_fit(recipe.get(), kv.get_size(), kv.n_stream, kv.n_seq_max, kvq::out(recipe)) != 0) {
         throw std::runtime_error(format("kvq: --kvq %s: %s", spec, kvq_last_error()));
     }
+    n_guard = kvq_recipe_page(recipe.get());
 
     if (kvq_planner_new(recipe.get(), kv.get_size(), kv.n_stream, kv.n_seq_max, kvq::out(planner)) != 0) {
         throw std::runtime_error(format("kvq: --kvq %s: %s", spec, kvq_last_error()));
@@ -97,11 +98,7 @@ kvq_shape llama_kvq_cache::layer_shape(uint32_t il) const {
 }
 
 ggml_tensor * llama_kvq_cache::new_k(ggml_context * ctx, ggml_backend_buffer_type_t buft, uint32_t il) {
-    if (!ggml_backend_buft_is_host(buft)) {
-        throw std::runtime_error(format("kvq: the KV cache of layer %u would be in %s memory, "
-                    "this build attends on the CPU only: use -ngl 0 or --no-kv-offload",
-                    il, ggml_backend_buft_name(buft)));
-    }
+    kvq_gpu * gpu = gpu_of(buft, il);
 
     const kvq_shape shape = layer_shape(il);
 
@@ -112,8 +109,13 @@ ggml_tensor * llama_kvq_cache::new_k(ggml_context * ctx, ggml_backend_buffer_typ
                     il, shape.n_heads, shape.n_kv_heads, shape.head_dim_k, shape.head_dim_v, kvq_last_error()));
     }
     layouts.push_back(std::move(layout));
+    gpus.push_back(gpu);
     progress.push_back(KVQ_LAYER_IDLE);
     rotations.emplace_back();
+
+    if (gpu) {
+        needed_space(*gpu, layouts.back().get(), 1, kv.get_size()); // refuses what it has no kernels for
+    }
 
     return ggml_new_tensor_3d(ctx, GGML_TYPE_I8, kvq_layout_k_bytes(layouts.back().get()), 1, kv.n_stream);
 }
@@ -134,7 +136,7 @@ std::string llama_kvq_cache::spec() const {
 
 void llama_kvq_cache::allocated(ggml_backend_buffer_t buf) const {
     // empty while llama.cpp only estimates memory
-    if (const size_t size = ggml_backend_buffer_get_size(buf)) {
+    if (const size_t size = ggml_backend_buffer_is_host(buf) ? ggml_backend_buffer_get_size(buf) : 0) {
         llama_kvq_must(kvq_use_large_pages(ggml_backend_buffer_get_base(buf), size), "large pages");
     }
 }

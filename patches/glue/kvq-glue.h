@@ -1,5 +1,7 @@
 #pragma once
 
+#include "kvq-gpu.h"
+
 #include "llama-kvq.h"
 #include "llama-cparams.h"
 #include "llama-kv-cache.h"
@@ -12,7 +14,7 @@
 #include <string>
 #include <vector>
 
-// how far a layer is with the latest plan
+// how far a layer is with the latest plan; what a GPU was given to do counts as done
 enum kvq_layer_plan : uint8_t {
     KVQ_LAYER_IDLE, // no graph stores into it
     KVQ_LAYER_DUE,
@@ -26,6 +28,11 @@ struct llama_kvq_node {
     kvq_layer_plan * progress; // of the layer that stores
 
     const kvq::rotation * rotation; // made before the first graph runs
+
+    // of a layer in GPU memory
+    const kvq_device * device;
+    ggml_tensor * attend_space;
+    ggml_tensor * store_space;
 
     bool has_rows;  // k_cur and v_cur are sources
     bool has_sinks;
@@ -89,6 +96,22 @@ private:
 
     kvq_shape layer_shape(uint32_t il) const;
 
+    // where memory of this type is: null on the CPU; throws where kvq cannot run
+    kvq_gpu * gpu_of(ggml_backend_buffer_type_t buft, uint32_t il);
+
+    // bytes that a graph with so many rows needs there; throws if the GPU cannot run such a layer
+    struct space {
+        size_t attend;
+        size_t store;
+    };
+    space needed_space(const kvq_gpu & gpu, const kvq_layout * layout, uint32_t n_tokens, uint32_t n_kv) const;
+
+    void reserve_space(kvq_gpu & gpu, const kvq_layout * layout, uint32_t n_tokens, uint32_t n_kv);
+    void grow_space(const kvq_gpu & gpu, ggml_tensor *& space, size_t size);
+
+    // waits for the GPUs: before the host looks at their memory
+    void synchronize() const;
+
     // a pointer that graphs may hold: equal nodes share one entry
     void * keep(const llama_kvq_node & node);
 
@@ -149,6 +172,9 @@ private:
     kvq::planner             planner;
     std::vector<kvq::layout> layouts; // as kv.layers
 
+    std::vector<std::unique_ptr<kvq_gpu>> all_gpus;
+    std::vector<kvq_gpu *>                gpus; // as layouts: where they are, null on the CPU
+
     std::vector<kvq::rotation> rotations; // as layouts: how their keys turn with positions
 
     std::unique_ptr<llama_cparams> cparams; // of the context, since its first graph was built
@@ -166,6 +192,7 @@ private:
 
     std::vector<key_noise> noises;         // of layers that have packed some
     size_t                 n_unguarded = 0; // rows since the last look
+    size_t                 n_guard     = 0; // rows between looks
 
     // the latest plan, until every layer has carried it out
     mutable std::vector<int32_t> last_plan; // [plan_len, last_streams]

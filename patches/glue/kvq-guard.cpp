@@ -1,6 +1,7 @@
 // A guard against recipes that do not fit a model: how much noise packed keys add to the attention logits of each layer.
 
 #include "kvq-glue.h"
+#include "kvq-state.h"
 
 #include "llama-impl.h"
 
@@ -29,9 +30,10 @@ float llama_kvq_cache::logit_scale(size_t i) const {
 static kvq_key_error key_error(const kvq_layout * layout, const std::vector<ggml_tensor *> & streams) {
     kvq_key_error most = {};
 
-    for (const auto * k : streams) {
+    for (auto * k : streams) {
         kvq_key_error cur = {};
-        llama_kvq_must(kvq_layer_key_error(layout, (const uint8_t *) k->data, &cur), "key error");
+        const kvq_host_memory mem(k, kvq_state_ranges(layout, KVQ_SIDE_K, KVQ_STATE_SLOTS, 0, 0));
+        llama_kvq_must(kvq_layer_key_error(layout, mem.data, &cur), "key error");
 
         if (cur.rows > most.rows) {
             most = cur;
@@ -43,12 +45,16 @@ static kvq_key_error key_error(const kvq_layout * layout, const std::vector<ggml
 
 void llama_kvq_cache::guard(size_t n_new) {
     // pages are sealed by the time the next plan is made
-    const bool is_due = n_unguarded >= kvq_recipe_page(recipe.get());
+    const bool is_due = n_unguarded >= n_guard;
 
     n_unguarded = n_new + (is_due ? 0 : n_unguarded);
     if (!is_due) {
         return;
     }
+
+    // a look at GPUs waits for them and copies their exact rows
+    synchronize();
+    n_guard *= all_gpus.empty() ? 1 : 2;
 
     noises.clear();
     for (size_t i = 0; i < layouts.size(); ++i) {

@@ -10,11 +10,11 @@
 
 ggml_tensor * llama_kvq_cache::build_plan(ggml_context * ctx, const llama_ubatch & ubatch) const {
     const uint32_t n_stream = kv.n_stream == 1 ? 1 : ubatch.n_seqs_unq;
-    const size_t   len      = kvq_planner_plan_len(planner.get(), ubatch.n_tokens/n_stream)*n_stream;
+    const size_t   len      = kvq_planner_plan_len(planner.get(), ubatch.n_tokens/n_stream);
 
     // upstream decides by ne[0] == n_tokens whether a graph can be reused, as for the k_idxs that this replaces
-    ggml_tensor * plan = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, ubatch.n_tokens,
-            (len + ubatch.n_tokens - 1)/ubatch.n_tokens);
+    ggml_tensor * plan = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, ubatch.n_tokens,
+            (len + ubatch.n_tokens - 1)/ubatch.n_tokens, n_stream);
 
     ggml_set_input(plan);
     ggml_set_name(plan, "attn_inp_kvq_plan");
@@ -35,9 +35,9 @@ void llama_kvq_cache::plan_stream(uint32_t strm, const std::vector<kvq_row> & ro
 void llama_kvq_cache::set_plan(ggml_tensor * dst, const llama_ubatch & ubatch,
         const std::vector<llama_seq_id> & strm, const std::vector<std::vector<uint32_t>> & idxs) {
     const size_t n_tokens = idxs[0].size();
-    const size_t len      = kvq_planner_plan_len(planner.get(), n_tokens);
+    const size_t len      = dst->ne[0]*dst->ne[1];
 
-    GGML_ASSERT(ggml_nelements(dst) >= (int64_t) (len*strm.size()));
+    GGML_ASSERT(dst->ne[2] == (int64_t) strm.size());
 
     settle();
     guard(n_tokens*strm.size());
@@ -93,7 +93,10 @@ bool llama_kvq_cache::settle() const {
         if (progress[i] != KVQ_LAYER_DUE) {
             continue;
         }
-        found = true;
+        if (!found) {
+            synchronize();
+            found = true;
+        }
 
         // llama.cpp has removed the tokens of the aborted ubatch: their rows may hold anything
         const kvq_shape shape = layer_shape(kv.layers[i].il);
@@ -101,6 +104,9 @@ bool llama_kvq_cache::settle() const {
         const std::vector<float> v(last_n_tokens*shape.n_kv_heads*shape.head_dim_v);
 
         for (size_t s = 0; s < last_streams.size(); ++s) {
+            const kvq_host_memory k_mem(kv.layers[i].k_stream[last_streams[s]]);
+            const kvq_host_memory v_mem(kv.layers[i].v_stream[last_streams[s]]);
+
             kvq_store_args args;
             memset(&args, 0, sizeof(args));
 
@@ -110,14 +116,16 @@ bool llama_kvq_cache::settle() const {
             args.v_cur          = v.data();
             args.v_stride_token = shape.n_kv_heads*shape.head_dim_v;
             args.v_stride_head  = shape.head_dim_v;
-            args.k_mem          = (uint8_t *) kv.layers[i].k_stream[last_streams[s]]->data;
-            args.v_mem          = (uint8_t *) kv.layers[i].v_stream[last_streams[s]]->data;
+            args.k_mem          = k_mem.data;
+            args.v_mem          = v_mem.data;
             args.plan           = last_plan.data() + s*len;
             args.plan_len       = len;
             args.rotation       = rotations[i].get();
             args.n_tokens       = last_n_tokens;
 
             llama_kvq_must(kvq_store(layouts[i].get(), &args, 0, 1), "store after an aborted graph");
+            k_mem.write_back();
+            v_mem.write_back();
         }
         progress[i] = KVQ_LAYER_DONE;
     }

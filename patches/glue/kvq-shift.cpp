@@ -1,5 +1,5 @@
-// K-shift: exact rows are turned where they are, packed ones stay as they are and the planner notes how far they have
-// moved; attention turns the query back. How a layer's keys turn is read off upstream's own RoPE.
+// K-shift: exact rows are turned where they are (of a GPU, in a copy), packed ones stay as they are and the planner notes how
+// far they have moved; attention turns the query back. How a layer's keys turn is read off upstream's own RoPE.
 
 #include "kvq-glue.h"
 
@@ -96,6 +96,7 @@ bool llama_kvq_cache::shift(llama_context * lctx) {
     if (kv.hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
         return false;
     }
+    synchronize();
     settle();
     make_rotations(lctx->get_cparams());
 
@@ -140,6 +141,9 @@ void llama_kvq_cache::shift_layers(llama_context * lctx, uint32_t strm, const kv
     std::deque<kvq_shift_node> nodes;
 
     for (size_t i = 0; i < layouts.size(); ++i) {
+        if (gpus[i]) {
+            continue;
+        }
         nodes.push_back({ layouts[i].get(), rotations[i].get(), &shift,
                 (uint8_t *) kv.layers[i].k_stream[strm]->data, false });
 
@@ -147,7 +151,7 @@ void llama_kvq_cache::shift_layers(llama_context * lctx, uint32_t strm, const kv
                     kvq_node_shift, GGML_N_TASKS_MAX, &nodes.back()));
     }
 
-    if (ggml_backend_sched_alloc_graph(sched, gf)) {
+    if (!nodes.empty() && ggml_backend_sched_alloc_graph(sched, gf)) {
         lctx->graph_compute(gf, false);
 
         // the nodes live on this stack
@@ -158,6 +162,14 @@ void llama_kvq_cache::shift_layers(llama_context * lctx, uint32_t strm, const kv
     for (auto & node : nodes) {
         if (!node.done) {
             llama_kvq_must(kvq_shift_keys(node.layout, node.rotation, node.shift, node.k_mem, 0, 1), "K-shift");
+        }
+    }
+
+    for (size_t i = 0; i < layouts.size(); ++i) {
+        if (gpus[i]) {
+            const kvq_host_memory mem(kv.layers[i].k_stream[strm]);
+            llama_kvq_must(kvq_shift_keys(layouts[i].get(), rotations[i].get(), &shift, mem.data, 0, 1), "K-shift");
+            mem.write_back();
         }
     }
 }

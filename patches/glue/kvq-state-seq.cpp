@@ -83,14 +83,13 @@ void llama_kvq_cache::write_pages(kvq_state_writer & out, size_t il, uint32_t st
     std::vector<uint8_t> pools[2];
 
     for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
-        const ggml_tensor * t = side == KVQ_SIDE_K ? kv.layers[il].k_stream[strm] : kv.layers[il].v_stream[strm];
-        const auto * mem = (const uint8_t *) t->data;
+        const kvq_host_memory mem(side == KVQ_SIDE_K ? kv.layers[il].k_stream[strm] : kv.layers[il].v_stream[strm]);
 
         for (size_t i = 0; i < pages.size(); ++i) {
-            const auto bytes = kvq_state_get(mem, kvq_state_ranges(layout, side, KVQ_STATE_PAGES, pages[i], 1));
+            const auto bytes = kvq_state_get(mem.data, kvq_state_ranges(layout, side, KVQ_STATE_PAGES, pages[i], 1));
             kvq_state_set(copy.side[side], kvq_state_ranges(own.get(), side, KVQ_STATE_PAGES, i, 1), bytes.data());
         }
-        pools[side] = kvq_state_get(mem, kvq_state_ranges(layout, side, KVQ_STATE_POOL, 0, 0));
+        pools[side] = kvq_state_get(mem.data, kvq_state_ranges(layout, side, KVQ_STATE_POOL, 0, 0));
     }
 
     kvq_state_call(kvq_pool_adopt(own.get(), copy.side[0], copy.side[1], pools[0].data(), pools[1].data(),
@@ -189,14 +188,15 @@ void llama_kvq_cache::write_rows(kvq_state_writer & out, size_t il, uint32_t str
     const auto   & layer = kv.layers[il];
     const size_t   n_k   = kv.hparams.n_embd_k_gqa(layer.il);
     const size_t   n_v   = kv.hparams.n_embd_v_gqa(layer.il);
-    const auto   * k_mem = (const uint8_t *) layer.k_stream[strm]->data;
-    const auto   * v_mem = (const uint8_t *) layer.v_stream[strm]->data;
+
+    const kvq_host_memory k_mem(layer.k_stream[strm]);
+    const kvq_host_memory v_mem(layer.v_stream[strm]);
 
     std::vector<float>       row(n_k + n_v);
     std::vector<ggml_fp16_t> f16(choice.exact.size()*(n_k + n_v));
 
     for (size_t i = 0; i < choice.exact.size(); ++i) {
-        kvq_state_call(kvq_dequantize(layouts[il].get(), k_mem, v_mem, choice.location.data(), rotations[il].get(),
+        kvq_state_call(kvq_dequantize(layouts[il].get(), k_mem.data, v_mem.data, choice.location.data(), rotations[il].get(),
                     choice.exact[i], 1, row.data(), row.data() + n_k), "rows");
         ggml_fp32_to_fp16_row(row.data(), f16.data() + i*(n_k + n_v), n_k + n_v);
     }
@@ -448,7 +448,10 @@ void llama_kvq_cache::restore_pages(uint32_t strm, const kvq_state_seq & saved) 
         const auto * layout = layouts[il].get();
         const auto * own    = saved.layouts[il].get();
 
-        uint8_t * mem[2] = { (uint8_t *) kv.layers[il].k_stream[strm]->data, (uint8_t *) kv.layers[il].v_stream[strm]->data };
+        const kvq_host_memory mem[2] = {
+            kvq_host_memory(kv.layers[il].k_stream[strm]),
+            kvq_host_memory(kv.layers[il].v_stream[strm]),
+        };
         std::vector<uint8_t> pools[2];
 
         for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
@@ -456,14 +459,17 @@ void llama_kvq_cache::restore_pages(uint32_t strm, const kvq_state_seq & saved) 
                 if (saved.targets[p] != NO_PAGE) {
                     const auto bytes = kvq_state_get(saved.memory[il].side[side],
                             kvq_state_ranges(own, side, KVQ_STATE_PAGES, p, 1));
-                    kvq_state_set(mem[side], kvq_state_ranges(layout, side, KVQ_STATE_PAGES, saved.targets[p], 1),
+                    kvq_state_set(mem[side].data, kvq_state_ranges(layout, side, KVQ_STATE_PAGES, saved.targets[p], 1),
                             bytes.data());
                 }
             }
             pools[side] = kvq_state_get(saved.memory[il].side[side], kvq_state_ranges(own, side, KVQ_STATE_POOL, 0, 0));
         }
-        llama_kvq_must(kvq_pool_adopt(layout, mem[0], mem[1], pools[0].data(), pools[1].data(),
+        llama_kvq_must(kvq_pool_adopt(layout, mem[0].data, mem[1].data, pools[0].data(), pools[1].data(),
                     from.data(), to.data(), to.size()), "restored outlier tokens");
+        for (const auto & m : mem) {
+            m.write_back();
+        }
     }
     adopt_pages(planner.get(), strm, saved);
 }
@@ -526,6 +532,9 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
         std::vector<float> v(anew.size()*n_v);
         saved_rows(il, saved, anew, k, v);
 
+        const kvq_host_memory k_mem(kv.layers[il].k_stream[strm]);
+        const kvq_host_memory v_mem(kv.layers[il].v_stream[strm]);
+
         kvq_store_args args;
         memset(&args, 0, sizeof(args));
 
@@ -535,13 +544,15 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
         args.v_cur          = v.data();
         args.v_stride_token = n_v;
         args.v_stride_head  = kv.hparams.n_embd_head_v(id);
-        args.k_mem          = (uint8_t *) kv.layers[il].k_stream[strm]->data;
-        args.v_mem          = (uint8_t *) kv.layers[il].v_stream[strm]->data;
+        args.k_mem          = k_mem.data;
+        args.v_mem          = v_mem.data;
         args.plan           = plan.data();
         args.plan_len       = plan.size();
         args.rotation       = rotations[il].get();
         args.n_tokens       = ubatch.size();
 
         llama_kvq_must(kvq_store(layouts[il].get(), &args, 0, 1), "restored rows");
+        k_mem.write_back();
+        v_mem.write_back();
     }
 }

@@ -62,6 +62,13 @@ void kvq_state_set(uint8_t * mem, const std::vector<kvq_range> & ranges, const u
     }
 }
 
+void kvq_state_set(ggml_tensor * mem, const std::vector<kvq_range> & ranges, const uint8_t * src) {
+    for (const auto & r : ranges) {
+        ggml_backend_tensor_set(mem, src, r.offset, r.size);
+        src += r.size;
+    }
+}
+
 kvq_state_memory::kvq_state_memory(const kvq_layout * layout) {
     const size_t align = 64;
 
@@ -129,6 +136,7 @@ void llama_kvq_cache::copy_streams() {
 }
 
 void llama_kvq_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) {
+    synchronize();
     settle();
     copy_streams();
 
@@ -212,6 +220,7 @@ void llama_kvq_cache::read_header(kvq_state_reader & in, bool is_seq) const {
 }
 
 void llama_kvq_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
+    synchronize();
     settle();
     make_rotations(*cparams);
     copy_streams();
@@ -267,8 +276,8 @@ void llama_kvq_cache::state_write_all(kvq_state_writer & out) const {
             const auto * layout = layouts[i].get();
 
             kvq_state_memory live(layout);
-            memcpy(live.side[KVQ_SIDE_K], kv.layers[i].k_stream[s]->data, kvq_layout_k_bytes(layout));
-            memcpy(live.side[KVQ_SIDE_V], kv.layers[i].v_stream[s]->data, kvq_layout_v_bytes(layout));
+            ggml_backend_tensor_get(kv.layers[i].k_stream[s], live.side[KVQ_SIDE_K], 0, kvq_layout_k_bytes(layout));
+            ggml_backend_tensor_get(kv.layers[i].v_stream[s], live.side[KVQ_SIDE_V], 0, kvq_layout_v_bytes(layout));
             kvq_state_call(kvq_erase(layout, live.side[0], live.side[1], location.data()), "removed tokens");
 
             for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
@@ -370,7 +379,7 @@ void llama_kvq_cache::put_stream(uint32_t strm, const kvq_state_stream & stream)
     each_part(stream.n_pages, [&](size_t i, kvq_side side, const std::vector<kvq_range> & ranges) {
         const auto & layer = kv.layers[i];
         ggml_tensor * t = side == KVQ_SIDE_K ? layer.k_stream[strm] : layer.v_stream[strm];
-        kvq_state_set((uint8_t *) t->data, ranges, (bytes++)->data());
+        kvq_state_set(t, ranges, (bytes++)->data());
     });
 }
 

@@ -144,6 +144,7 @@ size_t kvq_state_size(const std::vector<kvq_range> & ranges);
 
 std::vector<uint8_t> kvq_state_get(const uint8_t * mem, const std::vector<kvq_range> & ranges);
 void                 kvq_state_set(uint8_t * mem, const std::vector<kvq_range> & ranges, const uint8_t * src);
+void                 kvq_state_set(ggml_tensor * mem, const std::vector<kvq_range> & ranges, const uint8_t * src);
 
 // zeroed memory of one stream of one layer, apart from the cache's
 struct kvq_state_memory {

@@ -3,9 +3,13 @@
 // Compares a kvq context with an f16 one (prefill, decode, several sequences, sequence copy, abort, K-shift), and checks that
 // a sequence does not suffer from others, that nothing remains of removed ones, that saved state comes back bit-identical
 // and that damaged state is refused. Exit status 2: this model refuses the recipe.
+//   KVQ_TEST_NGL=N         layers on GPUs (default: 0)
+//   KVQ_TEST_QUICK=1       leaves out most; =abort: but not aborted decodes
+//   KVQ_TEST_ON_CPU=REGEX  tensors that stay on the CPU nevertheless
 
 #include "llama.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -262,8 +266,9 @@ static void test_abort(llama_model * model, const char * recipe, bool unified, d
     const int n_graph = calls.n;
 
     int n_aborted = 0;
+    // a GPU does not ask: then there are few calls
     for (const int stop : { n_graph/4, n_graph/2, 3*n_graph/4 }) {
-        calls = { 0, stop };
+        calls = { 0, std::max(stop, 1) };
         n_aborted += packed.feed(0, 240, 40).empty();
     }
     calls = { 0, 0 };
@@ -274,7 +279,7 @@ static void test_abort(llama_model * model, const char * recipe, bool unified, d
     const double e1 = nmse(exact.feed(0, 280, 300), packed.feed(0, 280, 300));
     check(e1 <= limit, "when the window has left the page", e1);
 
-    calls = { 0, n_graph/2 };
+    calls = { 0, std::max(n_graph/2, 1) };
     packed.feed(0, 580, 70);
     calls = { 0, 0 };
     for (run * r : { &exact, &packed }) {
@@ -483,7 +488,9 @@ int main(int argc, char ** argv) {
     llama_backend_init();
 
     auto mparams = llama_model_default_params();
-    mparams.n_gpu_layers = 0;
+    mparams.n_gpu_layers = getenv("KVQ_TEST_NGL") ? atoi(getenv("KVQ_TEST_NGL")) : 0;
+    llama_model_tensor_buft_override on_cpu[] = { { getenv("KVQ_TEST_ON_CPU"), ggml_backend_cpu_buffer_type() }, { nullptr, nullptr } };
+    mparams.tensor_buft_overrides = on_cpu;
     llama_model * model = llama_model_load_from_file(argv[1], mparams);
     if (!model) {
         fprintf(stderr, "cannot load %s\n", argv[1]);
@@ -497,7 +504,10 @@ int main(int argc, char ** argv) {
     }
 
     test_sequences(model, recipe, true,  limit);
-    if (!getenv("KVQ_TEST_QUICK")) {
+    if (const char * only = getenv("KVQ_TEST_QUICK"); only && strcmp(only, "abort") == 0) {
+        test_abort(model, recipe, true,  limit);
+        test_abort(model, recipe, false, limit);
+    } else if (!only) {
         test_sequences(model, recipe, false, limit);
         test_again(model, recipe);
         test_neighbours(model, recipe);

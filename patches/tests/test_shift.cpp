@@ -197,7 +197,7 @@ int main(int argc, char ** argv) {
     llama_backend_init();
 
     auto params = llama_model_default_params();
-    params.n_gpu_layers = 0;
+    params.n_gpu_layers = getenv("KVQ_TEST_NGL") ? atoi(getenv("KVQ_TEST_NGL")) : 0;
     llama_model * model = llama_model_load_from_file(argv[1], params);
 
     std::string bytes(40000, 0);

@@ -332,7 +332,9 @@ int main(int argc, char ** argv) {
     }, nullptr);
     llama_backend_init();
 
-    llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
+    auto mparams = llama_model_default_params();
+    mparams.n_gpu_layers = getenv("KVQ_TEST_NGL") ? atoi(getenv("KVQ_TEST_NGL")) : 0;
+    llama_model * model = llama_model_load_from_file(argv[1], mparams);
     if (!model) {
         fprintf(stderr, "cannot load %s\n", argv[1]);
         return 1;
