@@ -64,7 +64,8 @@ struct Words {
     }
 };
 
-template <int ROWS, int DIM_V> struct Fast {
+// KEYS and VALUES: widths that are known when the kernel is compiled; 0: any. ROWS query rows, heads of DIM_V values.
+template <int ROWS, int DIM_V, int KEYS, int VALUES> struct Fast {
     static constexpr bool TWICE = ROWS == 4;        // columns 4 to 7 repeat 0 to 3, and half of the lanes take other tokens
     static constexpr int TILES = TWICE ? 1 : 2;     // of tokens that a lane has scores of, in a block of 32 lanes
     static constexpr uint32_t STATE = 4;            // floats of a warp's state of a row: reference, sum, sum of steps, -
@@ -102,6 +103,10 @@ template <int ROWS, int DIM_V> struct Fast {
 
     // The ROWS values of a channel: [channel % 4][channel / 4][ROWS], so that lanes with a quad each do not meet in a bank.
     __device__ float *query_at(uint32_t channel) const { return query + ((channel % 4) * (k.head_dim / 4) + channel / 4) * ROWS; }
+    __device__ bool is_grouped() const { return KEYS != 0 || k.codec == CODEC_GROUP; }
+    __device__ uint32_t key_segments() const { return (KEYS ? DIM_V : k.head_dim) / 16; }
+    __device__ uint32_t key_width() const { return KEYS ? KEYS : k.width; }
+    __device__ uint32_t value_width() const { return VALUES ? VALUES : v.width; }
     __device__ uint32_t column(int c) const { return TWICE ? 2 * (t & 1) + c : 2 * t + c; }
 
     __device__ Fast(const AttendParams &params, uint8_t *shared)
@@ -267,7 +272,7 @@ template <int ROWS, int DIM_V> struct Fast {
             if (lane < n_quads) put_quad(fields, r, x);
         }
         clear_rest(w);
-        const float centre = -0.5f * float((1u << k.width) - 1);
+        const float centre = -0.5f * float((1u << key_width()) - 1);
         const float total = sum_each<ROWS>(totals);
 #pragma unroll
         for (int c = 0; c < 2; c++) {
@@ -396,20 +401,30 @@ template <int ROWS, int DIM_V> struct Fast {
         }
     }
 
+    // Those of four words.
+    template <int N, bool UNEVEN>
+    __device__ __forceinline__ void multiply_group(const Words &w, uint32_t group, const uint8_t *page, const uint8_t *coefs, float (&c)[N][2][4]) {
+        const Reading reading = w.reading(group);
+        const auto at = [&](uint32_t word, uint32_t more) { return reinterpret_cast<const uint4 *>(coefs + w.at(word) + more); };
+        // A fourth lane without a word reads another one, and has coefficients of zero.
+        const uint32_t own_word = 4 * group + t, word = min(own_word, w.n - 1);
+        if (reading == TWO_BITS) multiply_fields<2, 4, N>(page, word, w.n, 0, at(own_word, 0), c);
+        else if (reading == FOUR_BITS) multiply_fields<4, 2, N>(page, word, w.n, 0, at(own_word, 0), c);
+        else if (reading == ONE_BIT) multiply_fields<1, 8, N>(page, word, w.n, 0, at(own_word, 0), c);
+        else if (!UNEVEN) return;  // values: four words at a time, whatever their width
+        else if (reading == ONE_BIT_PAIR) multiply_fields<1, 4, N>(page, 4 * group + t / 2, w.n, 4 * (t % 2), at(4 * group + t / 2, 32 * (t % 2)), c);
+        else multiply_fields<1, 2, N>(page, 4 * group, w.n, 2 * t, at(4 * group, 16 * t), c);
+    }
+
     // The same for all words of N blocks of 32 lanes of a tile; `coefs`: this lane's column of B.
-    template <int N, bool UNEVEN> __device__ __forceinline__ void multiply(const Words &w, const uint8_t *page, const uint8_t *coefs, float (&c)[N][2][4]) {
+    template <int N, bool UNEVEN, bool KNOWN> __device__ __forceinline__ void multiply(const Words &w, const uint8_t *page, const uint8_t *coefs, float (&c)[N][2][4]) {
+        if (KNOWN) {
+#pragma unroll
+            for (uint32_t group = 0; group < 4; group++)
+                if (group < w.groups()) multiply_group<N, UNEVEN>(w, group, page, coefs, c);
+        } else {
 #pragma unroll 1
-        for (uint32_t group = 0; group < w.groups(); group++) {
-            const Reading reading = w.reading(group);
-            const auto at = [&](uint32_t word, uint32_t more) { return reinterpret_cast<const uint4 *>(coefs + w.at(word) + more); };
-            // A fourth lane without a word reads another one, and has coefficients of zero.
-            const uint32_t own_word = 4 * group + t, word = min(own_word, w.n - 1);
-            if (reading == TWO_BITS) multiply_fields<2, 4, N>(page, word, w.n, 0, at(own_word, 0), c);
-            else if (reading == FOUR_BITS) multiply_fields<4, 2, N>(page, word, w.n, 0, at(own_word, 0), c);
-            else if (reading == ONE_BIT) multiply_fields<1, 8, N>(page, word, w.n, 0, at(own_word, 0), c);
-            else if (!UNEVEN) return;  // values: four words at a time, whatever their width
-            else if (reading == ONE_BIT_PAIR) multiply_fields<1, 4, N>(page, 4 * group + t / 2, w.n, 4 * (t % 2), at(4 * group + t / 2, 32 * (t % 2)), c);
-            else multiply_fields<1, 2, N>(page, 4 * group, w.n, 2 * t, at(4 * group, 16 * t), c);
+            for (uint32_t group = 0; group < w.groups(); group++) multiply_group<N, UNEVEN>(w, group, page, coefs, c);
         }
     }
 
@@ -524,8 +539,8 @@ template <int ROWS, int DIM_V> struct Fast {
         copy_wait<1>();
         Words words;
         float base[2];
-        if (k.codec == CODEC_GROUP) {
-            words = Words::of(Segments::uniform(k.width, k.head_dim / 16), k.head_dim / 16);
+        if (is_grouped()) {
+            words = Words::of(Segments::uniform(key_width(), key_segments()), key_segments());
             prepare_group(words);
             mean_base(base);
         } else {
@@ -536,10 +551,10 @@ template <int ROWS, int DIM_V> struct Fast {
         const uint8_t *coefs = coefficients + (TWICE ? g % 4 : g) * p.coefficient_bytes;
         float score[BLOCKS][TILES][2][2], most[2] = {DEAD, DEAD};  // [block][tile][token][column]
         float c[BLOCKS][2][4] = {};
-        multiply<BLOCKS, true>(words, k_page, coefs, c);
+        multiply<BLOCKS, true, KEYS != 0>(words, k_page, coefs, c);
 #pragma unroll
         for (uint32_t b = 0; b < BLOCKS; b++) {
-            const uint32_t codes = k.codec == CODEC_GROUP ? *reinterpret_cast<const uint32_t *>(k_page + swizzle(k.steps + 32 * b + 4 * quad)) : 0;
+            const uint32_t codes = is_grouped() ? *reinterpret_cast<const uint32_t *>(k_page + swizzle(k.steps + 32 * b + 4 * quad)) : 0;
 #pragma unroll
             for (int j = 0; j < TILES; j++)
 #pragma unroll
@@ -550,7 +565,7 @@ template <int ROWS, int DIM_V> struct Fast {
                     for (int e = 0; e < 2; e++) {
                         const float x = TWICE ? (t / 2 ? c[b][1][2 * i + e] : c[b][0][2 * i + e]) : c[b][j][2 * i + e];
                         float s = scale[e] * x;
-                        if (k.codec == CODEC_GROUP) s = step * (s + offset[e]);
+                        if (is_grouped()) s = step * (s + offset[e]);
                         score[b][j][i][e] = s + base[e];
                     }
                 }
@@ -586,8 +601,8 @@ template <int ROWS, int DIM_V> struct Fast {
         move_reference(most);
         copy_wait<1>();
         float weight[2], sums[2] = {}, step_sums[2] = {};
-        const bool three = v.width == 3;
-        const float place = v.width == 4 ? (quad % 2 ? 1.f / 16.f : 1.f) : power(127 - 2 * (quad % 4)), high = power(127 + 2 - quad);
+        const bool three = value_width() == 3;
+        const float place = value_width() == 4 ? (quad % 2 ? 1.f / 16.f : 1.f) : power(127 - 2 * (quad % 4)), high = power(127 + 2 - quad);
         uint8_t *put_at = weights + column(0) * p.weight_bytes + 8 * quad;
         // Steps relative to the page's largest possible one.
         const uint32_t step_base = 127 - 16;
@@ -627,10 +642,10 @@ template <int ROWS, int DIM_V> struct Fast {
             weight[e] = factor * step_unit * 16777216.f;
         }
         __syncwarp();
-        const Words values = Words::of(Segments::uniform(v.width, PAGE / 16), PAGE / 16);
+        const Words values = Words::of(Segments::uniform(value_width(), PAGE / 16), PAGE / 16);
         const uint8_t *b = weights + (TWICE ? g % 4 : g) * p.weight_bytes;
         float o[DIM_V / 32][2][4] = {};
-        multiply<DIM_V / 32, false>(values, v_page, b, o);
+        multiply<DIM_V / 32, false, VALUES != 0>(values, v_page, b, o);
 #pragma unroll
         for (int block = 0; block < DIM_V / 32; block++) {
 #pragma unroll
@@ -799,7 +814,7 @@ template <int ROWS, int DIM_V> struct Fast {
     // Leaves the warp's output, relative to its references, as [ROWS][DIM_V] in its own memory, and its state in `states`.
     __device__ void leave(Exact &exact) {
         float *out = reinterpret_cast<float *>(own);
-        const float centre = 0.5f * float((1u << v.width) - 1);
+        const float centre = 0.5f * float((1u << value_width()) - 1);
         float total[2];
 #pragma unroll
         for (int e = 0; e < 2; e++) {
@@ -1015,12 +1030,15 @@ template <int ROWS, int DIM_V> struct Fast {
 
 }  // namespace kvq
 
-#define KVQ_FAST(name, rows, dim)                                 \
+#define KVQ_FAST(name, rows, dim, keys, values)                   \
     KVQ_KERNEL(name, 384, 1, kvq::AttendParams) {                 \
         KVQ_SHARED(shared);                                       \
-        kvq::Fast<rows, dim>(p, shared).run();                    \
+        kvq::Fast<rows, dim, keys, values>(p, shared).run();      \
     }
-KVQ_FAST(kvq_attend_fast_4_64, 4, 64)
-KVQ_FAST(kvq_attend_fast_4_128, 4, 128)
-KVQ_FAST(kvq_attend_fast_8_64, 8, 64)
-KVQ_FAST(kvq_attend_fast_8_128, 8, 128)
+KVQ_FAST(kvq_attend_fast_4_64, 4, 64, 0, 0)
+KVQ_FAST(kvq_attend_fast_4_128, 4, 128, 0, 0)
+KVQ_FAST(kvq_attend_fast_8_64, 8, 64, 0, 0)
+KVQ_FAST(kvq_attend_fast_8_128, 8, 128, 0, 0)
+#ifdef TRY
+KVQ_FAST(kvq_attend_fast_4_128_22, 4, 128, 2, 2)
+#endif

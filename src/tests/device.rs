@@ -90,7 +90,7 @@ impl Question<'_> {
     fn rotation(&self) -> Option<Rotation> {
         let n = self.layer.layout.shape().head_dim_k as usize / 2 - 3;
         let frequencies: Vec<f64> = (0..n).map(|pair| 0.3f64.powf(pair as f64 / n as f64 * 6.0)).collect();
-        self.asked.turned.then(|| Rotation::new(&frequencies, self.given.sinks.len() % 4 == 0).unwrap())
+        self.asked.turned.then(|| Rotation::new(&frequencies, self.given.sinks.len().is_multiple_of(4)).unwrap())
     }
 
     /// Output and denominators on the CPU.
