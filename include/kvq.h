@@ -749,8 +749,9 @@ kvq_status kvq_attend_workspace(const kvq_layout *layout,
                                 size_t *bytes);
 
 // Enqueues kvq_attend for a layer whose memory is on `device`, on a CUDA stream (a cudaStream_t or CUstream; NULL: the
-// default stream). Every pointer in `args` is a device pointer, `plan` included, and `n_splits` is 1: the result is
-// final. The host reads nothing of them, allocates nothing and does not wait, so the call can be captured in a CUDA
+// default stream). Every pointer in `args` but `rotation` is a device pointer, `plan` included, and `n_splits` is 1: the
+// result is final. With a rotation the kernels that read turned pages are taken, which are slow: leave it NULL until
+// positions have moved. The host reads nothing of them, allocates nothing and does not wait, so the call can be captured in a CUDA
 // graph; `args` itself is read during the call only. The plan is trusted: it must come from kvq_planner_plan.
 //
 // What no kernel can do is refused with KVQ_STATUS_UNSUPPORTED before anything is enqueued.
