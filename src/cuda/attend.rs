@@ -41,6 +41,16 @@ impl Block {
 
 /// Of those that need the fewest tiles, the first is taken. The general ones take everything.
 static KERNELS: &[Kernel] = &[
+    fast("kvq_attend_known_4_22", 4, |layer| is_known(layer, [CODEC_GROUP, 2], 2)),
+    fast("kvq_attend_known_4_33", 4, |layer| is_known(layer, [CODEC_GROUP, 3], 3)),
+    fast("kvq_attend_known_4_44", 4, |layer| is_known(layer, [CODEC_GROUP, 4], 4)),
+    fast("kvq_attend_known_4_c2", 4, |layer| is_known(layer, [CODEC_CHANNEL, 0], 2)),
+    fast("kvq_attend_known_4_c3", 4, |layer| is_known(layer, [CODEC_CHANNEL, 0], 3)),
+    fast("kvq_attend_known_8_22", 8, |layer| is_known(layer, [CODEC_GROUP, 2], 2)),
+    fast("kvq_attend_known_8_33", 8, |layer| is_known(layer, [CODEC_GROUP, 3], 3)),
+    fast("kvq_attend_known_8_44", 8, |layer| is_known(layer, [CODEC_GROUP, 4], 4)),
+    fast("kvq_attend_known_8_c2", 8, |layer| is_known(layer, [CODEC_CHANNEL, 0], 2)),
+    fast("kvq_attend_known_8_c3", 8, |layer| is_known(layer, [CODEC_CHANNEL, 0], 3)),
     fast("kvq_attend_fast_4_64", 4, |layer| fits_fast(layer, 64)),
     fast("kvq_attend_fast_4_128", 4, |layer| fits_fast(layer, 128)),
     fast("kvq_attend_fast_8_64", 8, |layer| fits_fast(layer, 64)),
@@ -66,7 +76,7 @@ fn general_block(layer: &LayerDesc, kernel: &Kernel, _n_pieces: u32, limits: Lim
     (block.shared_bytes() <= limits.shared_bytes).then_some(block)
 }
 
-/// What `attend_fast.cu` can read.
+/// What `attend_fast.cuh` can read.
 fn fits_fast(layer: &LayerDesc, head_dim_v: u32) -> bool {
     let grouped = |side: &SideDesc| {
         side.codec == CODEC_GROUP && side.symmetric == 1 && side.n_groups == 1 && matches!(side.width, 2..=4)
@@ -79,10 +89,21 @@ fn fits_fast(layer: &LayerDesc, head_dim_v: u32) -> bool {
         && grouped(&layer.v)
 }
 
+/// What a kernel of `attend_known.cu` can read: `keys` are a codec and the width of its codes.
+fn is_known(layer: &LayerDesc, keys: [u32; 2], width_v: u32) -> bool {
+    fits_fast(layer, 128)
+        && layer.k.head_dim == 128
+        && [layer.k.codec, layer.k.width] == keys
+        && layer.v.width == width_v
+}
+
 /// Most warps of a block of a fast kernel, and the fewest that are worth it.
 const FAST_WARPS: std::ops::RangeInclusive<u32> = 4..=12;
 
-/// See `attend_fast.cu`.
+/// Warps of a block with less than 256 pieces of work.
+const FEW_WARPS: u32 = 8;
+
+/// See `attend_fast.cuh`.
 fn fast_block(layer: &LayerDesc, kernel: &Kernel, n_pieces: u32, limits: Limits) -> Option<Block> {
     let rows = kernel.tile_rows;
     // Rows of coefficients start four banks apart.
@@ -104,7 +125,9 @@ fn fast_block(layer: &LayerDesc, kernel: &Kernel, n_pieces: u32, limits: Limits)
     block.shared_warps = block.shared_warps.next_multiple_of(128);
     block.shared_warp = block.shared_warp.next_multiple_of(128);
     let room = limits.shared_bytes.saturating_sub(block.shared_warps) / block.shared_warp;
-    block.n_warps = n_pieces.clamp(*FAST_WARPS.start(), *FAST_WARPS.end()).min(room);
+    // More of them start later, and pay where there is much to do.
+    let most = if n_pieces < 256 { FEW_WARPS } else { *FAST_WARPS.end() };
+    block.n_warps = n_pieces.clamp(*FAST_WARPS.start(), most).min(room);
     (room >= *FAST_WARPS.start()).then_some(block)
 }
 

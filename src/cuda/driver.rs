@@ -124,7 +124,9 @@ impl Cuda {
 
     fn find(&self, kernel: &str) -> Result<CUfunction> {
         let name = CString::new(kernel).map_err(|_| Error::new(Status::Internal, "a kernel's name has a zero"))?;
-        for module in &self.modules {
+        // A kernel has the name of its file in its own: kvq_FILE_...
+        let of_file = MODULES.iter().map(|(file, _)| kernel.starts_with(&format!("kvq_{file}_")));
+        for (module, _) in self.modules.iter().zip(of_file).filter(|(_, is_of_file)| *is_of_file) {
             let mut function = ptr::null_mut();
             // SAFETY: a loaded module and a text that ends with a zero.
             let found = unsafe { sys::cuModuleGetFunction(&mut function, *module, name.as_ptr()) };

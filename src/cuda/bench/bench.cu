@@ -295,7 +295,7 @@ int main(int argc, char **argv) {
             printf("%-18s %8u %8.1e %9.2f %9.2f %9.2f %9.2f %8.1f %6.2f%s\n", spec.c_str(), cells, nmse, t_cold, t_graph, floor_cold, floor_graph, bytes * 1e-6, t_cold / floor_cold,
                    nmse <= 2e-3 ? "" : "  WRONG");
             fflush(stdout);
-            if (csv) fprintf(csv, "%s,%u,%u,%.2e,%.2f,%.2f,%.2f,%.2f,%.2f,%.3f\n", spec.c_str(), cells, SHAPE.n_heads, nmse, t_cold, t_graph, floor_cold, floor_graph, bytes * 1e-6,
+            if (csv) fprintf(csv, "\"%s\",%u,%u,%.2e,%.2f,%.2f,%.2f,%.2f,%.2f,%.3f\n", spec.c_str(), cells, SHAPE.n_heads, nmse, t_cold, t_graph, floor_cold, floor_graph, bytes * 1e-6,
                              once ? 0 : bytes / t_cold * 1e-6 / bandwidth);
             for (void *p : {(void *)memory, (void *)out, (void *)q, (void *)k_cur, (void *)v_cur, (void *)mask, (void *)plan, workspace}) CUDA(cudaFree(p));
         }
