@@ -88,7 +88,7 @@ pub(crate) fn exp_of_negative(x: f32) -> f32 {
     }
     let n = (x * std::f32::consts::LOG2_E - 0.5) as i32;
     // ln 2 in two parts, of which the first has so few bits that its multiples are exact.
-    let r = x - n as f32 * 0.693_359_375 - n as f32 * -2.121_944_4e-4;
+    let r = x - n as f32 * (355.0 / 512.0) - n as f32 * -2.121_944_4e-4;
     let terms = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
     let e = terms.iter().fold(1.0 / 5040.0, |e, term| e * r + term);
     f32::from_bits(e.to_bits().wrapping_add((n as u32) << 23))

@@ -64,11 +64,13 @@ impl Rotation {
     }
 
     /// `[bit][pair]`: cosine and sine of a move by `2^bit` positions, for device code.
+    #[cfg(test)]
     pub(crate) fn powers(&self) -> &[[f64; 2]] {
         &self.powers
     }
 
     /// Pairs of a row that turn, and whether they are neighbours.
+    #[cfg(test)]
     pub(crate) fn pairs(&self) -> (usize, bool) {
         (self.n_pairs, self.interleaved)
     }
