@@ -26,7 +26,7 @@ __device__ __forceinline__ float inverse_power(uint32_t base) { return __uint_as
 __device__ inline float exp_of_negative(float x) {
     if (x <= -87.f) return 0.f;
     const int n = int(x * 1.44269504f - 0.5f);
-    const float r = x - float(n) * 0.693359375f - float(n) * -2.12194440e-4f;
+    const float r = x - float(n) * (355.f / 512.f) - float(n) * -2.12194440e-4f;
     float e = 1.f / 5040.f;
     e = e * r + 1.f / 720.f;
     e = e * r + 1.f / 120.f;
