@@ -285,6 +285,8 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
             plan->ne[0]*plan->ne[1] >= (int64_t) kvq_planner_plan_len(planner.get(), n_tokens));
 
     if (gpu) {
+        node.rotation = has_moved ? node.rotation : &unmoved;
+
         gpu->find_backend(graph.sched);
         reserve_space(*gpu, layout, n_tokens, kq_mask->ne[0]);
         node.device       = gpu->device;

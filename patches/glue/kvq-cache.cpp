@@ -143,6 +143,7 @@ void llama_kvq_cache::allocated(ggml_backend_buffer_t buf) const {
 
 void llama_kvq_cache::clear() {
     last_plan.clear();
+    has_moved = false;
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         kvq_planner_reset(planner.get(), s);
     }

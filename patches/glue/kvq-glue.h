@@ -177,6 +177,12 @@ private:
 
     std::vector<kvq::rotation> rotations; // as layouts: how their keys turn with positions
 
+    // Whether packed keys have moved since the cache was last empty. Until then nodes of layers in GPU memory get no rotation,
+    // as kernels that heed one are slow.
+    bool                   has_moved = false;
+    const kvq::rotation unmoved;
+    void expect_moved();
+
     std::unique_ptr<llama_cparams> cparams; // of the context, since its first graph was built
 
     std::deque<llama_kvq_node> nodes;

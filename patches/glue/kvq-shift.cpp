@@ -10,6 +10,7 @@
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 
+#include <algorithm>
 #include <cmath>
 
 struct kvq_shift_node {
@@ -113,6 +114,11 @@ bool llama_kvq_cache::shift(llama_context * lctx) {
             moved[i] = cells.is_empty(i) ? 0 : cells.get_shift(i);
         }
 
+        if (std::all_of(moved.begin(), moved.end(), [](int32_t d) { return d == 0; })) {
+            continue; // see expect_moved
+        }
+        has_moved = true;
+
         kvq::shift shift;
         llama_kvq_must(kvq_planner_shift(planner.get(), s, moved.data(), kvq_cell_is_live, &kv.v_cells,
                     kvq::out(shift)), "K-shift");
@@ -122,6 +128,23 @@ bool llama_kvq_cache::shift(llama_context * lctx) {
     }
 
     return shifted;
+}
+
+// after a restore: the graph that is there may be one without rotations
+void llama_kvq_cache::expect_moved() {
+    for (uint32_t s = 0; s < kv.n_stream && !has_moved; ++s) {
+        auto & cells = kv.v_cells[s];
+
+        std::vector<kvq_location> location(cells.size());
+        llama_kvq_must(kvq_planner_locate(planner.get(), s, location.data()), "planner");
+
+        for (uint32_t i = 0; i < cells.size() && !has_moved; ++i) {
+            if (!cells.is_empty(i) && location[i].turned != 0) {
+                cells.pos_add(i, 0); // llama.cpp builds a new one after a shift, though it moves nothing
+                has_moved = true;
+            }
+        }
+    }
 }
 
 void llama_kvq_cache::shift_layers(llama_context * lctx, uint32_t strm, const kvq_shift & shift) {

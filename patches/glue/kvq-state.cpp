@@ -236,6 +236,9 @@ void llama_kvq_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
     } else {
         state_read_all(in);
     }
+    if (!all_gpus.empty()) {
+        expect_moved();
+    }
 }
 
 void llama_kvq_cache::state_write_all(kvq_state_writer & out) const {
