@@ -142,6 +142,10 @@ pub(super) fn kernel_names() -> impl Iterator<Item = &'static str> {
     KERNELS.iter().map(|kernel| kernel.name)
 }
 
+/// Where the workspace counts blocks, alike for all layers and calls, so that none finds another's partial results there. Rows
+/// are cut into splits only while that makes no more blocks than the device runs at a time, so there are never as many tiles.
+const TICKET_BYTES: usize = 1 << 15;
+
 /// How a call is cut into blocks.
 struct Cut {
     kernel: &'static Kernel,
@@ -167,17 +171,17 @@ impl Cut {
         let n_pieces = n_cells_seen(layer, n_kv).div_ceil(layer.page) + layer.n_slots.div_ceil(EXACT_ROWS) + 1;
         let wanted = limits.n_multiprocessors * kernel.blocks_per_multiprocessor / (n_tiles * layer.n_kv_heads).max(1);
         let n_splits = wanted.clamp(1, n_pieces.min(MAX_SPLITS));
+        debug_assert!(n_splits == 1 || (n_tiles * layer.n_kv_heads) as usize * 4 <= TICKET_BYTES);
         let block = (kernel.block)(layer, kernel, n_pieces.div_ceil(n_splits), limits)?;
         Some(Self { kernel, n_tiles, n_splits, block })
     }
 
-    fn ticket_bytes(&self, layer: &LayerDesc) -> usize {
-        (self.n_tiles as usize * layer.n_kv_heads as usize * 4).next_multiple_of(256)
-    }
-
     fn workspace_bytes(&self, layer: &LayerDesc) -> usize {
-        let states = self.n_tiles as usize * layer.n_kv_heads as usize * self.n_splits as usize;
-        self.ticket_bytes(layer) + states * self.kernel.tile_rows as usize * (layer.v.head_dim as usize + 2) * 4
+        let states = match self.n_splits {
+            1 => 0,
+            n_splits => self.n_tiles as usize * layer.n_kv_heads as usize * n_splits as usize,
+        };
+        TICKET_BYTES + states * self.kernel.tile_rows as usize * (layer.v.head_dim as usize + 2) * 4
     }
 }
 
@@ -231,7 +235,7 @@ pub(crate) unsafe fn enqueue(
     }
     params.layer = layer;
     params.tickets = workspace.memory.cast();
-    params.partial = workspace.memory.cast::<u8>().wrapping_add(cut.ticket_bytes(&layer)).cast();
+    params.partial = workspace.memory.cast::<u8>().wrapping_add(TICKET_BYTES).cast();
     params.n_splits = cut.n_splits;
     let n_tokens = params.n_tokens as usize;
     params.plan_at = plan::describe(n_tokens, layout.n_slots(), layout.n_cells(), layout.page());
