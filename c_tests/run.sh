@@ -130,8 +130,8 @@ eval_text=../shared/text/amazon.txt
 eval_text2=../shared/text/wikitext2-test.raw
 if [ -f "$eval_model" ] && [ -f "$eval_text" ] && [ -f "$eval_text2" ]; then
     step "quality on the evaluation model" patches/eval.py -m "$eval_model" -f "$eval_text" \
-        -f "$eval_text2" --chunks 2 -o build/eval/check --at-most 0.3,0.6,1.0,1.4,1.0,1.0 \
-        skvq:k=4,v=4 skvq:k=3,v=3 skvq:k=3,v=2 skvq:k=2,v=2 kivi:k=2.25 qaq:bits=2.25
+        -f "$eval_text2" --chunks 2 -o build/eval/check --at-most 0.6,1.0,1.0 \
+        skvq:k=3,v=3 kivi:k=2.25 qaq:bits=2.25
     step "pass-key retrieval" patches/passkey.py -m "$eval_model" -f "$eval_text" -n 8 --max 1200 --at-least 0.85 \
         -o build/eval/check-passkey skvq:k=4,v=4 skvq:k=3,v=3
 else
