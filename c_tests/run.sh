@@ -120,7 +120,7 @@ patches/models.py smollm2 qwen05 >"$logs/models.log" 2>&1 || rc=$?
 if ((rc == 3)); then
     skip "quality on real models" "$(tail -n 1 "$logs/models.log")"
 else
-    step "quality on real models" patches/eval.py -m smollm2 -m qwen05 -f models/amazon-excerpt.txt -c 1024 --chunks 1 \
+    step "quality on real models" patches/eval.py -m smollm2 -m qwen05 --stock q4_0 -f models/amazon-excerpt.txt -c 1024 --chunks 1 \
         -o build/eval/check-real --below .02,,.05,.05 --at-most .25,.4,.5,.7 on 2 skvq qaq
     step "guard on a real model" warned build/models/qwen05.gguf skvq:paper
 fi
@@ -129,7 +129,7 @@ eval_model=../shared/models/eval-105m-q8_0.gguf
 eval_text=../shared/text/amazon.txt
 eval_text2=../shared/text/wikitext2-test.raw
 if [ -f "$eval_model" ] && [ -f "$eval_text" ] && [ -f "$eval_text2" ]; then
-    step "quality on the evaluation model" patches/eval.py -m "$eval_model" -f "$eval_text" \
+    step "quality on the evaluation model" patches/eval.py -m "$eval_model" --stock q4_0 -f "$eval_text" \
         -f "$eval_text2" --chunks 2 -o build/eval/check --at-most 0.6,1.0,1.0 \
         skvq:k=3,v=3 kivi:k=2.25 qaq:bits=2.25
     step "pass-key retrieval" patches/passkey.py -m "$eval_model" -f "$eval_text" -n 8 --max 1200 --at-least 0.85 \
