@@ -268,3 +268,21 @@ fn attend_params(args: &kvq_attend_args) -> Result<AttendParams> {
         rotation: RotationDesc::default(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rotation_is_refused_before_anything_is_stored() {
+        // SAFETY: numbers and pointers, for which zero is a value; no pointer is followed.
+        let mut args: kvq_store_args = unsafe { std::mem::zeroed() };
+        let memory = std::ptr::without_provenance_mut::<u8>(64);
+        (args.k_mem, args.v_mem, args.plan) = (memory, memory, memory.cast());
+        assert!(store_params(&args).is_ok());
+        args.rotation = memory.cast();
+        let error = store_params(&args).err().unwrap();
+        assert_eq!(error.status(), Status::Unsupported);
+        assert!(error.message().starts_with("rotation is not NULL: "), "{}", error.message());
+    }
+}
