@@ -35,6 +35,10 @@ DEPTHS = [0.05, 0.25, 0.5, 0.75, 0.95]
 Prompt = collections.namedtuple("Prompt", "text key n_tokens depth")
 
 
+class RefusedError(RunError):
+    """llama-server answered that it will not."""
+
+
 class Server:
     """One llama-server with one cache configuration."""
 
@@ -49,9 +53,10 @@ class Server:
             # Half an hour: thousands of tokens on a busy machine.
             with urllib.request.urlopen(request, timeout=1800) as reply:
                 return json.load(reply)
+        except urllib.error.HTTPError as error:
+            raise RefusedError(f"llama-server {path}: {error} {error.read().decode('utf-8', 'replace')}") from None
         except OSError as error:
-            said = error.read().decode("utf-8", "replace") if isinstance(error, urllib.error.HTTPError) else ""
-            raise RunError(f"llama-server {path}: {error} {said}") from None
+            raise RunError(f"llama-server {path}: {error}") from None
 
     def wait_ready(self, seconds=120):
         deadline = time.monotonic() + seconds

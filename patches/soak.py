@@ -5,9 +5,13 @@ server with an f16 cache says after the same text.
 
     patches/soak.py [--minutes 60] [--seed 1] [--kv skvq] [-m MODEL.gguf] [-f TEXT] [-o FOLDER]
 
-Half of the time the slots share one cache, as llama-server's do by default; half of it each has a part of its own, and
-long answers shift it. Ends with one line; status 1 if a bound was broken: the mean and the largest divergence, answers
-refused, memory that grows, a server that dies.
+Two thirds of the time the slots share one cache, as llama-server's do by default, first with requests that name a slot,
+then with its prompt cache; in the last third each has a part of its own, and long answers shift it. Ends with a line for
+each; status 1 if a bound was broken: the mean and the largest divergence, answers refused, memory that grows, a server
+that dies.
+
+llama-server takes the cells away from a slot that is still answering when a request names it and the prompt cache is on
+(get_available_slot), with an f16 cache as well, so no part has both.
 """
 
 import argparse
@@ -23,25 +27,27 @@ import statistics
 import sys
 import threading
 import time
-import urllib.error
 
-from passkey import server
+from passkey import RefusedError, server
 from runs import ROOT, RunError, note
 
 N_CTX = 4096
 N_CLIENTS = 4
 TOP = 40
 # KL divergence of one token's distribution over the TOP tokens of f16.
-MEAN_BOUND, WORST_BOUND = 0.03, 3.0
-# A small model has its odd token; at most this share may be farther off than that.
-FAR, FAR_SHARE = 0.5, 0.01
+MEAN_BOUND, WORST_BOUND = 0.005, 0.5
 # Growth of resident memory over the second half of a phase. In the first minutes prompt cache and allocator still fill.
-PROMPT_CACHE_MIB = 32
 WARM_SECONDS, GROWTH_BOUND_MIB, COLD_GROWTH_BOUND_MIB = 300, 16, 96
-MODES = {"shared": ["-kvu"], "split": ["-no-kvu", "--context-shift"]}
-# How often a client does what; only a slot with a part of its own can overrun it.
-KINDS = {"ask": 8, "go on": 6, "cancel": 3, "save": 2, "restore": 2, "erase": 0.5}
-OVERRUNS = {"shared": 0, "split": 1}
+# Arguments of both servers, MiB of the prompt cache, and what clients do besides: only a slot with a part of its own can
+# be overrun.
+NAMED = {"save": 2, "restore": 2, "erase": 0.5}
+MODES = {
+    "shared": (["-kvu"], 0, NAMED),
+    "prompt cache": (["-kvu"], 32, {}),
+    "split": (["-no-kvu", "--context-shift"], 0, {**NAMED, "overrun": 1}),
+}
+# How often a client does what.
+KINDS = {"ask": 8, "go on": 6, "cancel": 3}
 
 
 def divergence(exact, packed):
@@ -63,6 +69,7 @@ class Phase:
 
     def __init__(self, tokens, packed, exact, until, kinds):
         self.tokens, self.packed, self.exact, self.until, self.kinds = tokens, packed, exact, until, kinds
+        self.named = "save" in kinds
         self.counts = collections.Counter()
         self.found = []
         self.errors = []
@@ -76,8 +83,7 @@ class Phase:
         """The answer, or None if the server refuses: what has no room, or a slot that holds nothing."""
         try:
             return self.packed.post(path, body)
-        except urllib.error.HTTPError as error:
-            error.read()
+        except RefusedError:
             self.count("refused")
             return None
 
@@ -91,7 +97,7 @@ class Phase:
         rng = random.Random(seed)
         history, saved = [], []
         while time.monotonic() < self.until:
-            slot = {"id_slot": number} if rng.random() < 0.5 else {}
+            slot = {"id_slot": number} if self.named and rng.random() < 0.5 else {}
             kind = rng.choices(list(self.kinds), self.kinds.values())[0]
             if kind == "ask" or not history:
                 # One of three beginnings, which clients share, and an ending of its own.
@@ -169,18 +175,18 @@ class Phase:
 
 
 def soak(args, mode, seconds):
-    folder = args.output / mode
+    flags, prompt_cache_mib, kinds = MODES[mode]
+    folder = args.output / mode.replace(" ", "-")
     (folder / "slots").mkdir(parents=True, exist_ok=True)
-    common = [*MODES[mode], "-ctxcp", 8]
-    packed_args = [*common, "-cram", PROMPT_CACHE_MIB, "--slot-save-path", folder / "slots"]
+    common = [*flags, "-ctxcp", 8]
+    packed_args = [*common, "-cram", prompt_cache_mib, "--slot-save-path", folder / "slots"]
     with contextlib.ExitStack() as stack:
         packed, exact = (
             stack.enter_context(server(args.bin, args.model, kv, n_ctx, folder / log, args.threads, N_CLIENTS, extra))
             for kv, n_ctx, log, extra in
             ((args.kv, N_CTX, "kvq.log", packed_args), ("f16", 2 * N_CTX, "f16.log", common)))
         tokens = packed.post("/tokenize", {"content": args.file.read_text(errors="replace")[:400000]})["tokens"]
-        phase = Phase(tokens, packed, exact, time.monotonic() + seconds,
-                      {**KINDS, "overrun": OVERRUNS[mode]})
+        phase = Phase(tokens, packed, exact, time.monotonic() + seconds, {**KINDS, **kinds})
         note(f"{mode}: {seconds:.0f} s, {args.kv}, seed {args.seed}")
         half, end = phase.run(args.seed)
     mean = statistics.fmean(value for value, _ in phase.found) if phase.found else math.inf
@@ -190,8 +196,6 @@ def soak(args, mode, seconds):
         broken.append(f"mean divergence above {MEAN_BOUND}")
     if not worst <= WORST_BOUND:
         broken.append(f"a divergence above {WORST_BOUND}")
-    if sum(value > FAR for value, _ in phase.found) > max(2, FAR_SHARE * len(phase.found)):
-        broken.append(f"more than {FAR_SHARE:.0%} of the divergences above {FAR}")
     growth_bound = GROWTH_BOUND_MIB if seconds >= WARM_SECONDS else COLD_GROWTH_BOUND_MIB
     if end - half > growth_bound:
         broken.append(f"memory grew by more than {growth_bound} MiB")
@@ -216,7 +220,7 @@ def main():
                         help="folder for logs and slots")
     args = parser.parse_args()
     args.output = args.output.resolve()
-    clean = [soak(args, mode, args.minutes * 30) for mode in MODES]
+    clean = [soak(args, mode, args.minutes * 60 / len(MODES)) for mode in MODES]
     sys.exit(0 if all(clean) else 1)
 
 
