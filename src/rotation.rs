@@ -47,13 +47,14 @@ impl Rotation {
         if let Some(bad) = frequencies.iter().find(|frequency| !frequency.is_finite()) {
             return Err(Error::invalid(format!("a frequency is {bad}: use finite numbers")));
         }
-        let power = |bit: usize| {
-            frequencies.iter().map(move |frequency| {
-                let angle = frequency * (1u64 << bit) as f64;
-                [angle.cos(), angle.sin()]
-            })
-        };
-        Ok(Self { n_pairs: frequencies.len(), interleaved, powers: (0..BITS).flat_map(power).collect() })
+        let mut power: Vec<[f64; 2]> = frequencies.iter().map(|frequency| [frequency.cos(), frequency.sin()]).collect();
+        let mut powers = Vec::with_capacity(BITS * power.len());
+        for _ in 0..BITS {
+            powers.extend_from_slice(&power);
+            // Squared, as device code does it: sealed bytes may not depend on either side's cosine.
+            power.iter_mut().for_each(|[c, s]| (*c, *s) = (*c * *c - *s * *s, 2.0 * *c * *s));
+        }
+        Ok(Self { n_pairs: frequencies.len(), interleaved, powers })
     }
 
     /// The same for device code.
@@ -71,18 +72,6 @@ impl Rotation {
             return Ok(());
         }
         Err(Error::invalid(format!("the rotation has {} pairs, the heads have {head_dim} values", self.n_pairs)))
-    }
-
-    /// `[bit][pair]`: cosine and sine of a move by `2^bit` positions, for device code.
-    #[cfg(test)]
-    pub(crate) fn powers(&self) -> &[[f64; 2]] {
-        &self.powers
-    }
-
-    /// Pairs of a row that turn, and whether they are neighbours.
-    #[cfg(test)]
-    pub(crate) fn pairs(&self) -> (usize, bool) {
-        (self.n_pairs, self.interleaved)
     }
 
     /// Works out the angles of a distance.

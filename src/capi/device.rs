@@ -4,12 +4,14 @@ use std::ffi::{c_char, c_void, CStr};
 
 use super::attention::{kvq_attend_args, rotation};
 use super::layout::kvq_layout;
+use super::shift::kvq_rotation;
 use super::store::kvq_store_args;
 use super::{check, guard, output, release, shared};
 use crate::cuda::attend::{self, Workspace};
 use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc, RotationDesc, StoreParams};
-use crate::cuda::{store, unsupported, Device};
+use crate::cuda::{store, Device};
 use crate::error::{Error, Result, Status};
+use crate::layout::Layout;
 
 /// A GPU and the kernels for it.
 ///
@@ -88,10 +90,7 @@ pub unsafe extern "C" fn kvq_attend_enqueue(
         check_workspace(workspace, "workspace")?;
         let mut params = attend_params(args)?;
         // SAFETY: rotation is NULL or a live rotation, on the host, as the header requires.
-        if let Some(rotation) = unsafe { rotation(args.rotation, "rotation") }? {
-            rotation.check(layout.layout.shape().head_dim_k as usize)?;
-            params.rotation = rotation.describe();
-        }
+        params.rotation = unsafe { describe(args.rotation, &layout.layout) }?;
         let workspace = Workspace { memory: workspace, bytes: workspace_bytes };
         // SAFETY: device memory of the sizes that the header gives.
         unsafe { attend::enqueue(&device.device, &layout.layout, params, args.plan_len, workspace, stream) }
@@ -119,8 +118,6 @@ pub unsafe extern "C" fn kvq_store_workspace(
 
 /// Enqueues kvq_store of all heads for a layer whose memory is on `device`; pointers, plan and stream as for
 /// kvq_attend_enqueue, after which it is enqueued on the same stream. The bytes are those that kvq_store makes.
-///
-/// `rotation` must be NULL, as it may be while no position has moved; otherwise KVQ_STATUS_UNSUPPORTED.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_store_enqueue(
     device: *const kvq_device,
@@ -135,11 +132,26 @@ pub unsafe extern "C" fn kvq_store_enqueue(
         let (device, layout, args) =
             unsafe { (shared(device, "device")?, shared(layout, "layout")?, shared(args, "args")?) };
         check_workspace(workspace, "workspace")?;
-        let params = store_params(args)?;
+        let mut params = store_params(args)?;
+        // SAFETY: rotation is NULL or a live rotation, on the host, as the header requires.
+        params.rotation = unsafe { describe(args.rotation, &layout.layout) }?;
         let workspace = Workspace { memory: workspace, bytes: workspace_bytes };
         // SAFETY: device memory of the sizes that the header gives.
         unsafe { store::enqueue(&device.device, &layout.layout, params, args.plan_len, workspace, stream) }
     })
+}
+
+/// A rotation as kernels get it.
+///
+/// # Safety
+/// `rotation` is NULL or a live rotation.
+unsafe fn describe(rotation: *const kvq_rotation, layout: &Layout) -> Result<RotationDesc> {
+    // SAFETY: as the caller vouches.
+    let Some(rotation) = (unsafe { self::rotation(rotation, "rotation") })? else {
+        return Ok(RotationDesc::default());
+    };
+    rotation.check(layout.shape().head_dim_k as usize)?;
+    Ok(rotation.describe())
 }
 
 /// What can be seen of the arguments without following a pointer.
@@ -149,12 +161,6 @@ fn store_params(args: &kvq_store_args) -> Result<StoreParams> {
     if args.n_tokens > 0 {
         check(args.k_cur, "k_cur")?;
         check(args.v_cur, "v_cur")?;
-    }
-    if !args.rotation.is_null() {
-        return Err(unsupported(
-            "rotation is not NULL: keys that join a page whose positions have moved cannot be turned back on a device \
-             yet; while a plan has no turns it may be NULL",
-        ));
     }
     for (rows, name) in [(args.q, "q"), (args.lse, "lse")] {
         if !rows.is_null() {
@@ -177,18 +183,16 @@ fn store_params(args: &kvq_store_args) -> Result<StoreParams> {
         k_mem: args.k_mem,
         v_mem: args.v_mem,
         plan: args.plan,
-        rotation: std::ptr::null(),
         rows: std::ptr::null_mut(),
         errors: std::ptr::null_mut(),
         error_stride: 0,
         row_stride: 0,
-        n_pairs: 0,
-        interleaved: 0,
         phases: 0,
         n_key_blocks: 1,
         n_value_blocks: 0,
         scale: args.scale,
         n_tokens: args.n_tokens,
+        rotation: RotationDesc::default(),
     })
 }
 
@@ -267,22 +271,4 @@ fn attend_params(args: &kvq_attend_args) -> Result<AttendParams> {
         weight_bytes: 0,
         rotation: RotationDesc::default(),
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_rotation_is_refused_before_anything_is_stored() {
-        // SAFETY: numbers and pointers, for which zero is a value; no pointer is followed.
-        let mut args: kvq_store_args = unsafe { std::mem::zeroed() };
-        let memory = std::ptr::without_provenance_mut::<u8>(64);
-        (args.k_mem, args.v_mem, args.plan) = (memory, memory, memory.cast());
-        assert!(store_params(&args).is_ok());
-        args.rotation = memory.cast();
-        let error = store_params(&args).err().unwrap();
-        assert_eq!(error.status(), Status::Unsupported);
-        assert!(error.message().starts_with("rotation is not NULL: "), "{}", error.message());
-    }
 }

@@ -93,18 +93,12 @@ template <int ROWS> struct Attend {
         query = distance == 0 ? s.query : s.turned;
         if (distance == 0) return;
         const RotationDesc &rotation = p.rotation;
-        const uint32_t n = rotation.n_pairs, dim = layer.k.head_dim, magnitude = distance < 0 ? 0u - uint32_t(distance) : uint32_t(distance);
+        const uint32_t n = rotation.n_pairs, dim = layer.k.head_dim;
         __syncthreads();
         for (uint32_t i = threadIdx.x; i < n; i += THREADS) {
-            // (cosine, sine) of one position, to the power of the distance.
-            double c = 1.0, d = 0.0, x = rotation.pairs[i][0], y = rotation.pairs[i][1];
-            for (uint32_t m = magnitude; m > 0; m /= 2) {
-                const double product = c * x - d * y, square = x * x - y * y;
-                if (m & 1) d = c * y + d * x, c = product;
-                y = 2.0 * x * y, x = square;
-            }
-            s.table[2 * i] = float(c);
-            s.table[2 * i + 1] = float(distance < 0 ? -d : d);
+            const Angle angle = angle_of(rotation, i, distance);
+            s.table[2 * i] = angle.cosine;
+            s.table[2 * i + 1] = angle.sine;
         }
         __syncthreads();
         for (uint32_t r = warp; r < ROWS; r += WARPS) {

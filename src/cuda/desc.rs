@@ -310,8 +310,6 @@ pub struct StoreParams {
     pub v_mem: *mut u8,
     /// The plan.
     pub plan: *const i32,
-    /// `[bit][pair]`: cosine and sine of a move by `2^bit` positions, see [`crate::rotation`]. NULL: no position has moved.
-    pub rotation: *const f64,
     /// `[side][head][page][row_stride]`: rows on their way. NULL: they are in shared memory.
     pub rows: *mut f32,
     /// `[head][error_stride]`: the number of pages, then noise, signal and rows of each page's sample. NULL: one block
@@ -321,10 +319,6 @@ pub struct StoreParams {
     pub error_stride: u32,
     /// Floats from row to row.
     pub row_stride: u32,
-    /// Pairs that turn.
-    pub n_pairs: u32,
-    /// 1: pairs are neighbours.
-    pub interleaved: u32,
     /// Which of `STORE_...` this launch is for.
     pub phases: u32,
     /// Blocks that share the pages of a head's keys.
@@ -335,6 +329,8 @@ pub struct StoreParams {
     pub scale: f32,
     /// Rows of the ubatch.
     pub n_tokens: u32,
+    /// How keys turn with their positions.
+    pub rotation: RotationDesc,
 }
 
 const _: () = assert!(std::mem::size_of::<LayerDesc>() == LAYER_DESC_BYTES);

@@ -80,6 +80,21 @@ __device__ __forceinline__ float smooth_factor(int exponent) {
     return __uint_as_float(uint32_t(min(max(exponent, -24), 24) + 127) << 23);
 }
 
+// How far a pair of a row turns, see src/rotation.rs.
+struct Angle {
+    float cosine, sine;
+};
+// For a move by `distance` positions: one position's, to the power of the distance. The same squares and products as there.
+__device__ inline Angle angle_of(const RotationDesc &rotation, uint32_t pair, int distance) {
+    double cosine = 1., sine = 0., x = rotation.pairs[pair][0], y = rotation.pairs[pair][1];
+    for (uint32_t m = distance < 0 ? 0u - uint32_t(distance) : uint32_t(distance); m > 0; m /= 2) {
+        const double turned = cosine * x - sine * y, square = x * x - y * y;
+        if (m & 1) sine = cosine * y + sine * x, cosine = turned;
+        y = 2. * x * y, x = square;
+    }
+    return {float(cosine), float(distance < 0 ? -sine : sine)};
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
     for (uint32_t o = 16; o > 0; o /= 2) x += __shfl_xor_sync(FULL, x, o);
     return x;

@@ -38,22 +38,15 @@ __device__ inline int distance_of(const Store &b, uint32_t page, uint32_t at) {
 
 // Turns keys back to where the rows that they join were encoded; see src/rotation.rs. Ends with a barrier.
 __device__ inline void turn_back(const Store &b, uint32_t page, uint32_t dim) {
-    const uint32_t n_pairs = min(b.p.n_pairs, dim / 2);
+    const RotationDesc &rotation = b.p.rotation;
+    const uint32_t n_pairs = min(rotation.n_pairs, dim / 2);
     for (uint32_t i = b.warp; i < b.s.n_rows; i += STORE_WARPS) {
         const int distance = distance_of(b, page, b.s.at[i]);
         if (distance == 0) continue;
-        const uint32_t magnitude = distance < 0 ? 0u - uint32_t(distance) : uint32_t(distance);
         for (uint32_t pair = b.lane; pair < n_pairs; pair += 32) {
-            double cosine = 1., sine = 0.;
-            for (uint32_t bit = 0; bit < 32; bit++) {
-                if (!(magnitude >> bit & 1)) continue;
-                const double *power = b.p.rotation + 2 * (bit * b.p.n_pairs + pair), c = power[0], s = power[1];
-                const double turned = cosine * c - sine * s;
-                sine = cosine * s + sine * c;
-                cosine = turned;
-            }
-            const float c = float(cosine), s = -float(distance < 0 ? -sine : sine);
-            float &left = b.row(i)[b.p.interleaved ? 2 * pair : pair], &right = b.row(i)[b.p.interleaved ? 2 * pair + 1 : n_pairs + pair];
+            const Angle angle = angle_of(rotation, pair, distance);
+            const float c = angle.cosine, s = -angle.sine;
+            float &left = b.row(i)[rotation.interleaved ? 2 * pair : pair], &right = b.row(i)[rotation.interleaved ? 2 * pair + 1 : n_pairs + pair];
             const float x = left, y = right;
             left = x * c - y * s;
             right = x * s + y * c;
@@ -73,7 +66,7 @@ __device__ inline void seal_side(const Store &b, const Side &side, uint32_t page
         if (l.attn_window > 0) find_attention(b, side);
     }
     if (l.pool_rows > 0 && fresh) write_pooled(b, side, page);
-    if (is_key && !fresh && b.p.rotation != nullptr) turn_back(b, page, side.desc.head_dim);
+    if (is_key && !fresh && b.p.rotation.n_pairs > 0) turn_back(b, page, side.desc.head_dim);
     if (is_key) {
         mean_of_rows(b, side.desc.head_dim);
         take_sample(b, side.desc.head_dim);

@@ -8,7 +8,7 @@ use super::layer::{recipes, Layer, Ubatch, SCALE};
 use super::random::Rng;
 use crate::codec::page::Side;
 use crate::cuda::attend::Workspace;
-use crate::cuda::desc::{LayerDesc, PlanDesc, StoreParams};
+use crate::cuda::desc::{LayerDesc, PlanDesc, RotationDesc, StoreParams};
 use crate::cuda::lab::{Buffer, Lab};
 use crate::cuda::store::{enqueue, workspace_bytes};
 use crate::error::Status;
@@ -30,8 +30,6 @@ struct Twin<'a> {
     layer: Layer,
     memory: [Buffer; 2],
     workspace: Buffer,
-    /// The rotation's powers, if positions move.
-    rotation: Option<Buffer>,
 }
 
 /// Which queries the store learns from.
@@ -49,7 +47,7 @@ impl<'a> Twin<'a> {
         layer.memory.iter_mut().for_each(|side| side.fill(POISON));
         let memory = layer.memory.each_ref().map(|side| lab.upload(side));
         let workspace = lab.upload(&vec![POISON; workspace_bytes(lab.device(), &layer.layout, n_cells as u32)]);
-        Self { lab, layer, memory, workspace, rotation: None }
+        Self { lab, layer, memory, workspace }
     }
 
     /// Lets positions move from now on.
@@ -57,7 +55,6 @@ impl<'a> Twin<'a> {
         let n_pairs = self.layer.layout.shape().head_dim_k as usize / 2 - 8;
         let frequencies: Vec<f64> = (0..n_pairs).map(|i| 1e4f64.powf(-(i as f64) / n_pairs as f64)).collect();
         let rotation = Rotation::new(&frequencies, interleaved).unwrap();
-        self.rotation = Some(self.lab.upload(rotation.powers()));
         self.layer.rotation = Some(rotation);
     }
 
@@ -90,18 +87,16 @@ impl<'a> Twin<'a> {
             k_mem: self.memory[0].pointer().cast(),
             v_mem: self.memory[1].pointer().cast(),
             plan: plan.cast(),
-            rotation: self.rotation.as_ref().map_or(std::ptr::null(), |buffer| buffer.pointer().cast()),
             rows: std::ptr::null_mut(),
             errors: std::ptr::null_mut(),
             error_stride: 0,
             row_stride: 0,
-            n_pairs: self.layer.rotation.as_ref().map_or(0, |rotation| rotation.pairs().0 as u32),
-            interleaved: self.layer.rotation.as_ref().is_some_and(|rotation| rotation.pairs().1).into(),
             phases: 0,
             n_key_blocks: 1,
             n_value_blocks: 0,
             scale: SCALE,
             n_tokens: n_tokens as u32,
+            rotation: self.layer.rotation.as_ref().map_or_else(RotationDesc::default, Rotation::describe),
         }
     }
 
