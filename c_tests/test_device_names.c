@@ -29,6 +29,7 @@ static void null_is_refused(void) {
     CHECK_INVALID(kvq_store_workspace(layout, NULL, 1, &bytes));
     CHECK_INVALID(kvq_attend_enqueue(NULL, layout, &attend, workspace, 512, NULL));
     CHECK_INVALID(kvq_store_enqueue(NULL, layout, &store, workspace, 512, NULL));
+    CHECK_INVALID(kvq_dequantize_enqueue(NULL, layout, &attend, workspace, NULL, NULL));
     CHECK(device == NULL && bytes == 77);
     if (kvq_device_new("cuda:0", &device) == KVQ_STATUS_OK) {
         CHECK_INVALID(kvq_attend_workspace(NULL, device, 1, 64, &bytes));
@@ -39,6 +40,8 @@ static void null_is_refused(void) {
         CHECK_INVALID(kvq_attend_enqueue(device, layout, NULL, workspace, 512, NULL));
         CHECK_INVALID(kvq_attend_enqueue(device, layout, &attend, NULL, 512, NULL));
         CHECK_INVALID(kvq_attend_enqueue(device, layout, &attend, workspace, 512, NULL));
+        CHECK_INVALID(kvq_dequantize_enqueue(device, layout, NULL, workspace, NULL, NULL));
+        CHECK_INVALID(kvq_dequantize_enqueue(device, layout, &attend, workspace, NULL, NULL));
     } else {
         printf("skipped with a device: %s\n", kvq_last_error());
     }

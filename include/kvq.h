@@ -430,6 +430,10 @@ size_t kvq_layout_k_bytes(const kvq_layout *layout);
 // The same for the value memory.
 size_t kvq_layout_v_bytes(const kvq_layout *layout);
 
+// Tokens back that the store step weighs a row's attention by, for which it reads `lse` of kvq_store_args; 0: it does
+// not need it. 0 if `layout` is NULL.
+uint32_t kvq_layout_attn_window(const kvq_layout *layout);
+
 // Effective bits per key value of a page, all metadata counted; 16 for float16. 0 if `layout` is NULL.
 double kvq_layout_bits_k(const kvq_layout *layout);
 
@@ -774,14 +778,24 @@ kvq_status kvq_store_workspace(const kvq_layout *layout, const kvq_device *devic
 
 // Enqueues kvq_store of all heads for a layer whose memory is on `device`; pointers, plan and stream as for
 // kvq_attend_enqueue, after which it is enqueued on the same stream. The bytes are those that kvq_store makes.
-//
-// `rotation` must be NULL, as it may be while no position has moved; otherwise KVQ_STATUS_UNSUPPORTED.
 kvq_status kvq_store_enqueue(const kvq_device *device,
                              const kvq_layout *layout,
                              const kvq_store_args *args,
                              void *workspace,
                              size_t workspace_bytes,
                              void *stream);
+
+// Enqueues the decoding of what kvq_attend_enqueue with the same `args` would read, for an attention that knows nothing
+// of pages: rows of cells 0 to n_kv - 1 as FP16, `k_out` [n_kv_heads][n_kv][head_dim_k] and `v_out`
+// [n_kv_heads][n_kv][head_dim_v] on the device, either of which may be NULL. Cells that no query may see get zeros or
+// some finite row. Of `args`, queries, mask, output and what belongs to them are not looked at. Pays where there are
+// many query rows.
+kvq_status kvq_dequantize_enqueue(const kvq_device *device,
+                                  const kvq_layout *layout,
+                                  const kvq_attend_args *args,
+                                  void *k_out,
+                                  void *v_out,
+                                  void *stream);
 
 #ifdef __cplusplus
 }  // extern "C"

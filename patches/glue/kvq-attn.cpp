@@ -1,6 +1,6 @@
 // The two graph nodes of a layer: attend, then store. On the CPU, with few rows, the attend node makes partial results over
 // slices of the cache, which a third node combines. Nodes of a layer in GPU memory have callbacks of their own, for which the
-// CUDA backend knows what to launch.
+// CUDA backend knows what to launch; for many rows there two of them decode keys and values for upstream's flash attention.
 
 #include "kvq-glue.h"
 
@@ -12,7 +12,7 @@
 bool operator==(const llama_kvq_node & a, const llama_kvq_node & b) {
     return a.layout == b.layout && a.progress == b.progress && a.rotation == b.rotation &&
            a.device == b.device && a.attend_space == b.attend_space && a.store_space == b.store_space &&
-           a.has_rows == b.has_rows && a.has_sinks == b.has_sinks &&
+           a.has_rows == b.has_rows && a.has_sinks == b.has_sinks && a.has_lse == b.has_lse &&
            a.scale  == b.scale  && a.softcap  == b.softcap  && a.max_bias  == b.max_bias;
 }
 
@@ -129,7 +129,7 @@ static void kvq_node_combine(ggml_tensor * dst, int ith, int nth, void * userdat
     }
 }
 
-// sources: k_mem, which is dst as well, v_mem, plan, k_cur, v_cur, q, the output of kvq_node_attend or kvq_node_combine
+// sources: k_mem, which is dst as well, v_mem, plan, k_cur, v_cur, q[, the output of kvq_node_attend or kvq_node_combine]
 static kvq_store_args store_args(const ggml_tensor * dst, int64_t s, const llama_kvq_node & node) {
     const ggml_tensor * k_mem = dst->src[0];
     const ggml_tensor * v_mem = dst->src[1];
@@ -137,7 +137,6 @@ static kvq_store_args store_args(const ggml_tensor * dst, int64_t s, const llama
     const ggml_tensor * k_cur = dst->src[3];
     const ggml_tensor * v_cur = dst->src[4];
     const ggml_tensor * q     = dst->src[5];
-    const ggml_tensor * out   = dst->src[6];
 
     const int64_t n_tokens = k_cur->ne[2]/plan->ne[2];
     const int64_t i0       = s*n_tokens;
@@ -159,7 +158,7 @@ static kvq_store_args store_args(const ggml_tensor * dst, int64_t s, const llama
     args.q              = (const float *) ((const char *) q->data + i0*q->nb[2]);
     args.q_stride_token = q->nb[2]/sizeof(float);
     args.q_stride_head  = q->nb[1]/sizeof(float);
-    args.lse            = lse_of(out) + i0*out->ne[0];
+    args.lse            = node.has_lse ? lse_of(dst->src[6]) + i0*dst->src[6]->ne[0] : nullptr;
     args.scale          = node.scale;
     args.n_tokens       = n_tokens;
 
@@ -188,6 +187,14 @@ static void kvq_node_gpu_store(ggml_tensor *, int, int, void *) {
     GGML_ABORT("kvq: the CPU was to store into GPU memory");
 }
 
+static void kvq_node_gpu_keys(ggml_tensor *, int, int, void *) {
+    GGML_ABORT("kvq: the CPU was to decode keys in GPU memory");
+}
+
+static void kvq_node_gpu_values(ggml_tensor *, int, int, void *) {
+    GGML_ABORT("kvq: the CPU was to decode values in GPU memory");
+}
+
 // Without a stream everything is enqueued already, as part of a CUDA graph. So the arguments must depend on nothing but the
 // node and its sources, which are the same then.
 static void kvq_launch_attend(ggml_tensor * dst, void * stream, void * userdata) {
@@ -198,6 +205,24 @@ static void kvq_launch_attend(ggml_tensor * dst, void * stream, void * userdata)
         llama_kvq_must(kvq_attend_enqueue(node.device, node.layout, &args, node.attend_space->data,
                     ggml_nbytes(node.attend_space), stream), "attend");
     }
+}
+
+// sources as of kvq_node_attend; dst: [head_dim, n_kv, n_head_kv, n_stream], F16
+static void kvq_launch_rows(ggml_tensor * dst, void * stream, const llama_kvq_node & node, bool is_key) {
+    for (int64_t s = 0; stream && s < dst->src[4]->ne[2]; ++s) {
+        const auto args = attend_args(dst, 1, s, node);
+        void * rows = (char *) dst->data + s*dst->nb[3];
+        llama_kvq_must(kvq_dequantize_enqueue(node.device, node.layout, &args, is_key ? rows : nullptr,
+                    is_key ? nullptr : rows, stream), "decode");
+    }
+}
+
+static void kvq_launch_keys(ggml_tensor * dst, void * stream, void * userdata) {
+    kvq_launch_rows(dst, stream, *(const llama_kvq_node *) userdata, true);
+}
+
+static void kvq_launch_values(ggml_tensor * dst, void * stream, void * userdata) {
+    kvq_launch_rows(dst, stream, *(const llama_kvq_node *) userdata, false);
 }
 
 static void kvq_launch_store(ggml_tensor * dst, void * stream, void * userdata) {
@@ -215,6 +240,8 @@ static void kvq_launch_store(ggml_tensor * dst, void * stream, void * userdata) 
 void kvq_gpu_register(kvq_register_t register_op) {
     register_op(kvq_node_gpu_attend, kvq_launch_attend);
     register_op(kvq_node_gpu_store,  kvq_launch_store);
+    register_op(kvq_node_gpu_keys,   kvq_launch_keys);
+    register_op(kvq_node_gpu_values, kvq_launch_values);
 }
 
 // f32 with contiguous channels; rows and heads may be strided
@@ -223,6 +250,47 @@ static ggml_tensor * as_rows(ggml_context * ctx, ggml_tensor * t) {
         return ggml_cast(ctx, t, GGML_TYPE_F32);
     }
     return t->nb[0] == sizeof(float) ? t : ggml_cont(ctx, t);
+}
+
+// From so many tokens on reading the cache's pages for every tile of query rows takes longer than decoding them once.
+static const int64_t KVQ_DECODE_TOKENS = 32;
+// Decoded rows of a layer lie in the compute buffer; where they would be larger, pages are read.
+static const size_t  KVQ_DECODE_BYTES  = 1024u*1024*1024;
+
+// Upstream's flash attention over decoded rows: [head_dim_v, n_head, n_tokens, n_stream], or null where the backend lacks it.
+// src: as of kvq_node_attend
+static ggml_tensor * attend_decoded(ggml_context * ctx, const kvq_gpu & gpu, std::vector<ggml_tensor *> & src, void * userdata,
+        const llama_kvq_node & node, int64_t n_head_kv, int64_t n_embd_v, ggml_tensor * sinks, ggml_backend_sched_t sched) {
+    ggml_tensor * q    = src[0];
+    ggml_tensor * mask = src[3];
+
+    const int64_t n_kv     = mask->ne[0];
+    const int64_t n_stream = mask->ne[3];
+    const int64_t n_tokens = q->ne[2]/n_stream;
+
+    if (n_head_kv*n_kv*n_stream*(q->ne[0] + n_embd_v)*sizeof(ggml_fp16_t) > KVQ_DECODE_BYTES) {
+        return nullptr;
+    }
+
+    ggml_tensor * k = ggml_custom_4d(ctx, GGML_TYPE_F16, q->ne[0], n_kv, n_head_kv, n_stream, src.data(), src.size(),
+            kvq_node_gpu_keys, GGML_N_TASKS_MAX, userdata);
+    ggml_tensor * v = ggml_custom_4d(ctx, GGML_TYPE_F16, n_embd_v, n_kv, n_head_kv, n_stream, src.data(), src.size(),
+            kvq_node_gpu_values, GGML_N_TASKS_MAX, userdata);
+
+    q = ggml_view_4d(ctx, q, q->ne[0], q->ne[1], n_tokens, n_stream, q->nb[1], q->nb[2], q->nb[2]*n_tokens, 0);
+
+    ggml_tensor * out = ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), k, v,
+            mask->type == GGML_TYPE_F16 ? mask : ggml_cast(ctx, mask, GGML_TYPE_F16), node.scale, node.max_bias, node.softcap);
+    ggml_flash_attn_ext_add_sinks(out, sinks);
+    ggml_flash_attn_ext_set_prec (out, GGML_PREC_F32);
+
+    if (!ggml_backend_supports_op(gpu.backend, out)) {
+        return nullptr;
+    }
+    for (auto * t : { k, v, out }) {
+        ggml_backend_sched_set_tensor_backend(sched, t, gpu.backend);
+    }
+    return out;
 }
 
 ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
@@ -266,6 +334,7 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
     node.rotation  = &rotations.at(kv.map_layer_ids.at(il));
     node.has_rows  = k_cur != nullptr;
     node.has_sinks = sinks != nullptr;
+    node.has_lse   = true;
     node.scale     = kq_scale;
     node.softcap   = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
     node.max_bias  = hparams.f_max_alibi_bias;
@@ -306,11 +375,20 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
         src.push_back(sinks);
     }
 
-    void * userdata = keep(node);
+    ggml_tensor * out = nullptr;
 
-    ggml_tensor * out;
+    if (gpu && n_tokens > KVQ_DECODE_TOKENS && kvq_layout_attn_window(layout) == 0) {
+        node.has_lse = false;
+        out = attend_decoded(ctx0, *gpu, src, keep(node), node, hparams.n_head_kv(owner), n_embd_v, sinks, graph.sched);
+        node.has_lse = !out;
+    }
 
-    if (n_splits == 1) {
+    const bool is_decoded = out != nullptr;
+    void *     userdata   = keep(node);
+
+    if (is_decoded) {
+        graph.cb(out, "kvq_fattn", il);
+    } else if (n_splits == 1) {
         out = ggml_custom_4d(ctx0, GGML_TYPE_F32, n_head, q->ne[2], n_embd_v + 1, 1, src.data(), src.size(),
                 gpu ? kvq_node_gpu_attend : kvq_node_attend, GGML_N_TASKS_MAX, userdata);
     } else {
@@ -324,7 +402,9 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
                 kvq_node_combine, GGML_N_TASKS_MAX, userdata);
     }
 
-    graph.cb(out, "kvq_attend", il);
+    if (!is_decoded) {
+        graph.cb(out, "kvq_attend", il);
+    }
     if (gpu) {
         ggml_backend_sched_set_tensor_backend(graph.sched, out, gpu->backend);
     }
@@ -338,7 +418,7 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
         // The scheduler places a node where its result is, never where a source is, of which it would make a copy elsewhere.
         ggml_tensor * src_store[6] = { v_mem, plan, k_cur, v_cur, src[0], out };
 
-        ggml_tensor * store = ggml_custom_inplace(ctx0, k_mem, src_store, 6,
+        ggml_tensor * store = ggml_custom_inplace(ctx0, k_mem, src_store, is_decoded ? 5 : 6,
                 gpu ? kvq_node_gpu_store : kvq_node_store, GGML_N_TASKS_MAX, userdata);
         graph.cb(store, "kvq_store", il);
         if (gpu) {
@@ -348,5 +428,8 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
         ggml_build_forward_expand(graph.gf, store);
     }
 
+    if (is_decoded) {
+        return ggml_reshape_2d(ctx0, out, n_embd_v*n_head, q->ne[2]);
+    }
     return ggml_view_2d(ctx0, out, n_embd_v*n_head, q->ne[2], n_embd_v*n_head*sizeof(float), 0);
 }

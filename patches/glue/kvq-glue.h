@@ -36,6 +36,7 @@ struct llama_kvq_node {
 
     bool has_rows;  // k_cur and v_cur are sources
     bool has_sinks;
+    bool has_lse;   // the store step gets the output of the attend node
 
     float scale;
     float softcap;

@@ -333,6 +333,10 @@ static bool dev_supports_op(ggml_backend_dev_t dev, const ggml_tensor * op) {
             return false;
         }
     }
+    // The plan alone does not tell the host's functions where rows are that they could decode.
+    if (op->op == GGML_OP_FLASH_ATTN_EXT) {
+        return false;
+    }
     return op->op == GGML_OP_CUSTOM ? launcher_of(op) != nullptr
         : ggml_backend_dev_supports_op(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), op);
 }
@@ -459,6 +463,12 @@ extern "C" kvq_status kvq_attend_enqueue(const kvq_device * device, const kvq_la
         MUST(kvq_attend(layout, &args, 0, 1) == KVQ_STATUS_OK);
     });
     return KVQ_STATUS_OK;
+}
+
+extern "C" kvq_status kvq_dequantize_enqueue(const kvq_device *, const kvq_layout *, const kvq_attend_args *, void *, void *,
+        void *) {
+    MUST(!"decoded for an attention that this backend does not have");
+    return KVQ_STATUS_UNSUPPORTED;
 }
 
 extern "C" kvq_status kvq_store_enqueue(const kvq_device * device, const kvq_layout * layout, const kvq_store_args * given,

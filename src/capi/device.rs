@@ -9,7 +9,7 @@ use super::store::kvq_store_args;
 use super::{check, guard, output, release, shared};
 use crate::cuda::attend::{self, Workspace};
 use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc, RotationDesc, StoreParams};
-use crate::cuda::{store, Device};
+use crate::cuda::{dequantize, store, Device};
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
 
@@ -214,25 +214,71 @@ fn check_workspace(workspace: *mut c_void, name: &str) -> Result<()> {
     Ok(())
 }
 
+/// Enqueues the decoding of what kvq_attend_enqueue with the same `args` would read, for an attention that knows nothing
+/// of pages: rows of cells 0 to n_kv - 1 as FP16, `k_out` [n_kv_heads][n_kv][head_dim_k] and `v_out`
+/// [n_kv_heads][n_kv][head_dim_v] on the device, either of which may be NULL. Cells that no query may see get zeros or
+/// some finite row. Of `args`, queries, mask, output and what belongs to them are not looked at. Pays where there are
+/// many query rows.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_dequantize_enqueue(
+    device: *const kvq_device,
+    layout: *const kvq_layout,
+    args: *const kvq_attend_args,
+    k_out: *mut c_void,
+    v_out: *mut c_void,
+    stream: *mut c_void,
+) -> Status {
+    guard(|| {
+        // SAFETY: live objects and arguments that nobody changes during the call, as the header requires.
+        let (device, layout, args) =
+            unsafe { (shared(device, "device")?, shared(layout, "layout")?, shared(args, "args")?) };
+        let mut read = read_params(args)?;
+        // SAFETY: rotation is NULL or a live rotation, on the host, as the header requires.
+        read.rotation = unsafe { describe(args.rotation, &layout.layout) }?;
+        if k_out.is_null() && v_out.is_null() {
+            return Err(Error::invalid("k_out and v_out are both NULL: there is nothing to decode"));
+        }
+        // SAFETY: device memory of the sizes that the header gives.
+        unsafe {
+            dequantize::enqueue(
+                &device.device,
+                &layout.layout,
+                read,
+                args.plan_len,
+                [k_out.cast(), v_out.cast()],
+                stream,
+            )
+        }
+    })
+}
+
 /// What can be seen of the arguments without following a pointer.
 fn attend_params(args: &kvq_attend_args) -> Result<AttendParams> {
     check(args.q, "q")?;
-    check(args.plan, "plan")?;
     check(args.out, "out")?;
-    check_memory(args.k_mem, args.v_mem)?;
-    if args.k_cur.is_null() != args.v_cur.is_null() {
-        return Err(Error::invalid("k_cur and v_cur must both be given or both be NULL"));
-    }
-    for (rows, name) in [(args.k_cur, "k_cur"), (args.v_cur, "v_cur"), (args.sink_logits, "sink_logits")] {
-        if !rows.is_null() {
-            check(rows, name)?;
-        }
+    if !args.sink_logits.is_null() {
+        check(args.sink_logits, "sink_logits")?;
     }
     if args.n_splits != 1 {
         return Err(Error::invalid(format!("n_splits is {}: a device splits by itself, use 1", args.n_splits)));
     }
     if args.mask_is_f16 > 1 {
         return Err(Error::invalid(format!("mask_is_f16 is {}: use 0 or 1", args.mask_is_f16)));
+    }
+    read_params(args)
+}
+
+/// The same for what is read of the cache.
+fn read_params(args: &kvq_attend_args) -> Result<AttendParams> {
+    check(args.plan, "plan")?;
+    check_memory(args.k_mem, args.v_mem)?;
+    if args.k_cur.is_null() != args.v_cur.is_null() {
+        return Err(Error::invalid("k_cur and v_cur must both be given or both be NULL"));
+    }
+    for (rows, name) in [(args.k_cur, "k_cur"), (args.v_cur, "v_cur")] {
+        if !rows.is_null() {
+            check(rows, name)?;
+        }
     }
     Ok(AttendParams {
         layer: LayerDesc::default(),

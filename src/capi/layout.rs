@@ -65,6 +65,14 @@ pub unsafe extern "C" fn kvq_layout_v_bytes(layout: *const kvq_layout) -> usize 
     guard_or(0, || Ok(unsafe { shared(layout, "layout") }?.layout.v_bytes()))
 }
 
+/// Tokens back that the store step weighs a row's attention by, for which it reads `lse` of kvq_store_args; 0: it does
+/// not need it. 0 if `layout` is NULL.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_layout_attn_window(layout: *const kvq_layout) -> u32 {
+    // SAFETY: layout is NULL or a live layout.
+    guard_or(0, || Ok(unsafe { shared(layout, "layout") }?.layout.describe().attn_window))
+}
+
 /// Effective bits per key value of a page, all metadata counted; 16 for float16. 0 if `layout` is NULL.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_layout_bits_k(layout: *const kvq_layout) -> f64 {

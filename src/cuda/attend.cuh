@@ -46,6 +46,34 @@ __device__ __forceinline__ bool is_in_page(const AttendParams &p, uint32_t cell)
     return cell < p.layer.n_cells && uint32_t(p.plan[p.plan_at.page_bits[p.view] + cell / 32]) >> cell % 32 & 1;
 }
 
+// The turns of a page: which of its cells have moved how far since they were encoded.
+struct Turns {
+    const int *first;
+    uint32_t n, ints;
+
+    // All turns are sorted by page.
+    __device__ static Turns of(const AttendParams &p, uint32_t page) {
+        const int *turns = p.plan + p.plan_at.turns;
+        const uint32_t ints = p.plan_at.turn_ints, all = p.rotation.n_pairs > 0 ? uint32_t(p.plan[p.plan_at.n_turns]) : 0;
+        uint32_t first = 0, end = all, n = 0;
+        while (first < end) {
+            const uint32_t middle = (first + end) / 2;
+            if (uint32_t(turns[middle * ints]) < page) first = middle + 1;
+            else end = middle;
+        }
+        while (first + n < all && uint32_t(turns[(first + n) * ints]) == page) n++;
+        return {turns + first * ints, n, ints};
+    }
+    __device__ int distance(uint32_t i) const { return first[i * ints + 1]; }
+    __device__ bool has(uint32_t i, uint32_t token) const { return uint32_t(first[i * ints + 2 + token / 32]) >> token % 32 & 1; }
+    // The turn that a token is in, n for those that have not moved.
+    __device__ uint32_t of_token(uint32_t token) const {
+        uint32_t i = 0;
+        while (i < n && !has(i, token)) i++;
+        return i;
+    }
+};
+
 // Exact rows that are one piece of work.
 constexpr uint32_t EXACT_ROWS = 32;
 

@@ -46,11 +46,13 @@ static KERNELS: &[Kernel] = &[
     fast("kvq_attend_known_4_44", 4, |layer| is_known(layer, [CODEC_GROUP, 4], 4)),
     fast("kvq_attend_known_4_c2", 4, |layer| is_known(layer, [CODEC_CHANNEL, 0], 2)),
     fast("kvq_attend_known_4_c3", 4, |layer| is_known(layer, [CODEC_CHANNEL, 0], 3)),
+    fast("kvq_attend_known_4_c4", 4, |layer| is_known(layer, [CODEC_CHANNEL, 0], 4)),
     fast("kvq_attend_known_8_22", 8, |layer| is_known(layer, [CODEC_GROUP, 2], 2)),
     fast("kvq_attend_known_8_33", 8, |layer| is_known(layer, [CODEC_GROUP, 3], 3)),
     fast("kvq_attend_known_8_44", 8, |layer| is_known(layer, [CODEC_GROUP, 4], 4)),
     fast("kvq_attend_known_8_c2", 8, |layer| is_known(layer, [CODEC_CHANNEL, 0], 2)),
     fast("kvq_attend_known_8_c3", 8, |layer| is_known(layer, [CODEC_CHANNEL, 0], 3)),
+    fast("kvq_attend_known_8_c4", 8, |layer| is_known(layer, [CODEC_CHANNEL, 0], 4)),
     fast("kvq_attend_fast_4_64", 4, |layer| fits_fast(layer, 64)),
     fast("kvq_attend_fast_4_128", 4, |layer| fits_fast(layer, 128)),
     fast("kvq_attend_fast_8_64", 8, |layer| fits_fast(layer, 64)),
@@ -82,7 +84,6 @@ fn fits_fast(layer: &LayerDesc, head_dim_v: u32) -> bool {
         side.codec == CODEC_GROUP && side.symmetric == 1 && side.n_groups == 1 && matches!(side.width, 2..=4)
     };
     layer.page == 128
-        && layer.pool_rows == 0
         && matches!(layer.k.head_dim, 64 | 96 | 128)
         && layer.v.head_dim == head_dim_v
         && (grouped(&layer.k) || layer.k.codec == CODEC_CHANNEL && layer.k.half == 0)
@@ -119,7 +120,7 @@ fn fast_block(layer: &LayerDesc, kernel: &Kernel, n_pieces: u32, limits: Limits)
     let outputs = rows * layer.v.head_dim * 4;
     let shared_warp = (page(&layer.k) + page(&layer.v) + rows * (coefficient_bytes + weight_bytes)).max(outputs);
     let dim = layer.k.head_dim;
-    let states = |n_warps: u32| 4 * (3 * rows + n_warps * rows * 4 + 1);
+    let states = |n_warps: u32| 4 * (3 * rows + n_warps * rows * 4 + 1 + layer.pool_rows);
     let shared_warps = rows * (4 * dim.max(layer.v.head_dim) + 2 * (dim + 8)) + states(*FAST_WARPS.end());
     let mut block = Block { n_warps: 0, shared_warps, shared_warp, coefficient_bytes, weight_bytes };
     block.shared_warps = block.shared_warps.next_multiple_of(128);
@@ -132,7 +133,7 @@ fn fast_block(layer: &LayerDesc, kernel: &Kernel, n_pieces: u32, limits: Limits)
 }
 
 /// Exact rows that are one piece of work.
-const EXACT_ROWS: u32 = 32;
+pub(super) const EXACT_ROWS: u32 = 32;
 /// Most blocks that share a tile of rows: the last one weighs them in a table of so many.
 const MAX_SPLITS: u32 = 64;
 

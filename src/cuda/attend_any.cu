@@ -48,7 +48,8 @@ template <int ROWS> struct Attend {
     bool is_prepared = false;
     int turned_by = 0;            // what `query` is turned back by
     const float *query;           // what pages are scored with
-    uint32_t first_turn = 0, n_turns = 0, chosen = ABSENT;  // of a page; the one scored now, ABSENT: rows that have not moved
+    Turns turns = {};     // of a page
+    uint32_t chosen = 0;  // the one scored now; turns.n: rows that have not moved
 
     __device__ Attend(const AttendParams &params, float *shared)
         : p(params), layer(params.layer), tile(Tile::of_block(params, ROWS)),
@@ -115,25 +116,8 @@ template <int ROWS> struct Attend {
         __syncthreads();
     }
 
-    __device__ const int *turn(uint32_t i) const { return p.plan + p.plan_at.turns + i * p.plan_at.turn_ints; }
-    // Finds the turns of a page; all turns are sorted by page.
-    __device__ void find_turns(uint32_t page) {
-        const uint32_t all = p.rotation.n_pairs > 0 ? uint32_t(p.plan[p.plan_at.n_turns]) : 0;
-        uint32_t end = all;
-        first_turn = n_turns = 0;
-        while (first_turn < end) {
-            const uint32_t middle = (first_turn + end) / 2;
-            if (uint32_t(turn(middle)[0]) < page) first_turn = middle + 1;
-            else end = middle;
-        }
-        while (first_turn + n_turns < all && uint32_t(turn(first_turn + n_turns)[0]) == page) n_turns++;
-    }
     // Whether a token is among the rows that are scored now.
-    __device__ bool is_chosen(uint32_t t) const {
-        for (uint32_t i = 0; i < n_turns; i++)
-            if (uint32_t(turn(first_turn + i)[2 + t / 32]) >> t % 32 & 1) return chosen == i;
-        return chosen == ABSENT;
-    }
+    __device__ bool is_chosen(uint32_t t) const { return turns.of_token(t) == chosen; }
 
     // Whether any query row may see a cell of the page.
     __device__ bool is_visible(uint32_t page) {
@@ -389,10 +373,9 @@ template <int ROWS> struct Attend {
     __device__ void attend_page(uint32_t index) {
         if (!is_visible(index)) return;
         const Page k = Page::of(layer.k, k_region, index), v = Page::of(layer.v, v_region, index);
-        find_turns(index);
-        for (uint32_t i = 0; i <= n_turns; i++) {
-            chosen = i == n_turns ? ABSENT : i;
-            turn_query(i == n_turns ? 0 : turn(first_turn + i)[1]);
+        turns = Turns::of(p, index);
+        for (chosen = 0; chosen <= turns.n; chosen++) {
+            turn_query(chosen == turns.n ? 0 : turns.distance(chosen));
             if (layer.k.codec == CODEC_GROUP) group_scores(k);
             else if (layer.k.codec == CODEC_CHANNEL) channel_scores(k);
             else adaptive_scores(k);

@@ -15,6 +15,8 @@
 // Softmax weights are relative to the page's own maximum, so that FP16 holds them, and a page's output is added to the
 // warp's in float with the weight that the page has. Sums over tokens stay in each lane until the end.
 //
+// A member of the outlier pool is one of the exact rows, and its bit of the page counts as not set.
+//
 // Exact rows are pieces of 16: scores by MMA as well, weighted sums by plain arithmetic, which fits one lane per four
 // channels. At the end a block adds up its warps, and the last block of a head its blocks.
 #include "attend.cuh"
@@ -92,6 +94,7 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES> struct Fast {
     float *slopes, *spoiled;
     float *states;     // [warp][ROWS][STATE]
     uint32_t *flag;
+    int *pooled;       // [pool_rows]: cells of the pool's members, or -1
     const uint8_t *k_region, *v_region;
     uint32_t first_token, last_token;
     bool mask_ahead;
@@ -123,6 +126,7 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES> struct Fast {
         spoiled = slopes + ROWS;
         states = spoiled + ROWS;
         flag = reinterpret_cast<uint32_t *>(states + n_warps * ROWS * STATE);
+        pooled = reinterpret_cast<int *>(flag + 1);
         own = shared + p.shared_warps + warp * p.shared_warp;
         k_page = own;
         v_page = k_page + (k.page_bytes + 127) / 128 * 128;
@@ -466,6 +470,21 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES> struct Fast {
         if (has_mask_ahead(page)) ahead.mask = *reinterpret_cast<const uint2 *>(mask_at(first_token, page));
     }
 
+    __device__ void load_pool() {
+        const ExactRows pool{ExactRows::POOL, 0, layer.pool_rows};
+        for (uint32_t i = threadIdx.x; i < layer.pool_rows; i += 32 * n_warps) pooled[i] = pool.cell(p, tile.head, i);
+    }
+    // Takes the bits of cells that the pool has.
+    __device__ void hide_pooled(uint32_t page, Look &look) {
+        for (uint32_t from = 0; from < layer.pool_rows; from += 32) {
+            const int cell = from + lane < layer.pool_rows ? pooled[from + lane] : -1;
+            for (uint32_t members = __ballot_sync(FULL, cell >= 0 && uint32_t(cell) / PAGE == page); members != 0; members &= members - 1) {
+                const uint32_t at = uint32_t(__shfl_sync(FULL, cell, __ffs(members) - 1)) % PAGE;
+                if (lane == at / 32) look.word &= ~(1u << at % 32);
+            }
+        }
+    }
+
     // Whether all cells of the page are to be read and the mask adds nothing to any.
     __device__ bool is_plain(uint32_t page, const Look &look) {
         bool plain = (lane >= BLOCKS || look.word == ~0u) && page * PAGE + PAGE <= p.n_kv;
@@ -579,7 +598,8 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES> struct Fast {
         if (!__any_sync(FULL, candidate_bits != 0)) next = next_page(candidate + stride, end, stride);
         if (next != ~0u) fetch(k_target, k_region, k, next);
         copy_commit();
-        const Look now = at;
+        Look now = at;
+        if (layer.pool_rows > 0) hide_pooled(page, now);
         if (next != ~0u) look(next, at);
         const auto each = [&](auto f) {
 #pragma unroll
@@ -884,6 +904,7 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES> struct Fast {
         prefetch_exact();
         prefetch(p.plan + p.plan_at.n_pages[p.view]);
         load_query();
+        load_pool();
         Look at{};
         if (has_first) look(first, at);
         __syncthreads();

@@ -32,7 +32,7 @@ pub fn render_desc() {
     config.sys_includes = vec!["stddef.h".into(), "stdint.h".into()];
     config.constant.allow_static_const = true;
     config.constant.allow_constexpr = true;
-    for name in ["SideDesc", "LayerDesc", "AttendParams", "StoreParams"] {
+    for name in ["SideDesc", "LayerDesc", "AttendParams", "DequantizeParams", "StoreParams"] {
         config.export.include.push(name.into());
     }
     let trailer = "static_assert(sizeof(kvq::LayerDesc) == kvq::LAYER_DESC_BYTES, \"as Rust has it\");";
@@ -90,7 +90,7 @@ pub fn with_nvcc() {
         for arch in &archs {
             command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
         }
-        if stem(&source).starts_with("store") {
+        if ["store", "dequantize"].contains(&stem(&source).as_str()) {
             // Bytes have to be those of the CPU, which rounds a product before it adds.
             command.arg("-fmad=false");
         }

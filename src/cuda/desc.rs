@@ -276,6 +276,25 @@ impl Default for RotationDesc {
     }
 }
 
+/// Threads of a block that decodes rows.
+pub const DEQUANTIZE_THREADS: u32 = 256;
+
+/// What the kernel gets that writes rows as FP16, by cell.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct DequantizeParams {
+    /// What attention would read; its queries, mask, outputs and workspace do not matter.
+    pub read: AttendParams,
+    /// `[n_kv_heads][n_kv][head_dim]`, FP16.
+    pub rows: *mut u16,
+    /// 0: keys, 1: values.
+    pub side: u32,
+    /// 0: rows of pages, and zeros where a page has none; 1: exact rows.
+    pub exact: u32,
+    /// 1: there is shared memory for a page.
+    pub page_in_shared: u32,
+}
+
 /// What the store kernel gets. Every pointer is the device's.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]

@@ -6,7 +6,7 @@ use std::ptr;
 
 use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute, CUfunction, CUmodule, CUresult};
 
-use super::{attend, store, unsupported, Launch, Limits, Runner};
+use super::{attend, dequantize, store, unsupported, Launch, Limits, Runner};
 use crate::error::{Error, Result, Status};
 
 // MODULES: name and fat binary of each file of kernels.
@@ -111,7 +111,7 @@ impl Cuda {
             check(loaded, &format!("loading {name} (were kernels for this device built? see KVQ_CUDA_ARCHS)"))?;
             self.modules.push(module);
         }
-        for kernel in attend::kernel_names().chain([store::KERNEL]) {
+        for kernel in attend::kernel_names().chain([dequantize::KERNEL, store::KERNEL]) {
             let function = self.find(kernel)?;
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a function of a module that stays loaded.

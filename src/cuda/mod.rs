@@ -8,6 +8,7 @@
 //! on top of `emulate.h` (feature `cuda-emulation`), which is how they are tested where there is no GPU.
 
 pub(crate) mod attend;
+pub(crate) mod dequantize;
 pub mod desc;
 #[cfg(feature = "cuda")]
 mod driver;

@@ -4,11 +4,14 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
+use half::f16;
+
 use super::layer::{recipes, Layer, Ubatch, SCALE};
 use super::random::Rng;
 use crate::codec::page::Side;
 use crate::cuda::attend::Workspace;
-use crate::cuda::desc::{LayerDesc, PlanDesc, RotationDesc, StoreParams};
+use crate::cuda::dequantize;
+use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc, RotationDesc, StoreParams};
 use crate::cuda::lab::{Buffer, Lab};
 use crate::cuda::store::{enqueue, workspace_bytes};
 use crate::error::Status;
@@ -25,16 +28,16 @@ fn shape(n_kv_heads: u32, gqa: u32, head_dim_k: u32, head_dim_v: u32) -> Shape {
 const POISON: u8 = 0xa5;
 
 /// A layer twice: in the CPU's memory and in a device's.
-struct Twin<'a> {
+pub(super) struct Twin<'a> {
     lab: &'a Lab,
-    layer: Layer,
+    pub(super) layer: Layer,
     memory: [Buffer; 2],
     workspace: Buffer,
 }
 
 /// Which queries the store learns from.
 #[derive(Clone, Copy, PartialEq)]
-enum Learns {
+pub(super) enum Learns {
     Everything,
     /// No softmax denominators.
     Queries,
@@ -42,7 +45,7 @@ enum Learns {
 }
 
 impl<'a> Twin<'a> {
-    fn new(lab: &'a Lab, spec: &str, shape: Shape, n_cells: usize) -> Self {
+    pub(super) fn new(lab: &'a Lab, spec: &str, shape: Shape, n_cells: usize) -> Self {
         let mut layer = Layer::new(spec, shape, n_cells, IsaToken::new(Isa::Scalar).unwrap());
         layer.memory.iter_mut().for_each(|side| side.fill(POISON));
         let memory = layer.memory.each_ref().map(|side| lab.upload(side));
@@ -51,7 +54,7 @@ impl<'a> Twin<'a> {
     }
 
     /// Lets positions move from now on.
-    fn rotate(&mut self, interleaved: bool) {
+    pub(super) fn rotate(&mut self, interleaved: bool) {
         let n_pairs = self.layer.layout.shape().head_dim_k as usize / 2 - 8;
         let frequencies: Vec<f64> = (0..n_pairs).map(|i| 1e4f64.powf(-(i as f64) / n_pairs as f64)).collect();
         let rotation = Rotation::new(&frequencies, interleaved).unwrap();
@@ -59,7 +62,7 @@ impl<'a> Twin<'a> {
     }
 
     /// Moves every position by one of two distances, on the CPU.
-    fn shift(&mut self, rng: &mut Rng) {
+    pub(super) fn shift(&mut self, rng: &mut Rng) {
         let mut distance = || rng.below(4096) as i32 - 2048;
         let (near, far) = (distance(), distance());
         let page = self.layer.layout.page();
@@ -101,7 +104,7 @@ impl<'a> Twin<'a> {
     }
 
     /// Stores a ubatch in both and says where they differ.
-    fn store(&mut self, ints: &[i32], ubatch: &Ubatch, lse: &[f32], learns: Learns) -> Option<String> {
+    pub(super) fn store(&mut self, ints: &[i32], ubatch: &Ubatch, lse: &[f32], learns: Learns) -> Option<String> {
         let lab = self.lab;
         let floats = |x: &[f32]| lab.upload(x);
         let rows = [floats(&ubatch.q), floats(&ubatch.k), floats(&ubatch.v), floats(lse), lab.upload(ints)];
@@ -122,6 +125,50 @@ impl<'a> Twin<'a> {
             let (want, got, n_bytes) = (want[at], got[at], want.len());
             Some(format!("{n} of {n_bytes} bytes, first {}: {got:#x} for {want:#x}", self.name_of(side, at)))
         })
+    }
+
+    /// All rows of keys and of values on the device, before the store of a ubatch or after it.
+    pub(super) fn dequantize(&self, ints: &[i32], ubatch: Option<&Ubatch>) -> [Vec<f16>; 2] {
+        let Shape { n_kv_heads, head_dim_k, head_dim_v, .. } = self.layer.layout.shape();
+        let n_kv = self.layer.layout.n_cells();
+        let plan = self.lab.upload(ints);
+        let rows = ubatch.map(|ubatch| [&ubatch.k, &ubatch.v].map(|rows| self.lab.upload(rows)));
+        let pointer =
+            |side: usize| rows.as_ref().map_or(std::ptr::null(), |rows| rows[side].pointer().cast_const().cast());
+        let read = AttendParams {
+            k_cur: pointer(0),
+            k_stride_token: u64::from(n_kv_heads * head_dim_k),
+            k_stride_head: head_dim_k.into(),
+            v_cur: pointer(1),
+            v_stride_token: u64::from(n_kv_heads * head_dim_v),
+            v_stride_head: head_dim_v.into(),
+            k_mem: self.memory[0].pointer().cast(),
+            v_mem: self.memory[1].pointer().cast(),
+            plan: plan.pointer().cast(),
+            n_kv: n_kv as u32,
+            n_tokens: Plan::new(ints).unwrap().n_tokens() as u32,
+            rotation: self.layer.rotation.as_ref().map_or_else(RotationDesc::default, Rotation::describe),
+            // SAFETY: numbers and pointers, for which zero is a value.
+            ..unsafe { std::mem::zeroed() }
+        };
+        // What nobody writes must not look like a row.
+        let out =
+            [head_dim_k, head_dim_v].map(|dim| self.lab.upload(&vec![f16::NAN; n_kv * (n_kv_heads * dim) as usize]));
+        let pointers = out.each_ref().map(|out| out.pointer().cast());
+        // SAFETY: every pointer is a buffer of the device that holds what the header says and outlives the download, which
+        // waits for the kernels.
+        unsafe {
+            dequantize::enqueue(
+                self.lab.device(),
+                &self.layer.layout,
+                read,
+                ints.len(),
+                pointers,
+                std::ptr::null_mut(),
+            )
+            .unwrap();
+        }
+        out.each_ref().map(|out| self.lab.download(out))
     }
 
     /// What lies at a byte.
@@ -150,7 +197,7 @@ impl<'a> Twin<'a> {
 
 /// Rows as models make them, with channels far off zero, and if `wild` worse: tokens of small and of large norm, what is not
 /// finite. Pages of tame rows go on with the factors of the page before.
-fn spoil(rng: &mut Rng, shape: &Shape, ubatch: &mut Ubatch, wild: bool) {
+pub(super) fn spoil(rng: &mut Rng, shape: &Shape, ubatch: &mut Ubatch, wild: bool) {
     let sides = [(shape.head_dim_k as usize, &mut ubatch.k), (shape.head_dim_v as usize, &mut ubatch.v)];
     for (dim, values) in sides {
         for row in values.chunks_exact_mut(dim) {
@@ -177,7 +224,7 @@ fn spoil(rng: &mut Rng, shape: &Shape, ubatch: &mut Ubatch, wild: bool) {
     ubatch.q[rng.below(n)] = f32::NAN;
 }
 
-fn denominators(rng: &mut Rng, n: usize) -> Vec<f32> {
+pub(super) fn denominators(rng: &mut Rng, n: usize) -> Vec<f32> {
     let one = |rng: &mut Rng| match rng.below(64) {
         0 => f32::NEG_INFINITY,
         1 => f32::NAN,
@@ -187,7 +234,7 @@ fn denominators(rng: &mut Rng, n: usize) -> Vec<f32> {
 }
 
 /// The cells of the next ubatch, after some tokens were removed.
-fn next_cells(rng: &mut Rng, layer: &mut Layer, page: usize) -> Vec<usize> {
+pub(super) fn next_cells(rng: &mut Rng, layer: &mut Layer, page: usize) -> Vec<usize> {
     let live = layer.live();
     let n_cells = live.len();
     let mut at = |n: usize| rng.below(n);

@@ -3,6 +3,7 @@
 mod boundary;
 mod desc;
 mod device;
+mod device_dequantize;
 mod device_store;
 mod header;
 mod hostile_memory;

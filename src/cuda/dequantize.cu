@@ -1,0 +1,92 @@
+// Rows of the cache as FP16, by cell: what attention of many query rows reads that knows nothing of pages. A block has a page,
+// or a piece of exact rows, which come after all pages. Decoded as the store step does, without fused multiply-add.
+#include "attend.cuh"
+#include "decode.cuh"
+
+namespace kvq {
+
+constexpr uint32_t DEQUANTIZE_WARPS = DEQUANTIZE_THREADS / 32;
+
+struct Dequantize {
+    const DequantizeParams &d;
+    const AttendParams &p;
+    const SideDesc &side;
+    uint32_t head, warp, lane;
+    bool is_key;
+    const uint8_t *memory;
+
+    __device__ Dequantize(const DequantizeParams &params)
+        : d(params), p(params.read), side(params.side == 0 ? p.layer.k : p.layer.v), head(blockIdx.x), warp(threadIdx.x / 32), lane(threadIdx.x % 32),
+          is_key(params.side == 0), memory(is_key ? p.k_mem : p.v_mem) {}
+
+    __device__ uint16_t *row_of(uint32_t cell) const { return d.rows + (size_t(head) * p.n_kv + cell) * side.head_dim; }
+
+    // Turns a decoded key to where its position is now. `angles`: of the warp, of the distance `turned_by`.
+    __device__ void turn(float *row, int distance, int &turned_by, float *angles) const {
+        const RotationDesc &rotation = p.rotation;
+        const uint32_t n = min(rotation.n_pairs, side.head_dim / 2);
+        for (uint32_t pair = lane; pair < n; pair += 32) {
+            if (distance != turned_by) {
+                const Angle angle = angle_of(rotation, pair, distance);
+                angles[2 * pair] = angle.cosine, angles[2 * pair + 1] = angle.sine;
+            }
+            float &left = row[rotation.interleaved ? 2 * pair : pair], &right = row[rotation.interleaved ? 2 * pair + 1 : n + pair];
+            const float x = left, y = right, c = angles[2 * pair], s = angles[2 * pair + 1];
+            left = x * c - y * s;
+            right = x * s + y * c;
+        }
+        turned_by = distance;
+        __syncwarp();
+    }
+
+    __device__ void page(uint32_t index, uint8_t *shared) const {
+        const uint32_t n = p.layer.page, dim = side.head_dim, first = index * n;
+        float *row = reinterpret_cast<float *>(shared) + warp * 2 * dim, *angles = row + dim;
+        // Not more pages than the layer has.
+        const bool is_planned = index < uint32_t(p.plan[p.plan_at.n_pages[p.view]]);
+        Page from = Page::of(side, memory + head * side.head_bytes, index);
+        if (d.page_in_shared && is_planned) {
+            uint8_t *copy = shared + DEQUANTIZE_WARPS * 2 * dim * sizeof(float);
+            for (uint32_t at = 16 * threadIdx.x; at < side.page_bytes; at += 16 * DEQUANTIZE_THREADS)
+                *reinterpret_cast<uint4 *>(copy + at) = *reinterpret_cast<const uint4 *>(from.bytes + at);
+            from.bytes = copy;
+            __syncthreads();
+        }
+        const Turns turns = is_key ? Turns::of(p, index) : Turns{};
+        int turned_by = 0;
+        for (uint32_t token = warp; token < n && first + token < p.n_kv; token += DEQUANTIZE_WARPS) {
+            uint16_t *to = row_of(first + token);
+            if (!is_planned || !is_in_page(p, first + token)) {
+                for (uint32_t c = lane; c < dim; c += 32) to[c] = 0;
+                continue;
+            }
+            store::decode_row(p.layer, side, from, token, is_key, lane, row);
+            const uint32_t i = turns.of_token(token);
+            const int distance = i == turns.n ? 0 : turns.distance(i);
+            if (distance != 0) turn(row, distance, turned_by, angles);
+            for (uint32_t c = lane; c < dim; c += 32) to[c] = float_to_half(finite(row[c]));
+            __syncwarp();
+        }
+    }
+
+    __device__ void exact(uint32_t piece) const {
+        const Pieces pieces = Pieces::of(p);
+        if (piece >= pieces.exact()) return;
+        const ExactRows rows = ExactRows::of(p, pieces, piece);
+        for (uint32_t i = warp; i < rows.n; i += DEQUANTIZE_WARPS) {
+            const int cell = rows.cell(p, head, i);
+            if (cell < 0 || uint32_t(cell) >= p.n_kv) continue;
+            uint16_t *to = row_of(uint32_t(cell));
+            for (uint32_t c = lane; c < side.head_dim; c += 32) to[c] = float_to_half(is_key ? rows.key(p, head, i, c) : rows.value(p, head, i, c));
+        }
+    }
+};
+
+KVQ_KERNEL(kvq_dequantize_any, DEQUANTIZE_THREADS, 1, DequantizeParams) {
+    KVQ_SHARED(shared);
+    const Dequantize block(p);
+    if (p.exact) block.exact(blockIdx.y);
+    else block.page(blockIdx.y, shared);
+}
+
+}  // namespace kvq

@@ -1,0 +1,55 @@
+//! Rows as FP16, by cell, for attention that knows nothing of pages.
+
+use std::ffi::c_void;
+
+use super::attend::EXACT_ROWS;
+use super::desc::{AttendParams, DequantizeParams, DEQUANTIZE_THREADS};
+use super::{Device, Launch};
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+use crate::plan::{self, plan_len, View};
+
+/// The one kernel; see `dequantize.cu`.
+pub(super) const KERNEL: &str = "kvq_dequantize_any";
+
+/// Enqueues the decoding of one layer and stream: `rows` are those of keys and of values, either of which may be NULL.
+/// `read.layer` and the plan's description are filled in here.
+///
+/// # Safety
+/// What attention reads by `read`, and what is written, is device memory of the size that kvq_dequantize_enqueue gives.
+pub(crate) unsafe fn enqueue(
+    device: &Device,
+    layout: &Layout,
+    mut read: AttendParams,
+    given_plan_len: usize,
+    rows: [*mut u16; 2],
+    stream: *mut c_void,
+) -> Result<()> {
+    let (layer, n_tokens) = (layout.describe(), read.n_tokens as usize);
+    let need = plan_len(n_tokens, layout.n_slots(), layout.n_cells(), layout.page());
+    if given_plan_len < need {
+        return Err(Error::invalid(format!(
+            "a plan of {n_tokens} tokens for this layout has {need} integers, plan_len is {given_plan_len}"
+        )));
+    }
+    read.layer = layer;
+    read.plan_at = plan::describe(n_tokens, layout.n_slots(), layout.n_cells(), layout.page());
+    read.view = if read.k_cur.is_null() { View::After } else { View::Before } as u32;
+    let n_pages = read.n_kv.div_ceil(layer.page);
+    let n_exact = [layer.n_slots, layer.pool_rows, if read.k_cur.is_null() { 0 } else { read.n_tokens }];
+    let n_exact: u32 = n_exact.into_iter().map(|n| n.div_ceil(EXACT_ROWS)).sum();
+    for (side, rows) in (0..).zip(rows).filter(|(_, rows)| !rows.is_null()) {
+        let desc = if side == 0 { &layer.k } else { &layer.v };
+        let row_bytes = DEQUANTIZE_THREADS / 32 * 2 * desc.head_dim * 4;
+        let fits = row_bytes + desc.page_bytes <= device.limits().shared_bytes;
+        let shared_bytes = row_bytes + if fits { desc.page_bytes } else { 0 };
+        // Exact rows take the place of what a page has for their cells.
+        for (exact, n_blocks) in [(0, n_pages), (1, n_exact)].into_iter().filter(|(_, n_blocks)| *n_blocks > 0) {
+            let mut params = DequantizeParams { read, rows, side, exact, page_in_shared: fits.into() };
+            let launch = Launch { blocks: [layer.n_kv_heads, n_blocks], threads: DEQUANTIZE_THREADS, shared_bytes };
+            // SAFETY: the kernel takes a DequantizeParams; the caller answers for the pointers in it.
+            unsafe { device.runner.launch(KERNEL, launch, (&raw mut params).cast(), stream) }?;
+        }
+    }
+    Ok(())
+}
