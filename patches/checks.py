@@ -39,6 +39,23 @@ def completions(bin_dir, model, kv, log):
         raise RunError("an answer is empty")
 
 
+def repeated(bin_dir, model, kv, text, log):
+    """Requests A, A, B, A to one slot without a prompt cache: A's texts and probabilities must be the same to the bit."""
+    text = pathlib.Path(text).read_text(errors="replace")
+    with server(bin_dir, model, kv, 2048, pathlib.Path(log), 2) as one:
+        def ask(prompt):
+            body = {"prompt": prompt, "n_predict": 48, "temperature": 0, "cache_prompt": False, "ignore_eos": True, "n_probs": 5}
+            answer = one.post("/completion", body)
+            return answer["content"], [token["logprob"] for token in answer["completion_probabilities"]]
+        first = ask(text[:2500])
+        answers = [ask(text[:2500]), ask(text[4000:8000]), ask(text[:2500])]
+    print(first[0])
+    if answers[0] != first or answers[2] != first:
+        raise RunError(f"answers differ: {answers}")
+    if answers[1] == first or len(set(first[1])) < 20:
+        raise RunError(f"answers that say too little: {first}, {answers[1]}")
+
+
 def swa_server(bin_dir, model, kv):
     """A sliding-window model, two slots in one cache. While slot 1 has filled it, slot 0 goes back to a context
     checkpoint, and is restored from a file: each must be as with f16, the tokens taken from the cache included."""
@@ -111,6 +128,6 @@ def damage(source, target, how):
 
 if __name__ == "__main__":
     try:
-        {f.__name__: f for f in (odd_model, completions, swa_server, bars, bench, damage)}[sys.argv[1]](*sys.argv[2:])
+        {f.__name__: f for f in (odd_model, completions, repeated, swa_server, bars, bench, damage)}[sys.argv[1]](*sys.argv[2:])
     except (RunError, subprocess.CalledProcessError) as error:
         sys.exit(f"error: {error}")

@@ -291,6 +291,11 @@ else
     skip "layers in GPU memory: no fake_cuda.so (patches/build.sh --tests)"
 fi
 
+echo "== requests again"
+for recipe in kivi ott on; do
+    check "A, A, B, A: $recipe" python3 -B "$root/patches/checks.py" repeated "$bin" "$model" $recipe "$text" repeated.log
+done
+
 echo "== soak"
 check "a minute of everything at once, beside f16" "$root/patches/soak.py" --bin "$bin" --minutes 1 -o soak
 
