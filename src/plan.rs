@@ -4,18 +4,18 @@
 
 use std::ops::Range;
 
-use crate::cuda::desc::{PlanDesc, RECORD_FRESH as FRESH};
+use crate::cuda::desc::{PlanDesc, RECORD_FRESH as FRESH, RECORD_RENEW as RENEW};
 use crate::error::{Error, Result};
 
 /// Version of the layout described on [`Plan`]; the first int of every plan.
-pub const PLAN_VERSION: i32 = 2;
+pub const PLAN_VERSION: i32 = 3;
 /// Ints before the first array.
 pub const HEADER_INTS: usize = 16;
 /// Cells whose page bits share one int. A page is a multiple of this.
 pub const CELLS_PER_WORD: usize = 32;
 
-/// Sources (slots and ubatch rows together) stay below the flag.
-pub(crate) const MAX_SOURCES: usize = FRESH as usize;
+/// Sources (slots and ubatch rows together) stay below the flags.
+pub(crate) const MAX_SOURCES: usize = RENEW as usize;
 /// Most different distances (but 0) by which the rows of one page may have moved.
 pub const MAX_TURNS: usize = 4;
 /// Ints of the header that are zero.
@@ -47,6 +47,18 @@ pub enum Source {
     Row(usize),
 }
 
+/// What becomes of a page that rows are encoded into, and of its other rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seal {
+    /// They are dead: the page is made anew from the records.
+    Fresh,
+    /// They keep their bytes, and the records are encoded with the parameters that the page has.
+    Join,
+    /// The page is made anew from the records and from what those of the other rows decode to that can be read after
+    /// the store ([`Plan::page_bits`]).
+    Renew,
+}
+
 /// One row to encode into its page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record {
@@ -54,9 +66,8 @@ pub struct Record {
     pub cell: usize,
     /// Where the exact row is.
     pub source: Source,
-    /// True: every row of the page that has no record is dead, so the page gets a new header. False: the rows without
-    /// a record keep their bytes and the header stays. All records of a page agree.
-    pub fresh: bool,
+    /// What becomes of its page. All records of a page agree.
+    pub seal: Seal,
 }
 
 /// Rows of a page that have moved by the same distance since they were encoded: their keys are to be turned by it.
@@ -93,9 +104,9 @@ pub struct Turn<'a> {
 /// Turns hold for both views and for the rows that records name: a row that joins a page that has moved is turned back
 /// before it is encoded. A cell without a turn has not moved.
 ///
-/// A source below `n_slots` is a slot, otherwise `n_slots` + ubatch row; bit 30 is [`Record::fresh`]. Pages to scan:
-/// 1 + the last page with a bit, 0 without any. A page bit may belong to a cell that no longer holds a live token: the
-/// attention mask hides it.
+/// A source below `n_slots` is a slot, otherwise `n_slots` + ubatch row; bit 30 is [`Seal::Fresh`], bit 29 [`Seal::Renew`].
+/// Pages to scan: 1 + the last page with a bit, 0 without any. A page bit may belong to a cell that no longer holds a live
+/// token: the attention mask hides it.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan<'a> {
     ints: &'a [i32],
@@ -236,7 +247,7 @@ impl<'a> Plan<'a> {
     }
 
     /// Fails unless every slot, cell, source and page named by the plan exists, records and turns are sorted, and the
-    /// records of a page agree on [`Record::fresh`]. For plans that come from outside the planner.
+    /// records of a page agree on [`Record::seal`]. For plans that come from outside the planner.
     pub fn check_entries(&self) -> Result<()> {
         let within = |ints: &[i32], first: i32, end: usize| {
             ints.iter().all(|&int| int >= first && usize::try_from(int).map_or(true, |index| index < end))
@@ -246,11 +257,13 @@ impl<'a> Plan<'a> {
         let rows = within(self.row_cells(), 0, self.n_cells) && within(self.row_slots(), -1, self.n_slots());
         let raw = &self.ints[self.extent.records()][..2 * self.n_records];
         let records = raw.chunks_exact(2).all(|record| {
-            within(&record[..1], 0, self.n_cells) && within(&[record[1] & !FRESH], 0, self.extent.max_records())
+            within(&record[..1], 0, self.n_cells)
+                && within(&[record[1] & !(FRESH | RENEW)], 0, self.extent.max_records())
+                && record[1] & (FRESH | RENEW) != FRESH | RENEW
         });
         let sorted = raw.chunks_exact(2).zip(raw.chunks_exact(2).skip(1)).all(|(a, b)| {
             let same_page = a[0] as usize / self.page() == b[0] as usize / self.page();
-            a[0] < b[0] && (!same_page || (a[1] ^ b[1]) & FRESH == 0)
+            a[0] < b[0] && (!same_page || (a[1] ^ b[1]) & (FRESH | RENEW) == 0)
         });
         let pages = (0..self.n_turns).map(|index| self.turn(index).page);
         let turns = pages.clone().all(|page| page < self.n_cells.div_ceil(self.page()))
@@ -363,9 +376,14 @@ impl<'a> Plan<'a> {
     pub fn records(&self) -> impl ExactSizeIterator<Item = Record> + Clone + use<'a> {
         let n_slots = self.n_slots();
         self.ints[self.extent.records()][..2 * self.n_records].chunks_exact(2).map(move |ints| {
-            let index = (ints[1] & !FRESH) as usize;
+            let index = (ints[1] & !(FRESH | RENEW)) as usize;
             let source = if index < n_slots { Source::Slot(index) } else { Source::Row(index - n_slots) };
-            Record { cell: ints[0] as usize, source, fresh: ints[1] & FRESH != 0 }
+            let seal = match ints[1] & (FRESH | RENEW) {
+                0 => Seal::Join,
+                RENEW => Seal::Renew,
+                _ => Seal::Fresh,
+            };
+            Record { cell: ints[0] as usize, source, seal }
         })
     }
 }
@@ -445,8 +463,12 @@ impl<'a> PlanWriter<'a> {
                 Source::Slot(slot) => slot,
                 Source::Row(row) => n_slots + row,
             };
-            ints[0] = record.cell as i32;
-            ints[1] = index as i32 | if record.fresh { FRESH } else { 0 };
+            let flag = match record.seal {
+                Seal::Fresh => FRESH,
+                Seal::Join => 0,
+                Seal::Renew => RENEW,
+            };
+            (ints[0], ints[1]) = (record.cell as i32, index as i32 | flag);
         }
         unused.fill(0);
         self.ints[N_RECORDS] = records.len() as i32;

@@ -9,7 +9,7 @@ use crate::head::{Head, HeadMut};
 use crate::layout::{check_plan, Layout};
 use crate::learned::{learn_queries, read_moments, KeyError, Sample};
 use crate::location::Location;
-use crate::plan::{Plan, Record, Source};
+use crate::plan::{Plan, Record, Seal, Source, View, CELLS_PER_WORD};
 use crate::pool;
 use crate::recent::{self, Attended};
 use crate::rotation::{Angles, Rotation};
@@ -61,8 +61,7 @@ pub fn store_head(layout: &Layout, head: usize, [k, v]: [&mut [u8]; 2], rows: &S
         while let Some(record) = records.next_if(|r| r.cell / layout.page() == first.cell / layout.page()) {
             page.records.push(record);
         }
-        page.turned.clear();
-        page.turned.extend(page.records.iter().map(|record| if record.fresh { 0 } else { plan.turned(record.cell) }));
+        page.find_rows(layout, plan);
         seal_page(layout, head, &mut heads, rows, &mut page);
     }
     for (to, current) in heads.iter_mut().zip([&rows.k, &rows.v]) {
@@ -84,59 +83,103 @@ fn forget(heads: &mut [HeadMut; 2]) {
 #[derive(Default)]
 struct SealedPage {
     records: Vec<Record>,
-    /// For each record by how much the rows that it joins have moved.
+    /// The cells to encode, ascending, and where their exact rows are; `None`: in the page itself.
+    sources: Vec<(usize, Option<Source>)>,
+    /// For each of them by how much its row has moved since the page was encoded first.
     turned: Vec<i32>,
     at: Vec<u32>,
     rows: Vec<f32>,
-    /// For each record the row of the outlier pool that it enters.
+    /// For each the row of the outlier pool that it enters.
     pooled: Vec<Option<usize>>,
+    /// For each whether it is exact in the pool.
     exact: Vec<bool>,
     channel_weights: Vec<f32>,
     attention: Vec<f32>,
 }
 
-/// Encodes the records of one page, keys first: they decide which tokens enter the outlier pool.
+impl SealedPage {
+    /// What the plan says of the page of the records.
+    fn find_rows(&mut self, layout: &Layout, plan: &Plan) {
+        let Record { cell, seal, .. } = self.records[0];
+        let page = cell / layout.page();
+        let bits = plan.page_bits(View::After, page);
+        let stays = |row: usize| bits[row / CELLS_PER_WORD] >> (row % CELLS_PER_WORD) & 1 == 1;
+        let mut records = self.records.iter().peekable();
+        self.sources.clear();
+        for (row, cell) in (page * layout.page()..(page + 1) * layout.page()).enumerate() {
+            if let Some(record) = records.next_if(|record| record.cell == cell) {
+                self.sources.push((cell, Some(record.source)));
+            } else if seal == Seal::Renew && stays(row) {
+                self.sources.push((cell, None));
+            }
+        }
+        let turned = |cell: usize| if seal == Seal::Fresh { 0 } else { plan.turned(cell) };
+        self.turned.clear();
+        self.turned.extend(self.sources.iter().map(|&(cell, _)| turned(cell)));
+        self.at.clear();
+        self.at.extend(self.sources.iter().map(|(cell, _)| (cell % layout.page()) as u32));
+    }
+
+    /// Copies the rows of one side together as they are now. `rotation` is that of keys, `index` the head's number.
+    fn gather(&mut self, layout: &Layout, head: Head, rotation: Option<&Rotation>, current: &Rows, index: usize) {
+        let dim = head.layout.head_dim;
+        let mut angles = Angles::default();
+        self.rows.clear();
+        self.rows.resize(self.sources.len() * dim, 0.0);
+        let rows = self.rows.chunks_exact_mut(dim);
+        for ((&(cell, source), &distance), to) in self.sources.iter().zip(&self.turned).zip(rows) {
+            match source {
+                Some(Source::Slot(slot)) => head.read_slot(slot, to),
+                Some(Source::Row(row)) => to.copy_from_slice(current.row(row, index, dim)),
+                None => {
+                    let turn = rotation.map(|rotation| (rotation, distance));
+                    read_from_page(layout, head, cell, turn, &mut angles, to);
+                }
+            }
+            to.iter_mut().for_each(|x| *x = finite(*x));
+        }
+    }
+}
+
+/// Encodes one page, keys first: they decide which tokens enter the outlier pool.
 fn seal_page(layout: &Layout, index: usize, heads: &mut [HeadMut; 2], rows: &StoreRows, sealed: &mut SealedPage) {
-    let SealedPage { records, turned, at, rows: gathered, pooled, exact, channel_weights, attention } = sealed;
-    let (page, fresh) = (records[0].cell / layout.page(), records[0].fresh);
-    at.clear();
-    at.extend(records.iter().map(|record| (record.cell % layout.page()) as u32));
-    if fresh && layout.pool().is_some() {
+    let Record { cell, seal, .. } = sealed.records[0];
+    let page = cell / layout.page();
+    if seal == Seal::Fresh && layout.pool().is_some() {
         pool::give_back(heads, page * layout.page()..(page + 1) * layout.page());
     }
     for (side, current) in [(Side::Key, &rows.k), (Side::Value, &rows.v)] {
         let head = &mut heads[side as usize];
         let dim = head.layout.head_dim;
-        gathered.clear();
-        gathered.resize(records.len() * dim, 0.0);
-        for (record, to) in records.iter().zip(gathered.chunks_exact_mut(dim)) {
-            match record.source {
-                Source::Slot(slot) => head.as_ref().read_slot(slot, to),
-                Source::Row(row) => {
-                    to.iter_mut().zip(current.row(row, index, dim)).for_each(|(t, x)| *t = finite(*x));
-                }
-            }
-        }
+        let rotation = rows.rotation.filter(|_| side == Side::Key);
+        sealed.gather(layout, head.as_ref(), rotation, current, index);
+        let SealedPage { sources, turned, at, rows: gathered, pooled, exact, channel_weights, attention, .. } = sealed;
         if side == Side::Key {
             pooled.clear();
-            // Rows that join a page whose range is fixed are too few to tell an outlier among.
-            if let Some(pool) = layout.pool().filter(|_| fresh) {
+            // Rows that join a page are too few to tell an outlier among.
+            if let Some(pool) = layout.pool().filter(|_| seal == Seal::Fresh) {
                 pooled.extend(pool::trace(pool, head.as_ref(), gathered));
             }
+            let is_member = |cell: usize| pool::find(head.as_ref(), cell).is_some();
             exact.clear();
-            exact.extend(pooled.iter().map(Option::is_some));
+            match seal {
+                Seal::Fresh => exact.extend(pooled.iter().map(Option::is_some)),
+                Seal::Renew => exact.extend(sources.iter().map(|(cell, _)| is_member(*cell))),
+                Seal::Join => {}
+            }
             recent::attention(layout, head.as_ref(), gathered, attention);
         }
         for (i, row) in pooled.iter().enumerate() {
             let Some(row) = *row else { continue };
             write_half(head.pool_row_mut(row), &gathered[i * dim..][..dim]);
-            pool::set_cell(head, row, Some(records[i].cell));
+            pool::set_cell(head, row, Some(sources[i].0));
         }
-        if let Some(rotation) = rows.rotation.filter(|_| side == Side::Key) {
+        if let Some(rotation) = rotation {
             turn_back(rotation, turned, gathered);
         }
         read_moments(head.as_ref().learned(), channel_weights);
         let sample = (side == Side::Key).then(|| Sample::take(gathered, dim, exact));
+        let fresh = seal != Seal::Join;
         let rows = SealRows { at, rows: gathered, fresh, exact, channel_weights, last_exponents: &mut [], attention };
         head.seal(page, rows);
         if let Some(sample) = sample {
@@ -146,6 +189,27 @@ fn seal_page(layout: &Layout, index: usize, heads: &mut [HeadMut; 2], rows: &Sto
             known.add(&error);
             known.write(head.learned_mut());
         }
+    }
+}
+
+/// Reads the row of a cell that is in its page, or in the outlier pool instead, as it is now: a key in its page turned by a
+/// distance.
+fn read_from_page(
+    layout: &Layout,
+    head: Head,
+    cell: usize,
+    turn: Option<(&Rotation, i32)>,
+    angles: &mut Angles,
+    out: &mut [f32],
+) {
+    if let Some(row) = pool::find(head, cell) {
+        head.read_pooled(row, out);
+        return;
+    }
+    head.decode(cell / layout.page(), cell % layout.page(), out);
+    if let Some((rotation, distance)) = turn.filter(|(_, distance)| *distance != 0) {
+        rotation.angles(distance, angles);
+        rotation.turn(out, angles);
     }
 }
 
@@ -207,16 +271,11 @@ pub fn dequantize_head(
     for (cell, out) in cells.zip(out.chunks_exact_mut(head.layout.head_dim)) {
         if let Some(slot) = location[cell].slot() {
             head.read_slot(slot, out);
-        } else if !location[cell].in_page() {
-            out.fill(0.0);
-        } else if let Some(row) = pool::find(head, cell) {
-            head.read_pooled(row, out);
+        } else if location[cell].in_page() {
+            let turn = rotation.filter(|_| is_key).map(|rotation| (rotation, location[cell].turned));
+            read_from_page(layout, head, cell, turn, &mut angles, out);
         } else {
-            head.decode(cell / layout.page(), cell % layout.page(), out);
-            if let Some(rotation) = rotation.filter(|_| is_key && location[cell].turned != 0) {
-                rotation.angles(location[cell].turned, &mut angles);
-                rotation.turn(out, &angles);
-            }
+            out.fill(0.0);
         }
     }
     Ok(())

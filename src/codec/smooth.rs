@@ -25,7 +25,7 @@ const MAX_DIM: usize = MAX_HEAD_DIM as usize;
 const WORTH_A_CHANGE: f32 = 1.1;
 
 /// Fewer rows have no mean and no factors of their own. One row would be its own mean, and what is left of it, its rounding,
-/// would set the size of steps and factors: rows that join the page later would lose all they have.
+/// would set the factors, from which later pages go on.
 const MIN_ROWS: usize = 8;
 
 /// Which of the two a codec stores; they lie behind each other in its page.

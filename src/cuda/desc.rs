@@ -17,8 +17,10 @@ pub const STORE_SEAL: u32 = 2;
 /// Of [`StoreParams::phases`]: errors of pages are added up, rows go to slots.
 pub const STORE_FINISH: u32 = 4;
 
-/// Flag of a record's source in a plan; see [`crate::plan::Record::fresh`].
+/// Flag of a record's source in a plan: [`crate::plan::Seal::Fresh`].
 pub const RECORD_FRESH: i32 = 1 << 30;
+/// Flag of a record's source in a plan: [`crate::plan::Seal::Renew`].
+pub const RECORD_RENEW: i32 = 1 << 29;
 
 /// An offset of a part that the page does not have.
 pub const ABSENT: u32 = u32::MAX;

@@ -4,11 +4,84 @@
 
 namespace kvq::store {
 
-// Copies the rows of the page's records together; where they go is not known yet. Ends with a barrier.
-__device__ inline void gather(const Store &b, const Side &side) {
+// How far a cell's row has moved since its page was sealed, asked by a warp.
+__device__ inline int distance_of(const Store &b, uint32_t page, uint32_t at) {
+    const StoreParams &p = b.p;
+    const uint32_t n_turns = uint32_t(b.plan(p.plan_at.n_turns)), n_ints = 2 + p.layer.page / 32;
+    int distance = 0;
+    for (uint32_t i = b.lane; i < n_turns; i += 32) {
+        const int *turn = p.plan + p.plan_at.turns + i * n_ints;
+        if (uint32_t(turn[0]) == page && (uint32_t(turn[2 + at / 32]) >> at % 32 & 1)) distance = turn[1];
+    }
+    // A cell is in one turn at most.
+    for (uint32_t o = 16; o > 0; o /= 2) distance |= __shfl_xor_sync(FULL, distance, o);
+    return distance;
+}
+
+// Turns a key by a distance, or back (`sign` -1); see src/rotation.rs. By a warp, ends with a barrier of it.
+__device__ inline void turn_row(const Store &b, float *row, int distance, float sign, uint32_t dim) {
+    if (distance == 0) return;
+    const RotationDesc &rotation = b.p.rotation;
+    const uint32_t n_pairs = min(rotation.n_pairs, dim / 2);
+    for (uint32_t pair = b.lane; pair < n_pairs; pair += 32) {
+        const Angle angle = angle_of(rotation, pair, distance);
+        const float c = angle.cosine, s = sign * angle.sine;
+        float &left = row[rotation.interleaved ? 2 * pair : pair], &right = row[rotation.interleaved ? 2 * pair + 1 : n_pairs + pair];
+        const float x = left, y = right;
+        left = x * c - y * s;
+        right = x * s + y * c;
+    }
+    __syncwarp();
+}
+
+// Turns keys back to where the rows that they join were encoded. Ends with a barrier.
+__device__ inline void turn_back(const Store &b, uint32_t page, uint32_t dim) {
+    for (uint32_t i = b.warp; i < b.s.n_rows; i += STORE_WARPS) {
+        turn_row(b, b.row(i), distance_of(b, page, b.s.at[i]), -1.f, dim);
+    }
+    __syncthreads();
+}
+
+// The row of the pool that belongs to a cell, or NONE; asked by a warp.
+__device__ inline uint32_t find_member(const Store &b, const Side &side, uint32_t cell) {
+    uint32_t found = NONE;
+    for (uint32_t i = b.lane; i < b.p.layer.pool_rows; i += 32) {
+        if (side.pool_table()[i] == cell + 1) found = min(found, i);
+    }
+    for (uint32_t o = 16; o > 0; o /= 2) found = min(found, __shfl_xor_sync(FULL, found, o));
+    return found;
+}
+
+// Reads a row that the page keeps as it is now, from the pool's row `member` if it has one. By a warp.
+__device__ inline void read_from_page(const Store &b, const Target &t, uint32_t page, uint32_t i, uint32_t member) {
+    const uint32_t dim = t.side.desc.head_dim;
+    if (member != NONE) {
+        for (uint32_t c = b.lane; c < dim; c += 32) b.row(i)[c] = half_to_float(t.side.pool_row(member)[c]);
+    } else {
+        decode_row(b.p.layer, t.side.desc, {t.header, t.bytes}, b.s.at[i], t.is_key, b.lane, b.row(i));
+        if (t.is_key && b.p.rotation.n_pairs > 0) turn_row(b, b.row(i), distance_of(b, page, b.s.at[i]), 1.f, dim);
+    }
+    __syncwarp();
+    for (uint32_t c = b.lane; c < dim; c += 32) b.row(i)[c] = finite(b.row(i)[c]);
+}
+
+// Copies the page's rows together; where they go is not known yet. Ends with a barrier.
+__device__ inline void gather(const Store &b, const Target &t, uint32_t page, Seal seal) {
+    const Side &side = t.side;
     const uint32_t n_slots = b.p.layer.n_slots;
     if (b.thread < b.p.layer.page) b.s.record_of[b.thread] = NONE;
     for (uint32_t i = b.warp; i < b.s.n_rows; i += STORE_WARPS) {
+        if (seal == Seal::RENEW) {
+            const uint32_t member = find_member(b, side, page * b.p.layer.page + b.s.at[i]);
+            if (t.is_key && member != NONE && b.lane == 0) {
+                b.s.pooled[i] = uint16_t(member);
+                atomicAdd(&b.s.n_exact, 1u);
+            }
+            if (b.s.source[i] == KEPT) {
+                read_from_page(b, t, page, i, member);
+                continue;
+            }
+        }
         const uint32_t source = uint32_t(b.s.source[i]);
         const uint16_t *slot = side.slot(source);
         const float *row = side.current + size_t(source < n_slots ? 0 : source - n_slots) * side.stride_token;

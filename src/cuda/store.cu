@@ -6,6 +6,34 @@
 
 namespace kvq::store {
 
+__device__ __forceinline__ Seal seal_of(int source) {
+    return source & RECORD_FRESH ? Seal::FRESH : source & RECORD_RENEW ? Seal::RENEW : Seal::JOIN;
+}
+
+// Puts the rows that page `index` keeps between its records. Ends with a barrier.
+__device__ inline void add_kept(const Store &b, uint32_t first, uint32_t index) {
+    Scratch &s = b.s;
+    const StoreParams &p = b.p;
+    const uint32_t page = p.layer.page, token = b.thread;
+    const int *bits = p.plan + p.plan_at.page_bits[1] + index * (page / 32);
+    if (token < page) s.record_of[token] = NONE;
+    __syncthreads();
+    if (token < s.n_records) s.record_of[s.at[token]] = uint16_t(token);
+    __syncthreads();
+    const auto is_listed = [&](uint32_t token) { return s.record_of[token] != NONE || (uint32_t(bits[token / 32]) >> token % 32 & 1); };
+    if (token < page) {
+        uint32_t i = 0;
+        for (uint32_t before = 0; before < token; before++) i += is_listed(before) ? 1 : 0;
+        if (token == page - 1) s.n_rows = i + (is_listed(token) ? 1 : 0);
+        if (is_listed(token)) {
+            const uint32_t record = s.record_of[token];
+            s.at[i] = uint16_t(token);
+            s.source[i] = record == NONE ? KEPT : p.plan[p.plan_at.records + 2 * (first + record) + 1] & ~RECORD_RENEW;
+        }
+    }
+    __syncthreads();
+}
+
 // Reads the records of one page, the first of which is number `first`. Ends with a barrier.
 __device__ inline void read_records(const Store &b, uint32_t first, uint32_t n_records) {
     Scratch &s = b.s;
@@ -16,52 +44,21 @@ __device__ inline void read_records(const Store &b, uint32_t first, uint32_t n_r
     if (i < page) s.pooled[i] = NONE, s.attention[i] = 1.f;
     if (i < page && j < n_records && uint32_t(records[2 * j]) / page == index) {
         s.at[i] = uint16_t(uint32_t(records[2 * j]) % page);
-        s.source[i] = records[2 * j + 1] & ~RECORD_FRESH;
-        if (j + 1 == n_records || uint32_t(records[2 * j + 2]) / page != index) s.n_rows = i + 1;
+        s.source[i] = records[2 * j + 1] & ~(RECORD_FRESH | RECORD_RENEW);
+        if (j + 1 == n_records || uint32_t(records[2 * j + 2]) / page != index) s.n_records = s.n_rows = i + 1;
     }
     __syncthreads();
+    if (seal_of(records[2 * first + 1]) == Seal::RENEW) add_kept(b, first, index);
 }
 
-// How far a cell's row has moved since its page was sealed, asked by a warp.
-__device__ inline int distance_of(const Store &b, uint32_t page, uint32_t at) {
-    const StoreParams &p = b.p;
-    const uint32_t n_turns = uint32_t(b.plan(p.plan_at.n_turns)), n_ints = 2 + p.layer.page / 32;
-    int distance = 0;
-    for (uint32_t i = b.lane; i < n_turns; i += 32) {
-        const int *turn = p.plan + p.plan_at.turns + i * n_ints;
-        if (uint32_t(turn[0]) == page && (uint32_t(turn[2 + at / 32]) >> at % 32 & 1)) distance = turn[1];
-    }
-    // A cell is in one turn at most.
-    for (uint32_t o = 16; o > 0; o /= 2) distance |= __shfl_xor_sync(FULL, distance, o);
-    return distance;
-}
-
-// Turns keys back to where the rows that they join were encoded; see src/rotation.rs. Ends with a barrier.
-__device__ inline void turn_back(const Store &b, uint32_t page, uint32_t dim) {
-    const RotationDesc &rotation = b.p.rotation;
-    const uint32_t n_pairs = min(rotation.n_pairs, dim / 2);
-    for (uint32_t i = b.warp; i < b.s.n_rows; i += STORE_WARPS) {
-        const int distance = distance_of(b, page, b.s.at[i]);
-        if (distance == 0) continue;
-        for (uint32_t pair = b.lane; pair < n_pairs; pair += 32) {
-            const Angle angle = angle_of(rotation, pair, distance);
-            const float c = angle.cosine, s = -angle.sine;
-            float &left = b.row(i)[rotation.interleaved ? 2 * pair : pair], &right = b.row(i)[rotation.interleaved ? 2 * pair + 1 : n_pairs + pair];
-            const float x = left, y = right;
-            left = x * c - y * s;
-            right = x * s + y * c;
-        }
-    }
-    __syncthreads();
-}
-
-// Encodes the records of a page, one side of them.
-__device__ inline void seal_side(const Store &b, const Side &side, uint32_t page, bool fresh, bool is_key, float *note) {
+// Encodes a page, one side of it.
+__device__ inline void seal_side(const Store &b, const Side &side, uint32_t page, Seal seal, bool is_key, float *note) {
     const LayerDesc &l = b.p.layer;
-    const Target target = {side, side.header(page), side.page(page), fresh, is_key};
-    gather(b, side);
+    const bool fresh = seal == Seal::FRESH;
+    const Target target = {side, side.header(page), side.page(page), seal != Seal::JOIN, is_key};
+    gather(b, target, page, seal);
     if (is_key) {
-        // Rows that join a page whose range is fixed are too few to tell an outlier among.
+        // Rows that join a page are too few to tell an outlier among.
         if (l.pool_rows > 0 && fresh) trace_outliers(b, side);
         if (l.attn_window > 0) find_attention(b, side);
     }
@@ -71,7 +68,7 @@ __device__ inline void seal_side(const Store &b, const Side &side, uint32_t page
         mean_of_rows(b, side.desc.head_dim);
         take_sample(b, side.desc.head_dim);
     }
-    if (fresh) clear_page(b, target);
+    if (target.fresh) clear_page(b, target);
     if (side.desc.codec == CODEC_CHANNEL) {
         seal_channels(b, target);
     } else {
@@ -116,19 +113,19 @@ __device__ inline void seal_pages(const Store &b, const Side &keys, const Side &
     for (uint32_t first = 0, n_rows; first < n_records; first += n_rows, n_pages++) {
         const int *record = p.plan + p.plan_at.records + 2 * first;
         const uint32_t page = uint32_t(record[0]) / p.layer.page;
-        const bool fresh = record[1] & RECORD_FRESH;
+        const Seal seal = seal_of(record[1]);
         read_records(b, first, n_records);
-        n_rows = b.s.n_rows;
+        n_rows = b.s.n_records;
         if (n_pages % turns != turn) {
             __syncthreads();
             continue;
         }
-        if (p.layer.pool_rows > 0 && fresh) {
+        if (p.layer.pool_rows > 0 && seal == Seal::FRESH) {
             if (has_keys) give_back(b, keys, page);
             if (has_values) give_back(b, values, page);
         }
-        if (has_keys) seal_side(b, keys, page, fresh, true, notes == nullptr ? nullptr : notes + 1 + 3 * n_pages);
-        if (has_values) seal_side(b, values, page, fresh, false, nullptr);
+        if (has_keys) seal_side(b, keys, page, seal, true, notes == nullptr ? nullptr : notes + 1 + 3 * n_pages);
+        if (has_values) seal_side(b, values, page, seal, false, nullptr);
     }
     if (notes != nullptr && has_keys && turn == 0 && b.thread == 0) notes[0] = __uint_as_float(n_pages);
 }

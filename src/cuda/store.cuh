@@ -8,6 +8,8 @@ namespace kvq::store {
 
 constexpr uint32_t STORE_WARPS = STORE_THREADS / 32, MAX_PAGE = 256, MAX_DIM = 256, MAX_POOL = 128, SAMPLES = 4;
 constexpr uint32_t NONE = 0xffff;
+// The source of a row that a page keeps when it is made anew.
+constexpr int KEPT = -1;
 
 // What a block knows of the page that it seals, in shared memory.
 struct Scratch {
@@ -17,11 +19,13 @@ struct Scratch {
     float sample[SAMPLES][MAX_DIM], decoded[SAMPLES][MAX_DIM];
     float totals[4], below[17];
     uint32_t most[2], segments[3];
-    uint32_t n_rows, n_exact, n_samples, sampled[SAMPLES];
+    uint32_t n_records;  // of the page in the plan
+    uint32_t n_rows;     // the same, and those that it keeps if it is made anew
+    uint32_t n_exact, n_samples, sampled[SAMPLES];
     int source[MAX_PAGE];
-    uint16_t at[MAX_PAGE];         // the row of the page of each record
-    uint16_t pooled[MAX_PAGE];     // the row of the pool that a record enters, or NONE
-    uint16_t record_of[MAX_PAGE];  // the record of each token or place, or NONE
+    uint16_t at[MAX_PAGE];         // the row of the page of each row here
+    uint16_t pooled[MAX_PAGE];     // the row of the pool that it enters or has, or NONE
+    uint16_t record_of[MAX_PAGE];  // the row here of each token or place, or NONE
     uint16_t free_rows[MAX_POOL];
     uint8_t order[MAX_PAGE], place[MAX_PAGE];
 };
@@ -64,11 +68,14 @@ __device__ inline Side values_of(const Store &b) {
     return {b.p.layer.v, b.values(), b.p.v_cur + b.head * b.p.v_stride_head, size_t(b.p.v_stride_token)};
 }
 
+// What becomes of a page: Seal of src/plan.rs.
+enum class Seal { FRESH, JOIN, RENEW };
+
 // One page of one side, to be sealed with the rows of a block.
 struct Target {
     const Side &side;
     uint8_t *header, *bytes;
-    bool fresh;
+    bool fresh;  // made anew from these rows
     bool is_key;
 };
 

@@ -6,8 +6,8 @@ use crate::error::Status;
 
 const SIZES: PlanSizes = PlanSizes { stream: 1, n_tokens: 3, n_slots: 4, n_cells: 100, page: 64 };
 const RECORDS: [Record; 2] = [
-    Record { cell: 5, source: Source::Slot(3), fresh: false },
-    Record { cell: 70, source: Source::Row(2), fresh: true },
+    Record { cell: 5, source: Source::Slot(3), seal: Seal::Renew },
+    Record { cell: 70, source: Source::Row(2), seal: Seal::Fresh },
 ];
 
 /// Of page 1: cells 65 and 97 by -8, cell 64 by 16.
@@ -105,6 +105,7 @@ fn entries_out_of_range_or_order_are_found() {
         (records, 65),
         (records + 1, 7),
         (records + 1, i32::MIN),
+        (records + 1, FRESH | RENEW | 3),
         (turns, 2),
         (turns, -1),
         (turns + 4, 0),

@@ -108,7 +108,7 @@ impl Planner {
         }
         state.write_view(View::Before, &mut plan);
         state.place(rows);
-        state.seal_full_pages(records);
+        state.seal_full_pages(is_live, records);
         state.release_aged();
         state.relieve_pressure(is_live, records);
         state.assign_slots(plan.row_slots());

@@ -7,9 +7,10 @@ use super::Planner;
 use crate::error::{Error, Result, Status};
 use crate::plan::CELLS_PER_WORD;
 
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER_BYTES: usize = 8 * 4;
 const SLOT_BYTES: usize = 4 + 4 + 8 + 4;
+const PAGE_BYTES: usize = 8 + 4;
 const ENCODED: u32 = 1;
 const PINNED: u32 = 2;
 const NO_CELL: u32 = u32::MAX;
@@ -20,15 +21,19 @@ impl Planner {
     /// Bytes of a [`Planner::snapshot`], the same for every state.
     pub fn snapshot_bytes(&self) -> usize {
         let n_pages = self.config.n_pages();
-        HEADER_BYTES + 8 + self.n_slots * SLOT_BYTES + n_pages * (8 + self.config.page / 8) + self.config.n_cells * 4
+        HEADER_BYTES
+            + 8
+            + self.n_slots * SLOT_BYTES
+            + n_pages * (PAGE_BYTES + self.config.page / 8)
+            + self.config.n_cells * 4
     }
 
     /// The state of a stream.
     ///
     /// Layout, little-endian: version, `n_cells`, page, window, `sink_tokens`, most sink tokens, `seal_lag`, `n_slots`
     /// (u32 each); next stamp (u64); per slot: cell or 2^32 - 1 (u32), 1 if encoded + 2 if pinned (u32), stamp (u64),
-    /// sequence (u32); per page: stamp of its newest row (u64); sealed cells, a bit each, in u32 words; per cell: by how much
-    /// the rows of its page have moved (i32).
+    /// sequence (u32); per page: stamp of its newest row (u64), number of rows that its parameters were made from (u32);
+    /// sealed cells, a bit each, in u32 words; per cell: by how much the rows of its page have moved (i32).
     pub fn snapshot(&self, stream: usize) -> Result<Vec<u8>> {
         self.check_stream(stream)?;
         let state = &self.streams[stream];
@@ -43,7 +48,10 @@ impl Planner {
             out.extend(stamp.to_le_bytes());
             out.extend(seq.to_le_bytes());
         }
-        state.pages.iter().for_each(|page| out.extend(page.newest.to_le_bytes()));
+        for page in &state.pages {
+            out.extend(page.newest.to_le_bytes());
+            out.extend((page.n_fitted as u32).to_le_bytes());
+        }
         state.sealed_bits.iter().for_each(|word| out.extend(word.to_le_bytes()));
         state.turned.iter().for_each(|distance| out.extend(distance.to_le_bytes()));
         Ok(out)
@@ -78,7 +86,11 @@ impl Planner {
         self.streams[stream].adopt_turned(&rows)?;
         self.drop_dead(stream, &|cell| pages.binary_search(&(cell / page)).is_err())?;
         let state = &mut self.streams[stream];
-        cells.iter().for_each(|&cell| state.seal(cell as usize));
+        pages.iter().for_each(|&page| state.pages[page].n_fitted = 0);
+        for &cell in cells {
+            state.seal(cell as usize);
+            state.pages[cell as usize / page].n_fitted += 1;
+        }
         Ok(())
     }
 
@@ -95,15 +107,18 @@ impl StreamState {
     fn parse(mut self, bytes: &[u8]) -> Result<Self> {
         let (next_stamp, bytes) = bytes.split_at(8);
         let (slots, bytes) = bytes.split_at(self.n_slots * SLOT_BYTES);
-        let (newest, bytes) = bytes.split_at(self.pages.len() * 8);
+        let (pages, bytes) = bytes.split_at(self.pages.len() * PAGE_BYTES);
         let (bits, turned) = bytes.split_at(self.sealed_bits.len() * 4);
         self.next_stamp = u64_of(next_stamp);
         let possible = |stamp: u64| stamp < self.next_stamp.max(1);
-        if self.next_stamp > MAX_STAMP || !newest.chunks_exact(8).map(u64_of).all(possible) {
+        for (page, bytes) in self.pages.iter_mut().zip(pages.chunks_exact(PAGE_BYTES)) {
+            (page.newest, page.n_fitted) = (u64_of(bytes), u32_of(&bytes[8..]) as usize);
+        }
+        if self.next_stamp > MAX_STAMP || !self.pages.iter().all(|page| possible(page.newest)) {
             return Err(malformed("the planner state has impossible arrival numbers"));
         }
-        for (page, newest) in self.pages.iter_mut().zip(newest.chunks_exact(8)) {
-            page.newest = u64_of(newest);
+        if self.pages.iter().any(|page| page.n_fitted > self.config.page) {
+            return Err(malformed("the planner state has pages made from more rows than fit"));
         }
         let sealed = |cell: usize| u32_of(&bits[cell / CELLS_PER_WORD * 4..]) >> (cell % CELLS_PER_WORD) & 1 == 1;
         for cell in (0..bits.len() * 8).filter(|&cell| sealed(cell)) {

@@ -7,7 +7,10 @@
 use super::config::PlannerConfig;
 use super::Row;
 use crate::location::{Location, IN_PAGE, IN_SLOT};
-use crate::plan::{PlanWriter, Record, Source, View, CELLS_PER_WORD};
+use crate::plan::{PlanWriter, Record, Seal, Source, View, CELLS_PER_WORD};
+
+/// A page whose parameters were made from fewer rows is made anew when rows join it: so few say little of what is to come.
+const FEW_ROWS: usize = 16;
 
 /// Where the token of a cell is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +42,9 @@ pub(super) struct PageState {
     pub(super) n_exact: usize,
     /// Stamp of the latest row placed in the page. That row may have died, but not while the page is all exact.
     pub(super) newest: u64,
+    /// Rows that the page's parameters were made from, those that have died since included; at least so many where the page
+    /// came from outside.
+    pub(super) n_fitted: usize,
 }
 
 /// The window of a sequence, among its exact rows that are not pinned.
@@ -207,14 +213,14 @@ impl StreamState {
     /// Seals each page whose cells are all exact, if some of its rows were never encoded and `seal_lag` tokens have
     /// arrived since its newest one. A page with an empty or a sealed cell waits: it may still fill up, or the rows
     /// that it has already encoded would have to stay as they are.
-    pub(super) fn seal_full_pages(&mut self, records: &mut Vec<Record>) {
+    pub(super) fn seal_full_pages(&mut self, is_live: &dyn Fn(usize) -> bool, records: &mut Vec<Record>) {
         for index in 0..self.order.len() {
             let Some(row) = self.exact[self.order[index] as usize].filter(|row| !row.encoded) else { continue };
             let page = row.cell as usize / self.config.page;
-            let PageState { n_exact, newest } = self.pages[page];
+            let PageState { n_exact, newest, .. } = self.pages[page];
             let age = self.next_stamp - 1 - newest;
             if n_exact == self.page_cells(page).len() && age >= self.config.seal_lag as u64 {
-                self.seal_page(page, true, records);
+                self.seal_page(page, Seal::Fresh, is_live, records);
             }
         }
     }
@@ -241,9 +247,8 @@ impl StreamState {
             let row = self.exact[self.order[index] as usize].filter(|row| !row.encoded && self.is_aged(row));
             let Some(row) = row else { continue };
             let page = row.cell as usize / self.config.page;
-            let fresh = !self.page_cells(page).any(|cell| self.held[cell] == Held::Sealed && is_live(cell));
             let first = records.len();
-            self.seal_page(page, fresh, records);
+            self.seal_page(page, self.way_to_seal(page, is_live), is_live, records);
             let sealed = records[first..].iter().filter_map(|record| self.exact_row(record.cell));
             excess = excess.saturating_sub(sealed.filter(|row| self.is_aged(row)).count());
         }
@@ -319,25 +324,47 @@ impl StreamState {
         self.sealed_bits[cell / CELLS_PER_WORD] &= !(1 << (cell % CELLS_PER_WORD));
     }
 
-    /// Records all exact rows of a page that are not pinned, and marks them encoded. In a fresh page the sealed cells,
-    /// which are dead, lose their bytes.
-    fn seal_page(&mut self, page: usize, fresh: bool, records: &mut Vec<Record>) {
-        if fresh {
+    /// How a page takes in its exact rows: it is made anew if its parameters were made from few rows or from at most half of
+    /// those that it will hold. So a row is encoded again a few times at most, however many join one by one.
+    fn way_to_seal(&self, page: usize, is_live: &dyn Fn(usize) -> bool) -> Seal {
+        let is_kept = |cell: &usize| self.held[*cell] == Held::Sealed && is_live(*cell);
+        let n_kept = self.page_cells(page).filter(is_kept).count();
+        let is_recorded = |cell: &usize| self.exact_row(*cell).is_some_and(|row| !row.pinned);
+        let n_rows = n_kept + self.page_cells(page).filter(is_recorded).count();
+        let n_fitted = self.pages[page].n_fitted;
+        if n_kept == 0 {
+            Seal::Fresh
+        } else if n_fitted < FEW_ROWS || 2 * n_fitted <= n_rows {
+            Seal::Renew
+        } else {
+            Seal::Join
+        }
+    }
+
+    /// Records all exact rows of a page that are not pinned, and marks them encoded. Sealed cells of which a page that is made
+    /// anew keeps nothing lose their bytes.
+    fn seal_page(&mut self, page: usize, seal: Seal, is_live: &dyn Fn(usize) -> bool, records: &mut Vec<Record>) {
+        if seal == Seal::Fresh {
             self.forget_turns(page);
         }
+        let (first, mut n_kept) = (records.len(), 0);
         for cell in self.page_cells(page) {
             match self.held[cell] {
-                Held::Sealed if fresh => self.unseal(cell),
+                Held::Sealed if seal == Seal::Renew && is_live(cell) => n_kept += 1,
+                Held::Sealed if seal != Seal::Join => self.unseal(cell),
                 Held::Exact(index) => {
                     let index = index as usize;
                     let Some(row) = self.exact[index].as_mut().filter(|row| !row.pinned) else { continue };
                     row.encoded = true;
                     let source =
                         if index < self.n_slots { Source::Slot(index) } else { Source::Row(index - self.n_slots) };
-                    records.push(Record { cell, source, fresh });
+                    records.push(Record { cell, source, seal });
                 }
                 _ => {}
             }
+        }
+        if seal != Seal::Join {
+            self.pages[page].n_fitted = records.len() - first + n_kept;
         }
     }
 

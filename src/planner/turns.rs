@@ -70,8 +70,10 @@ impl StreamState {
                 }
             }
         }
-        for page in &shift.recoded {
-            for cell in self.page_cells(page[0].cell / self.config.page) {
+        for rows in &shift.recoded {
+            let page = rows[0].cell / self.config.page;
+            self.pages[page].n_fitted = rows.len();
+            for cell in self.page_cells(page) {
                 if self.held[cell] == Held::Sealed && !is_live(cell) {
                     self.unseal(cell);
                 }

@@ -15,7 +15,7 @@ use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc, RotationDesc, StorePa
 use crate::cuda::lab::{Buffer, Lab};
 use crate::cuda::store::{enqueue, workspace_bytes};
 use crate::error::Status;
-use crate::plan::Plan;
+use crate::plan::{Plan, Seal};
 use crate::rotation::Rotation;
 use crate::shape::Shape;
 use crate::simd::isa::{Isa, IsaToken};
@@ -296,10 +296,10 @@ fn walk(lab: &Lab, spec: &str, shape: Shape, n_cells: usize, steps: usize, shift
         let lse = denominators(&mut rng, cells.len() * shape.n_heads as usize);
         let learns = [Learns::Everything, Learns::Everything, Learns::Queries, Learns::Nothing][rng.below(4)];
         let plan = Plan::new(&ints).unwrap();
-        let fresh = plan.records().filter(|record| record.fresh).map(|record| record.cell / page);
+        let fresh = plan.records().filter(|record| record.seal == Seal::Fresh).map(|record| record.cell / page);
         walked.sealed += plan.records().len();
         walked.fresh += fresh.collect::<BTreeSet<usize>>().len();
-        walked.turned += plan.records().filter(|r| !r.fresh && plan.turned(r.cell) != 0).count();
+        walked.turned += plan.records().filter(|r| r.seal != Seal::Fresh && plan.turned(r.cell) != 0).count();
         if let Some(difference) = twin.store(&ints, &ubatch, &lse, learns) {
             panic!("{}: {spec} {shape:?} {n_cells} cells, step {step}, {} rows: {difference}", lab.name(), cells.len());
         }
@@ -416,6 +416,48 @@ fn small_windows() {
     let specs =
         ["skvq:page=64,window=0,sinks=0", "kivi:page=64,window=5", "ott:page=64,window=0", "qaq:page=64,window=8"];
     walk_all(&owned(&specs), &[shape(1, 2, 64, 64)], 40);
+}
+
+/// Pages of few rows that are made anew when others join, from what the outlier pool has of them as well.
+#[test]
+fn pages_of_few_rows() {
+    let specs = [
+        "skvq:page=64,window=0,sinks=0",
+        "kivi:k=2.25,page=64,window=0,sinks=0",
+        "ott:k=2.5,page=64,window=0,sinks=0,outliers=6,pool=8",
+        "qaq:page=64,window=0,sinks=0,outliers=1,attn-window=0",
+    ];
+    let page = 64;
+    for lab in Lab::all() {
+        for (spec, n_first) in specs.iter().flat_map(|spec| [1, 7, 20].map(|n| (spec, n))) {
+            let mut twin = Twin::new(&lab, spec, shape(1, 2, 64, 64), 4 * page);
+            twin.rotate(n_first == 7);
+            let (mut rng, mut renewed, mut turned) = (Rng::new(n_first as u64), 0, 0);
+            // As in `joined_rows`: page 0 is sealed when more is exact than the slots hold.
+            let steps =
+                [0..page - 1, page..2 * page - 1, 2 * page..2 * page + 4, n_first..page - 1, 3 * page..4 * page - 1];
+            for (step, cells) in steps.into_iter().enumerate() {
+                match step {
+                    1 => twin.layer.live()[n_first..page].fill(false),
+                    3 => twin.shift(&mut rng),
+                    _ => {}
+                }
+                let cells: Vec<usize> = cells.collect();
+                let ints = twin.layer.plan_cells(&cells, 10);
+                let mut ubatch = twin.layer.ubatch(&mut rng, cells.len());
+                spoil(&mut rng, &shape(1, 2, 64, 64), &mut ubatch, true);
+                let lse = denominators(&mut rng, 2 * cells.len());
+                let plan = Plan::new(&ints).unwrap();
+                for record in plan.records().filter(|record| record.seal == Seal::Renew) {
+                    renewed += 1;
+                    turned += usize::from(plan.turned(record.cell) != 0);
+                }
+                let difference = twin.store(&ints, &ubatch, &lse, Learns::Everything);
+                assert_eq!(difference, None, "{}: {spec}, {n_first} rows first, step {step}", lab.name());
+            }
+            assert!(renewed > 40 && turned > 40, "{spec}: {renewed} rows, {turned} turned, tell too little");
+        }
+    }
 }
 
 /// Rows that join a page whose positions have moved since it was sealed.

@@ -7,6 +7,7 @@ mod device_dequantize;
 mod device_store;
 mod header;
 mod hostile_memory;
+mod joined_rows;
 mod layer;
 pub(crate) mod random;
 mod spoiled_queries;

@@ -20,6 +20,8 @@ struct Case {
     spec: String,
     side: Side,
     dim: usize,
+    /// Only so many of the rows are there at first, and the others join them: their number. 0: every eleventh row joins.
+    n_first: usize,
     /// The page's bytes are in the file, not only their checksum.
     whole: bool,
 }
@@ -28,10 +30,10 @@ const SIDES: [Side; 2] = [Side::Key, Side::Value];
 
 /// Every width and form of a codec. A codec that is new to the registry needs an arm.
 fn cases(codec: &str) -> Vec<Case> {
-    let mut cases = Vec::new();
+    let mut cases: Vec<Case> = Vec::new();
     let mut add = |spec: String, sides: &[Side], dim: usize| {
         let whole = cases.is_empty();
-        cases.extend(sides.iter().map(|&side| Case { spec: spec.clone(), side, dim, whole }));
+        cases.extend(sides.iter().map(|&side| Case { spec: spec.clone(), side, dim, n_first: 0, whole }));
     };
     match codec {
         "group" => {
@@ -71,6 +73,12 @@ fn cases(codec: &str) -> Vec<Case> {
         }
         other => panic!("codec {other} has no golden vectors: give it an arm here"),
     }
+    let of_few = cases
+        .iter()
+        .filter(|case| case.whole)
+        .flat_map(|case| [1, 7].map(|n_first| Case { spec: case.spec.clone(), n_first, whole: false, ..*case }));
+    let of_few: Vec<Case> = of_few.collect();
+    cases.extend(of_few);
     cases
 }
 
@@ -105,12 +113,9 @@ struct Sealed {
     bytes: Vec<u8>,
 }
 
-/// Every eleventh row comes late.
-fn is_late(row: usize) -> bool {
-    row % 11 == 10
-}
-
-fn seal(codec: &dyn PageCodec, page: usize, dim: usize) -> Sealed {
+fn seal(codec: &dyn PageCodec, page: usize, case: &Case) -> Sealed {
+    let (dim, n_first) = (case.dim, case.n_first);
+    let is_late = |row: usize| if n_first > 0 { row >= n_first } else { row % 11 == 10 };
     let rows = golden_rows(page, dim);
     let channel_weights: Vec<f32> = (0..dim).map(|channel| (1 + channel * 7 % 16) as f32 / 16.0).collect();
     let mut last_exponents = vec![0; dim];
@@ -146,11 +151,12 @@ fn codec_of(case: &Case, token: IsaToken) -> (Arc<dyn PageCodec>, usize) {
 fn line(info: &CodecInfo, case: &Case) -> (String, String) {
     let scalar = IsaToken::new(Isa::Scalar).unwrap();
     let (codec, page) = codec_of(case, scalar);
-    let name = format!("{} {:?} {}", case.spec, case.side, case.dim);
+    let first = if case.n_first > 0 { format!(" {} first", case.n_first) } else { String::new() };
+    let name = format!("{} {:?} {}{first}", case.spec, case.side, case.dim);
     assert!(codec.format().starts_with(&format!("{}/", info.name)), "{name} has format {}", codec.format());
-    let sealed = seal(&*codec, page, case.dim);
+    let sealed = seal(&*codec, page, case);
     for token in Isa::ALL.into_iter().filter_map(IsaToken::new) {
-        let other = seal(&*codec_of(case, token).0, page, case.dim);
+        let other = seal(&*codec_of(case, token).0, page, case);
         let is_same = other.header == sealed.header && other.bytes == sealed.bytes;
         assert!(is_same, "{name}: {} seals to other bytes than scalar", token.isa().name());
     }
@@ -180,13 +186,41 @@ fn path(codec: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("c_tests/vectors/{codec}.txt"))
 }
 
-/// The version that a file was written for, and its lines by page.
-fn read(codec: &str) -> Option<(u32, BTreeMap<String, String>)> {
+/// Reads the file of a codec.
+fn read(codec: &str) -> Option<Stored> {
     let text = fs::read_to_string(path(codec)).ok()?;
     let mut lines = text.lines().filter(|line| !line.starts_with('#'));
     let version = lines.next()?.strip_prefix("format_version ")?.parse().ok()?;
     let lines = lines.filter_map(|line| line.split_once(": ")).map(|(name, text)| (name.into(), text.into()));
     Some((version, lines.collect()))
+}
+
+/// What is stored of a codec: the version that it was written for, and lines by page.
+type Stored = (u32, BTreeMap<String, String>);
+
+/// Fails if a codec of one version makes other lines than are stored for it.
+fn check_unchanged(info: &CodecInfo, lines: &[(String, String)], stored: &Stored) -> Result<(), String> {
+    let (name, version) = (info.name, info.format_version);
+    let changed = lines.iter().find(|(page, text)| stored.1.get(page).is_some_and(|stored| stored != text));
+    match changed {
+        Some((page, _)) if stored.0 == version => Err(format!(
+            "codec {name} makes other bytes, or other rows of them, of {page}: raise its FORMAT_VERSION, then run \
+             KVQ_UPDATE_VECTORS=1 cargo test vectors. (While nobody can have saved anything with version {version}: \
+             remove c_tests/vectors/{name}.txt and run the same.)"
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Fails unless every line of a codec is stored for its version.
+fn check_complete(info: &CodecInfo, lines: &[(String, String)], stored: &Stored) -> Result<(), String> {
+    let is_complete = stored.0 == info.format_version
+        && stored.1.len() == lines.len()
+        && lines.iter().all(|(page, _)| stored.1.contains_key(page));
+    let name = info.name;
+    is_complete.then_some(()).ok_or(format!(
+        "golden vectors of {name} are missing or of another version: KVQ_UPDATE_VECTORS=1 cargo test vectors"
+    ))
 }
 
 #[test]
@@ -195,16 +229,8 @@ fn sealed_bytes_are_those_of_the_format_version() {
     for info in REGISTRY {
         let (name, version) = (info.name, info.format_version);
         let lines: Vec<(String, String)> = cases(name).iter().map(|case| line(info, case)).collect();
-        let stored = read(name);
-        let (stored_version, stored_lines) = stored.as_ref().map_or((0, BTreeMap::new()), |(v, l)| (*v, l.clone()));
-        let changed = lines.iter().find(|(page, text)| stored_lines.get(page).is_some_and(|stored| stored != text));
-        if let (Some((page, _)), true) = (changed, stored_version == version) {
-            panic!(
-                "codec {name} makes other bytes, or other rows of them, of {page}: raise its FORMAT_VERSION, then run \
-                 KVQ_UPDATE_VECTORS=1 cargo test vectors. (While nobody can have saved anything with version {version}: \
-                 remove c_tests/vectors/{name}.txt and run the same.)"
-            );
-        }
+        let stored = read(name).unwrap_or_default();
+        check_unchanged(info, &lines, &stored).unwrap();
         if update {
             let head = "# What rows seal to; written and explained by src/tests/vectors.rs.\n";
             let text = lines.iter().map(|(page, text)| format!("{page}: {text}\n")).collect::<String>();
@@ -212,14 +238,30 @@ fn sealed_bytes_are_those_of_the_format_version() {
             fs::write(path(name), format!("{head}format_version {version}\n{text}")).unwrap();
             continue;
         }
-        let is_complete = stored_version == version
-            && stored_lines.len() == lines.len()
-            && lines.iter().all(|(page, _)| stored_lines.contains_key(page));
-        assert!(
-            is_complete,
-            "golden vectors of {name} are missing or of another version: KVQ_UPDATE_VECTORS=1 cargo test vectors"
-        );
+        check_complete(info, &lines, &stored).unwrap();
     }
+}
+
+/// A single bit of a single page, a line too few, another version.
+#[test]
+fn other_bytes_and_other_versions_are_found() {
+    let info = &REGISTRY[0];
+    let (version, stored) = read(info.name).unwrap();
+    let lines: Vec<(String, String)> = stored.clone().into_iter().collect();
+    let check = |lines: &[(String, String)], version: u32| {
+        let stored = (version, stored.clone());
+        check_unchanged(info, lines, &stored).and_then(|()| check_complete(info, lines, &stored))
+    };
+    assert_eq!(check(&lines, version), Ok(()));
+    let mut changed = lines.clone();
+    let at = changed[3].1.find("bytes ").unwrap() + 6;
+    let digit = u8::from_str_radix(&changed[3].1[at..=at], 16).unwrap();
+    changed[3].1.replace_range(at..=at, &format!("{:x}", digit ^ 1));
+    let text = check(&changed, version).unwrap_err();
+    assert!(text.contains("raise its FORMAT_VERSION") && text.contains(&lines[3].0), "{text}");
+    assert!(check(&changed, version - 1).unwrap_err().contains("another version"));
+    assert!(check(&lines, version + 1).unwrap_err().contains("another version"));
+    assert!(check(&lines[1..], version).unwrap_err().contains("missing"));
 }
 
 /// Vectors are about all codes of a width only if the rows reach them all.
@@ -228,9 +270,9 @@ fn golden_rows_reach_every_code_and_both_ends() {
     let rows = golden_rows(128, 64);
     let large = rows.iter().filter(|x| x.abs() > 4.0).count();
     assert!(rows.contains(&65504.0) && rows.contains(&0.0) && large > 100, "{large}");
-    let case = Case { spec: "skvq:v=4".into(), side: Side::Value, dim: 64, whole: false };
+    let case = Case { spec: "skvq:v=4".into(), side: Side::Value, dim: 64, n_first: 0, whole: false };
     let (codec, page) = codec_of(&case, IsaToken::new(Isa::Scalar).unwrap());
-    let bytes = seal(&*codec, page, 64).bytes;
+    let bytes = seal(&*codec, page, &case).bytes;
     let mut seen = [false; 16];
     // The codes come first, two in a byte.
     bytes[..page * 64 / 2].iter().for_each(|byte| {

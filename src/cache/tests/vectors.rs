@@ -78,6 +78,7 @@ fn committed_states_are_read_as_what_they_were_or_refused_by_name() {
             "no state of {name} of this version is in {}: KVQ_UPDATE_VECTORS=1 cargo test vectors",
             folder().display()
         );
+        let mut n_refused = 0;
         for path in known.values() {
             match load(path) {
                 Ok(found) => assert!(found == contents(&expected), "{}: read as something else", path.display()),
@@ -85,8 +86,11 @@ fn committed_states_are_read_as_what_they_were_or_refused_by_name() {
                     assert_eq!(error.status(), Status::Format);
                     let by_name = ["has version", "of another cache"].iter().any(|text| error.message().contains(text));
                     assert!(by_name, "{}: {error}", path.display());
+                    n_refused += 1;
                 }
             }
         }
+        // Each was added when the one before it was refused.
+        assert_eq!(n_refused, known.len() - 1, "{name}: states of older versions");
     }
 }

@@ -1,17 +1,22 @@
 //! A random walk over a cache on real memory, for every recipe: appends, removals of tails and middles, reuse, shifts,
-//! copies, saved states, beside a shadow in full precision. Before each batch is attended,
+//! copies within and across streams, saved states and sequences, beside a shadow in full precision. Before each batch is attended,
 //!
 //! * every live cell is read from exactly one place in every head, the outlier pool included, and the cells of the batch
 //!   from none;
 //! * the rows are those of the shadow: to the bit (of FP16) where the cache keeps them exact, nearly so in pages;
 //! * what attention makes of them is what the oracle does.
 //!
+//! Odd seeds have one stream that four sequences share, even ones two streams of one sequence each.
+//!
 //! `KVQ_WALK_SEEDS` and `KVQ_WALK_OPS` set how far it goes; `KVQ_WALK_SEED` walks that one only.
+
+mod moves;
 
 use super::*;
 use crate::head::Head;
 use crate::location::{Location, IN_PAGE, IN_SLOT};
 use crate::plan::View;
+use crate::planner::PlannerConfig;
 use crate::pool;
 use crate::recipe::presets::PRESETS;
 use crate::recipe::METHODS;
@@ -30,7 +35,7 @@ const FULL_CHECK: usize = 4;
 #[test]
 fn every_recipe_walks() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
-    let short = if cfg!(debug_assertions) { (1, 60) } else { (2, 120) };
+    let short = if cfg!(debug_assertions) { (2, 60) } else { (3, 120) };
     let (n_seeds, n_ops) =
         (number("KVQ_WALK_SEEDS").unwrap_or(short.0), number("KVQ_WALK_OPS").unwrap_or(short.1) as usize);
     for spec in specs() {
@@ -78,6 +83,10 @@ struct Held {
 
 struct Walk {
     cache: Cache,
+    /// Sequences of the stream.
+    n_seqs: usize,
+    /// The other stream, if there are two.
+    parked: Option<moves::Parked>,
     rope: Rope,
     /// By cell.
     shadow: Vec<Option<Held>>,
@@ -86,9 +95,6 @@ struct Walk {
     what: String,
     /// Bound on the normalised error of outputs beside the oracle on the rows that the cache holds.
     bound: f64,
-    /// A row that joins a page is cut to the ranges of the rows that it was sealed with, which may be few: with two bits
-    /// between the smallest and the largest it could as well be another. Rows that moved are not compared then.
-    clamps: bool,
 }
 
 fn walk(spec: &str, seed: u64, n_ops: usize) {
@@ -99,18 +105,13 @@ fn walk(spec: &str, seed: u64, n_ops: usize) {
     let rope = Rope { n_rot: 32, freq_base: 1e4, freq_scale: 1.0, interleaved: false };
     let params =
         CacheParams { shape, n_layers: 1, n_cells: N_CELLS, n_seq_max: N_SEQS, n_threads: 1, rope: Some(rope) };
-    let cache = Cache::new(&recipe, &params).unwrap();
+    let (n_seqs, n_streams) = if seed % 2 == 1 { (N_SEQS, 1) } else { (1, moves::N_STREAMS) };
+    let params = CacheParams { n_seq_max: n_seqs, ..params };
+    let cache = new_cache(&recipe, &params, n_streams);
     let bound = crate::codec::REGISTRY.iter().map(|codec| codec.nmse).fold(0.0, f64::max);
     let (shadow, rng) = (vec![None; N_CELLS], Rng::new(seed));
-    let mut walk = Walk {
-        cache,
-        rope,
-        shadow,
-        rng,
-        what: String::new(),
-        bound: 4.0 * bound,
-        clamps: ["kivi:paper", "ott:paper"].iter().any(|paper| spec.starts_with(paper)),
-    };
+    let mut walk = Walk { cache, n_seqs, parked: None, rope, shadow, rng, what: String::new(), bound: 4.0 * bound };
+    walk.parked = (n_streams > 1).then(|| walk.parked_now());
     for op in 0..n_ops {
         walk.what = format!("{spec}, KVQ_WALK_SEED={seed}, operation {op}");
         walk.step();
@@ -118,10 +119,21 @@ fn walk(spec: &str, seed: u64, n_ops: usize) {
     }
 }
 
+/// A cache for so many streams: its planner knows them, its memory is that of one.
+fn new_cache(recipe: &Recipe, params: &CacheParams, n_streams: usize) -> Cache {
+    let mut cache = Cache::new(recipe, params).unwrap();
+    let config = *cache.planner.config();
+    cache.planner = Planner::new(PlannerConfig { n_streams, ..config }).unwrap();
+    assert_eq!(cache.planner.n_slots(), cache.layers[0].layout.n_slots());
+    cache
+}
+
 impl Walk {
     fn step(&mut self) {
-        let seq = self.rng.below(N_SEQS);
-        match self.rng.below(40) {
+        let seq = self.rng.below(self.n_seqs);
+        match self.rng.below(43) {
+            40 => self.use_streams(),
+            41..=42 => self.move_sequence(seq),
             0..=21 => self.append(seq),
             22..=27 => {
                 let last = self.last(seq);
@@ -182,7 +194,7 @@ impl Walk {
     }
 
     fn copy(&mut self, src: usize) {
-        let dst = self.rng.below(N_SEQS);
+        let dst = self.rng.below(self.n_seqs);
         let start = self.rng.below(1 + self.last(src).max(0) as usize / 2) as i32;
         let end = start + self.rng.below(200) as i32;
         self.what += &format!(", copy {start}..{end} of {src} to {dst}");
@@ -239,10 +251,13 @@ impl Walk {
         self.what += ", save and load";
         let mut bytes = vec![0; self.cache.state_bytes().unwrap()];
         self.cache.save_memory(&mut bytes).unwrap();
-        if self.rng.below(2) == 0 {
-            self.cache = Cache::new(&self.cache.recipe, &self.cache.params).unwrap();
-        }
-        self.cache.load_memory(&bytes).unwrap();
+        self.change_cache(|walk| {
+            if walk.rng.below(2) == 0 {
+                let n_streams = walk.cache.planner.config().n_streams;
+                walk.cache = new_cache(&walk.cache.recipe, &walk.cache.params, n_streams);
+            }
+            walk.cache.load_memory(&bytes).unwrap();
+        });
     }
 
     /// One batch, of one sequence or, now and then, of two.
@@ -252,8 +267,8 @@ impl Walk {
         if n == 0 {
             return;
         }
-        let other = if self.rng.below(5) == 0 { self.rng.below(N_SEQS) } else { seq };
-        let mut next: Vec<i32> = (0..N_SEQS).map(|seq| self.last(seq) + 1).collect();
+        let other = if self.rng.below(5) == 0 { self.rng.below(self.n_seqs) } else { seq };
+        let mut next: Vec<i32> = (0..self.n_seqs).map(|seq| self.last(seq) + 1).collect();
         let seqs: Vec<u32> = (0..n).map(|i| if i % 3 == 2 { other } else { seq } as u32).collect();
         let positions: Vec<i32> = seqs
             .iter()
@@ -399,7 +414,7 @@ impl Walk {
             // Every turn of an exact key rounds once more, and so does its angle.
             let bound = 1e-5 * turns as f64;
             assert!(error <= bound, "{}: exact {row} differs, NMSE {error:.1e}, {turns} turns", self.what);
-        } else if turns == 0 || !self.clamps {
+        } else {
             // Small keys among large ones may get lost; what must not be there is the row of another token.
             let error = found.iter().zip(&half).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
             let error = error / (POWER * found.len() as f64);

@@ -30,7 +30,7 @@ use crate::error::{Error, Result, Status};
 use crate::simd::isa::{kernels_of, IsaToken};
 
 /// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
-pub const FORMAT_VERSION: u32 = 3;
+pub const FORMAT_VERSION: u32 = 4;
 
 /// Most values of a row that can be kept exactly.
 pub const MAX_OUTLIERS: usize = 2;

@@ -27,7 +27,7 @@ use crate::error::{Error, Result, Status};
 use crate::simd::isa::{kernels_of, IsaToken};
 
 /// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// Parameters of a `channel` recipe's keys.
 #[derive(Clone, Debug, PartialEq)]

@@ -30,7 +30,7 @@ use crate::error::{Error, Result, Status};
 use crate::simd::isa::{kernels_of, IsaToken};
 
 /// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 
 /// See [`super::CodecInfo::nmse`].
 pub(crate) const NMSE: f64 = 2e-4;

@@ -2,7 +2,7 @@
 //! After each plan both must agree.
 #![forbid(unsafe_code)]
 
-use crate::plan::{plan_len, Plan, Source, View};
+use crate::plan::{plan_len, Plan, Seal, Source, View};
 use crate::planner::{Planner, PlannerConfig, Row, Shift};
 use crate::tests::random::Rng;
 
@@ -63,8 +63,8 @@ pub struct Model {
     config: PlannerConfig,
     next_id: u64,
     out: Vec<i32>,
-    /// Statistics: records without and with [`crate::plan::Record::fresh`].
-    pub n_records: [usize; 2],
+    /// Statistics: records by [`Seal`]: fresh, joining, renewing.
+    pub n_records: [usize; 3],
     /// Pages that a shift encoded again.
     pub n_recoded: usize,
 }
@@ -99,13 +99,18 @@ impl Memory {
             let same_page = last.filter(|last| last.cell / plan.page() == page);
             assert!(last.is_none_or(|last| last.cell < record.cell), "records are sorted and distinct");
             match same_page {
-                Some(last) => assert_eq!(last.fresh, record.fresh, "records of a page agree"),
-                None if record.fresh => {
+                Some(last) => assert_eq!(last.seal, record.seal, "records of a page agree"),
+                None if record.seal == Seal::Fresh => {
                     let first = page * plan.page();
                     self.page_rows[first..plan.n_cells().min(first + plan.page())].fill(None);
                     self.has_header[page] = true;
                 }
-                None => assert!(self.has_header[page], "a page without header is patched"),
+                None => {
+                    assert!(self.has_header[page], "a page without header is patched");
+                    if record.seal == Seal::Renew {
+                        self.keep_readable(plan, page);
+                    }
+                }
             }
             let (row, cell) = match record.source {
                 Source::Slot(slot) => (self.slots[slot], plan.slot_cells(View::Before)[slot]),
@@ -113,12 +118,22 @@ impl Memory {
             };
             assert_eq!(cell, record.cell as i32, "a record's source holds its cell");
             let turned = plan.turned(record.cell);
-            assert!(!record.fresh || turned == 0, "a fresh page has not moved");
+            assert!(record.seal != Seal::Fresh || turned == 0, "a fresh page has not moved");
             self.page_rows[record.cell] = row.map(|(id, pos)| (id, pos - turned));
             last = Some(record);
         }
         for (&slot, &row) in plan.row_slots().iter().zip(rows).filter(|(&slot, _)| slot >= 0) {
             self.slots[slot as usize] = Some(row);
+        }
+    }
+
+    /// Drops the rows of a page that cannot be read after the plan; the others must be there.
+    fn keep_readable(&mut self, plan: &Plan, page: usize) {
+        let bits = plan.page_bits(View::After, page);
+        for (index, row) in self.page_rows[page * plan.page()..].iter_mut().take(plan.page()).enumerate() {
+            if bits[index / 32] as u32 >> (index % 32) & 1 == 0 {
+                *row = None;
+            }
         }
     }
 
@@ -160,7 +175,7 @@ impl Model {
         let memory = Memory::new(&config, planner.n_slots());
         let stream = Stream { cells: vec![None; config.n_cells], head: 0, memory };
         let streams = vec![stream; config.n_streams];
-        Self { planner, streams, config, next_id: 0, out: Vec::new(), n_records: [0; 2], n_recoded: 0 }
+        Self { planner, streams, config, next_id: 0, out: Vec::new(), n_records: [0; 3], n_recoded: 0 }
     }
 
     /// Plans and carries out one ubatch, checking both views. Returns the number of exact rows after it.
@@ -193,7 +208,7 @@ impl Model {
         check_rows(&plan);
         check_window(&self.config, host, &plan);
         for record in plan.records() {
-            self.n_records[usize::from(record.fresh)] += 1;
+            self.n_records[record.seal as usize] += 1;
         }
         plan.slot_cells(View::After).iter().filter(|&&cell| cell >= 0).count()
     }
