@@ -76,12 +76,39 @@ static void move_state(kvq_planner *from, kvq_planner *to) {
     free(second);
 }
 
+/* 100 tokens with two sink tokens, a window of 40 and a page that is full: all places that a row can have. */
+_Static_assert(KVQ_NOWHERE == 0 && KVQ_IN_SLOT == 1 && KVQ_IN_PAGE == 2, "values never change");
+_Static_assert(sizeof(kvq_location) == 12, "as the library has it");
+
+static void locate(const kvq_recipe *recipe) {
+    kvq_planner *planner = NULL;
+    CHECK_OK(kvq_planner_new(recipe, N_CELLS, 1, 1, &planner));
+    kvq_row rows[100];
+    for (uint32_t i = 0; i < 100; i++) {
+        rows[i] = (kvq_row){i, (int32_t)i, 0};
+    }
+    uint32_t limit = 0;
+    const size_t len = kvq_planner_plan_len(planner, 100);
+    int32_t *ints = make(len, sizeof(int32_t));
+    CHECK_OK(kvq_planner_plan(planner, 0, rows, 100, below_limit, &limit, ints, len));
+    free(ints);
+    kvq_location location[N_CELLS];
+    CHECK_OK(kvq_planner_locate(planner, 0, location));
+    for (uint32_t cell = 0; cell < N_CELLS; cell++) {
+        const bool is_exact = cell < 2 || (cell >= 60 && cell < 100), is_packed = cell >= 2 && cell < 64;
+        CHECK(location[cell].places == (KVQ_NOWHERE | (is_exact ? KVQ_IN_SLOT : 0u) | (is_packed ? KVQ_IN_PAGE : 0u)));
+        CHECK(location[cell].slot < (is_exact ? kvq_planner_n_slots(planner) : 1) && location[cell].turned == 0);
+    }
+    kvq_planner_free(planner);
+}
+
 int main(void) {
     kvq_recipe *recipe = recipe_of("skvq:page=64,window=40,sinks=2");
     kvq_planner *a = NULL, *b = NULL;
     CHECK_OK(kvq_planner_new(recipe, N_CELLS, 2, 2, &a));
     CHECK_OK(kvq_planner_new(recipe, N_CELLS, 2, 2, &b));
     misuse(recipe, a);
+    locate(recipe);
     append(a, 0, 0, 100);
     append(a, 0, 100, 1);
     append(a, 0, 101, 49);

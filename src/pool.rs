@@ -37,7 +37,7 @@ pub(crate) fn set_cell(head: &mut HeadMut, row: usize, cell: Option<usize>) {
     head.pool_table_mut()[4 * row..][..4].copy_from_slice(&stored.to_le_bytes());
 }
 
-/// Removes the members whose cells hold no token any more, or another one.
+/// Removes the members whose cells hold no token any more, or another one, and those that a crafted state names a second time.
 pub(crate) fn drop_stale(heads: &mut [HeadMut; 2], plan: &Plan) {
     let holds = |cell: usize| {
         let bit = |word: i32| word >> (cell % CELLS_PER_WORD) & 1 == 1;
@@ -50,8 +50,9 @@ pub(crate) fn drop_stale(heads: &mut [HeadMut; 2], plan: &Plan) {
             && (in_page() || plan.slot_cells(View::After).contains(&(cell as i32)))
     };
     for head in heads {
-        for entry in head.pool_table_mut().chunks_exact_mut(4) {
-            if parse_cell(entry).is_some_and(|cell| !holds(cell)) {
+        let members: Vec<Option<usize>> = cells(head.as_ref()).collect();
+        for (i, entry) in head.pool_table_mut().chunks_exact_mut(4).enumerate() {
+            if members[i].is_some_and(|cell| !holds(cell) || members[..i].contains(&Some(cell))) {
                 entry.fill(0);
             }
         }
@@ -99,7 +100,7 @@ pub(crate) fn trace(params: &PoolParams, head: Head, keys: &[f32]) -> Vec<Option
 }
 
 /// Takes over the members of a saved pool ([`Layout::pool_range`]) that belong to the cells `from`, as members for `to`. Both
-/// sides of a cell find the same place, since their pools hold the same cells.
+/// sides of a cell find the same place, since their pools hold the same cells. A cell that is saved twice enters once.
 pub(crate) fn adopt(head: &mut HeadMut, saved: &[u8], from: &[u32], to: &[u32]) {
     for entry in head.pool_table_mut().chunks_exact_mut(4) {
         if parse_cell(entry).is_some_and(|cell| to.contains(&(cell as u32))) {
@@ -113,6 +114,9 @@ pub(crate) fn adopt(head: &mut HeadMut, saved: &[u8], from: &[u32], to: &[u32]) 
     for (entry, row) in table.chunks_exact(4).zip(rows.chunks_exact(head.layout.head_dim * 2)) {
         let index = parse_cell(entry).and_then(|cell| from.iter().position(|from| *from as usize == cell));
         let Some(index) = index else { continue };
+        if find(head.as_ref(), to[index] as usize).is_some() {
+            continue;
+        }
         let Some(place) = free.next() else { return };
         head.pool_row_mut(place).copy_from_slice(row);
         set_cell(head, place, Some(to[index] as usize));

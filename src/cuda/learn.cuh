@@ -115,13 +115,16 @@ __device__ inline bool holds(const Store &b, uint32_t cell) {
     return !no && yes;
 }
 
-// Removes the members whose cells hold no token any more, or another one. Ends with a barrier.
+// Removes the members whose cells hold no token any more, or another one, and those that are named a second time: the first
+// one stays, whatever the other warps have removed. Ends with a barrier.
 __device__ inline void drop_stale(const Store &b, const Side &side) {
     uint32_t *table = side.pool_table();
     for (uint32_t i = b.warp; i < b.p.layer.pool_rows; i += STORE_WARPS) {
         const uint32_t entry = table[i];
         if (entry == 0) continue;
-        const bool stays = holds(b, entry - 1);
+        bool is_known = false;
+        for (uint32_t j = b.lane; j < i; j += 32) is_known |= table[j] == entry;
+        const bool stays = holds(b, entry - 1) && !__any_sync(FULL, is_known);
         if (b.lane == 0 && !stays) table[i] = 0;
     }
     __syncthreads();

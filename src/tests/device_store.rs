@@ -15,7 +15,9 @@ use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc, RotationDesc, StorePa
 use crate::cuda::lab::{Buffer, Lab};
 use crate::cuda::store::{enqueue, workspace_bytes};
 use crate::error::Status;
+use crate::head::{Head, HeadMut};
 use crate::plan::{Plan, Seal};
+use crate::pool;
 use crate::rotation::Rotation;
 use crate::shape::Shape;
 use crate::simd::isa::{Isa, IsaToken};
@@ -429,7 +431,7 @@ fn pages_of_few_rows() {
     ];
     let page = 64;
     for lab in Lab::all() {
-        for (spec, n_first) in specs.iter().flat_map(|spec| [1, 7, 20].map(|n| (spec, n))) {
+        for (spec, n_first) in specs.iter().flat_map(|spec| [1, 7, 15].map(|n| (spec, n))) {
             let mut twin = Twin::new(&lab, spec, shape(1, 2, 64, 64), 4 * page);
             twin.rotate(n_first == 7);
             let (mut rng, mut renewed, mut turned) = (Rng::new(n_first as u64), 0, 0);
@@ -456,6 +458,33 @@ fn pages_of_few_rows() {
                 assert_eq!(difference, None, "{}: {spec}, {n_first} rows first, step {step}", lab.name());
             }
             assert!(renewed > 40 && turned > 40, "{spec}: {renewed} rows, {turned} turned, tell too little");
+        }
+    }
+}
+
+/// A pool that a crafted state brings: named twice, a member stays once.
+#[test]
+fn members_that_are_named_twice() {
+    let spec = "ott:page=64,window=0,sinks=0,outliers=4,pool=8";
+    for lab in Lab::all() {
+        let mut twin = Twin::new(&lab, spec, shape(1, 1, 64, 64), 256);
+        let mut rng = Rng::new(3);
+        for cells in [0..128, 128..129] {
+            if cells.start > 0 {
+                for side in [Side::Key, Side::Value] {
+                    let mut head = HeadMut::new(&twin.layer.layout, side, &mut twin.layer.memory[side as usize]);
+                    let first = pool::cells(head.as_ref()).flatten().next();
+                    [7, 10, 11].into_iter().for_each(|row| pool::set_cell(&mut head, row, first));
+                }
+                twin.memory = twin.layer.memory.each_ref().map(|side| lab.upload(side));
+            }
+            let n = cells.len();
+            let (ints, ubatch) = (twin.layer.plan(cells), twin.layer.ubatch(&mut rng, n));
+            assert_eq!(twin.store(&ints, &ubatch, &vec![1.0; n], Learns::Everything), None, "{}", lab.name());
+            let key = Head::new(&twin.layer.layout, Side::Key, &twin.layer.memory[0]);
+            let members: Vec<usize> = pool::cells(key).flatten().collect();
+            let distinct: BTreeSet<usize> = members.iter().copied().collect();
+            assert!(members.len() >= 4 && distinct.len() == members.len(), "{members:?}");
         }
     }
 }

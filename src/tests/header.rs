@@ -1,7 +1,10 @@
 //! `include/kvq.h` is what build.rs renders from the sources.
 
 use std::fs;
+use std::mem::{offset_of, size_of};
 use std::path::Path;
+
+use crate::location::{Location, IN_PAGE, IN_SLOT, NOWHERE};
 
 const RENDERED: &str = include_str!(concat!(env!("OUT_DIR"), "/kvq.h"));
 
@@ -33,6 +36,22 @@ fn a_difference_is_found_to_the_byte() {
     assert_eq!(first_difference("a\nb\n", "a\nc\n"), Some(2));
     assert_eq!(first_difference("a\nb", "a\nb\n"), Some(2));
     assert_eq!(first_difference("", "a"), Some(1));
+}
+
+/// C has these as macros and a struct of its own.
+#[test]
+fn places_of_rows_are_the_same_in_rust_and_c() {
+    let places = [("KVQ_NOWHERE", NOWHERE, 0), ("KVQ_IN_SLOT", IN_SLOT, 1), ("KVQ_IN_PAGE", IN_PAGE, 2)];
+    for (name, value, never_changes) in places {
+        assert_eq!(value, never_changes, "{name}");
+        assert!(RENDERED.contains(&format!("#define {name} {value}\n")), "{name}");
+    }
+    let structure = RENDERED.split("} kvq_location;").next().expect("text before it");
+    let structure = structure.rsplit("typedef struct {").next().expect("the struct starts");
+    let fields: Vec<&str> = structure.lines().map(str::trim).filter(|line| line.ends_with(';')).collect();
+    assert_eq!(fields, ["uint32_t places;", "uint32_t slot;", "int32_t turned;"]);
+    assert_eq!((offset_of!(Location, places), offset_of!(Location, slot), offset_of!(Location, turned)), (0, 4, 8));
+    assert_eq!(size_of::<Location>(), 12);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Tests of promises that no single module can keep.
 
 mod boundary;
+mod crafted_pool;
 mod desc;
 mod device;
 mod device_dequantize;
