@@ -9,7 +9,7 @@ use super::Row;
 use crate::location::{Location, IN_PAGE, IN_SLOT};
 use crate::plan::{PlanWriter, Record, Seal, Source, View, CELLS_PER_WORD};
 
-/// A page whose parameters were made from fewer rows is made anew when rows join it: so few say little of what is to come.
+/// Parameters that were made from fewer rows say little of those that join.
 const FEW_ROWS: usize = 16;
 
 /// Where the token of a cell is.
@@ -324,17 +324,19 @@ impl StreamState {
         self.sealed_bits[cell / CELLS_PER_WORD] &= !(1 << (cell % CELLS_PER_WORD));
     }
 
-    /// How a page takes in its exact rows: it is made anew if its parameters were made from few rows or from at most half of
-    /// those that it will hold. So a row is encoded again a few times at most, however many join one by one.
+    /// How a page takes in its exact rows: it is made anew if it will hold twice as many rows as its parameters were made from,
+    /// or four times as many if those were not few. So a row is encoded again a few times at most, however many join one by
+    /// one, since each time its error grows and its key gets longer.
     fn way_to_seal(&self, page: usize, is_live: &dyn Fn(usize) -> bool) -> Seal {
         let is_kept = |cell: &usize| self.held[*cell] == Held::Sealed && is_live(*cell);
         let n_kept = self.page_cells(page).filter(is_kept).count();
         let is_recorded = |cell: &usize| self.exact_row(*cell).is_some_and(|row| !row.pinned);
         let n_rows = n_kept + self.page_cells(page).filter(is_recorded).count();
         let n_fitted = self.pages[page].n_fitted;
+        let growth = if n_fitted < FEW_ROWS { 2 } else { 4 };
         if n_kept == 0 {
             Seal::Fresh
-        } else if n_fitted < FEW_ROWS || 2 * n_fitted <= n_rows {
+        } else if growth * n_fitted <= n_rows {
             Seal::Renew
         } else {
             Seal::Join

@@ -73,7 +73,7 @@ fn rows_that_join_a_page_of_few_are_not_cut_to_those() {
     let more = ["ott:skip-layers=0,outliers=1,pool=0", "kivi:k=2", "kivi:k=2.25,meta=fp16", "qaq:bits=2,min-bits=1"];
     for spec in recipes(&more) {
         let spec = small(&spec).replace("qaq:", "qaq:attn-window=0,");
-        for n_first in [1, 2, 7, 20] {
+        for n_first in [1, 2, 7, 15] {
             let (errors, seals) = errors(&spec, n_first);
             assert!(errors.iter().all(|error| *error < BOUND), "{spec}, {n_first} rows first: {errors:?}, {seals:?}");
             assert_eq!(seals, [Seal::Fresh, Seal::Renew], "{spec}, {n_first} rows first");
@@ -84,9 +84,11 @@ fn rows_that_join_a_page_of_few_are_not_cut_to_those() {
 /// A page that was sealed with most of its rows stays as it is for the few that join it.
 #[test]
 fn few_rows_that_join_many_leave_them_as_they_are() {
-    for spec in ["kivi:k=2", "skvq:k=2,v=2"] {
-        let (errors, seals) = errors(&small(spec), 50);
-        assert!(errors.iter().all(|error| *error < BOUND), "{spec}: {errors:?}");
-        assert_eq!(seals, [Seal::Fresh, Seal::Join], "{spec}");
+    for (spec, n_first) in
+        ["kivi:k=2", "skvq:k=2,v=2", "qaq:attn-window=0"].into_iter().flat_map(|spec| [20, 50].map(|n| (spec, n)))
+    {
+        let (errors, seals) = errors(&small(spec), n_first);
+        assert!(errors.iter().all(|error| *error < BOUND), "{spec}, {n_first} rows first: {errors:?}");
+        assert_eq!(seals, [Seal::Fresh, Seal::Join], "{spec}, {n_first} rows first");
     }
 }

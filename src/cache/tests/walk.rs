@@ -6,6 +6,8 @@
 //! * the rows are those of the shadow: to the bit (of FP16) where the cache keeps them exact, nearly so in pages;
 //! * what attention makes of them is what the oracle does.
 //!
+//! Rows that are decoded and encoded again are compared then, and the shadow takes them: errors of one coding do not add up.
+//!
 //! Odd seeds have one stream that four sequences share, even ones two streams of one sequence each.
 //!
 //! `KVQ_WALK_SEEDS` and `KVQ_WALK_OPS` set how far it goes; `KVQ_WALK_SEED` walks that one only. `--nocapture` shows where it is.
@@ -17,7 +19,7 @@ use std::time::Instant;
 use super::*;
 use crate::head::Head;
 use crate::location::{Location, IN_PAGE, IN_SLOT};
-use crate::plan::View;
+use crate::plan::{Seal, View};
 use crate::planner::PlannerConfig;
 use crate::pool;
 use crate::recipe::presets::PRESETS;
@@ -27,7 +29,7 @@ use crate::store;
 
 const N_CELLS: usize = 320;
 const N_SEQS: usize = 4;
-/// Largest squared error of a packed row, in parts of what a row of ordinary size has; another row would have about 2.
+/// Largest squared error of a packed row, in parts of the row's or of an ordinary one's; another row would have about 2.
 const MOST_ERROR: f64 = 1.0;
 /// Mean square of the values of an ordinary row, by [`Rng::values`].
 const POWER: f64 = 1.0;
@@ -237,6 +239,11 @@ impl Walk {
         let stays =
             |pos: i32| self.shadow.iter().flatten().any(|t| t.seqs >> seq & 1 == 1 && !moves(t) && t.pos == pos);
         let collides = self.shadow.iter().flatten().any(|token| moves(token) && stays(token.pos + delta));
+        // By how much page rows will have moved, unless their page is encoded again.
+        let mut turned: Vec<i32> =
+            self.cache.planner.locate(STREAM).unwrap().iter().map(|location| location.turned).collect();
+        let moved = self.shadow.iter().zip(&mut turned).filter(|(token, _)| token.as_ref().is_some_and(moves));
+        moved.for_each(|(_, turned)| *turned += delta);
         let result = self.cache.shift(seq as u32, start, -1, delta);
         assert_eq!(result.is_err(), is_shared || collides, "{}: {result:?}", self.what);
         if result.is_ok() {
@@ -246,7 +253,39 @@ impl Walk {
                     token.turns += 1;
                 }
             });
+            let location = self.cache.planner.locate(STREAM).unwrap();
+            let is_recoded = |cell: usize| {
+                self.shadow[cell].is_some() && location[cell].in_page() && location[cell].turned != turned[cell]
+            };
+            let page = self.cache.recipe.page;
+            let pages: Vec<usize> = (0..N_CELLS).filter(|cell| is_recoded(*cell)).map(|cell| cell / page).collect();
+            self.take_recoded(|cell| pages.contains(&(cell / page)));
         }
+    }
+
+    /// Makes the rows that were decoded and encoded again what the shadow holds from now on, if they are as near as those that
+    /// are encoded once.
+    fn take_recoded(&mut self, is_recoded: impl Fn(usize) -> bool) {
+        let location = self.cache.planner.locate(STREAM).unwrap();
+        let members = self.members(Side::Key);
+        for cell in (0..N_CELLS).filter(|cell| is_recoded(*cell) && !members.contains(cell)) {
+            if self.shadow[cell].is_some() && location[cell].places == IN_PAGE {
+                self.shadow[cell] = Some(self.save_token(cell, true, &location).held);
+            }
+        }
+    }
+
+    /// The pages that a plan makes anew, and the cells whose rows it encodes.
+    fn renewed(plan: &Plan) -> (Vec<usize>, Vec<usize>) {
+        let renewed =
+            plan.records().filter(|record| record.seal == Seal::Renew).map(|record| record.cell / plan.page());
+        (renewed.collect(), plan.records().map(|record| record.cell).collect())
+    }
+
+    /// As [`Walk::take_recoded`] after a plan with these [`Walk::renewed`] pages.
+    fn take_renewed(&mut self, (pages, recorded): (Vec<usize>, Vec<usize>)) {
+        let page = self.cache.recipe.page;
+        self.take_recoded(|cell| pages.contains(&(cell / page)) && !recorded.contains(&cell));
     }
 
     /// Goes on with a cache that was made anew, or with the same one.
@@ -308,7 +347,9 @@ impl Walk {
             let error = reference::nmse(&out, &want);
             assert!(error <= self.bound, "{}: outputs differ from the oracle's, NMSE {error:.1e}", self.what);
         }
+        let renewed = Self::renewed(&Plan::new(&self.cache.batch.as_ref().unwrap().plan).unwrap());
         self.cache.end().unwrap();
+        self.take_renewed(renewed);
     }
 
     /// A token's key as it is at its position.
@@ -420,7 +461,8 @@ impl Walk {
         } else {
             // Small keys among large ones may get lost; what must not be there is the row of another token.
             let error = found.iter().zip(&half).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
-            let error = error / (POWER * found.len() as f64);
+            let power = half.iter().map(|x| x * x).sum::<f64>() / half.len() as f64;
+            let error = error / (power.max(POWER) * found.len() as f64);
             assert!(error <= MOST_ERROR, "{}: packed {row} is another, error {error:.2}, {turns} turns", self.what);
         }
     }

@@ -31,8 +31,8 @@ enum SavedAs {
 }
 
 /// A token, and its key and value if they are stored anew.
-struct SavedToken {
-    held: Held,
+pub(super) struct SavedToken {
+    pub(super) held: Held,
     rows: [Vec<f32>; 2],
 }
 
@@ -133,7 +133,7 @@ impl Walk {
 
     /// The token of a cell, and its rows if they are saved as such, in FP16. What is read from a page is from then on what
     /// the token should be.
-    fn save_token(&self, cell: usize, as_row: bool, location: &[Location]) -> SavedToken {
+    pub(super) fn save_token(&self, cell: usize, as_row: bool, location: &[Location]) -> SavedToken {
         let held = self.shadow[cell].clone().unwrap();
         if !as_row {
             return SavedToken { held, rows: [Vec::new(), Vec::new()] };
@@ -273,6 +273,7 @@ impl Walk {
         for (cell, token) in rows {
             self.put(cell, token.held);
         }
+        self.take_renewed(Self::renewed(&Plan::new(&ints).unwrap()));
     }
 }
 
