@@ -22,18 +22,11 @@ struct Dequantize {
     __device__ uint16_t *row_of(uint32_t cell) const { return d.rows + (size_t(head) * p.n_kv + cell) * side.head_dim; }
 
     // Turns a decoded key to where its position is now. `angles`: of the warp, of the distance `turned_by`.
-    __device__ void turn(float *row, int distance, int &turned_by, float *angles) const {
+    __device__ void turn(float *row, int distance, int &turned_by, Angle *angles) const {
         const RotationDesc &rotation = p.rotation;
-        const uint32_t n = min(rotation.n_pairs, side.head_dim / 2);
-        for (uint32_t pair = lane; pair < n; pair += 32) {
-            if (distance != turned_by) {
-                const Angle angle = angle_of(rotation, pair, distance);
-                angles[2 * pair] = angle.cosine, angles[2 * pair + 1] = angle.sine;
-            }
-            float &left = row[rotation.interleaved ? 2 * pair : pair], &right = row[rotation.interleaved ? 2 * pair + 1 : n + pair];
-            const float x = left, y = right, c = angles[2 * pair], s = angles[2 * pair + 1];
-            left = x * c - y * s;
-            right = x * s + y * c;
+        for (uint32_t pair = lane; pair < min(rotation.n_pairs, side.head_dim / 2); pair += 32) {
+            if (distance != turned_by) angles[pair] = angle_of(rotation, pair, distance);
+            turn_pair(rotation, row, pair, angles[pair]);
         }
         turned_by = distance;
         __syncwarp();
@@ -41,7 +34,8 @@ struct Dequantize {
 
     __device__ void page(uint32_t index, uint8_t *shared) const {
         const uint32_t n = p.layer.page, dim = side.head_dim, first = index * n;
-        float *row = reinterpret_cast<float *>(shared) + warp * 2 * dim, *angles = row + dim;
+        float *row = reinterpret_cast<float *>(shared) + warp * 2 * dim;
+        Angle *angles = reinterpret_cast<Angle *>(row + dim);
         // Not more pages than the layer has.
         const bool is_planned = index < uint32_t(p.plan[p.plan_at.n_pages[p.view]]);
         Page from = Page::of(side, memory + head * side.head_bytes, index);

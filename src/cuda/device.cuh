@@ -94,6 +94,13 @@ __device__ inline Angle angle_of(const RotationDesc &rotation, uint32_t pair, in
     }
     return {float(cosine), float(distance < 0 ? -sine : sine)};
 }
+// Turns a pair of a row.
+__device__ __forceinline__ void turn_pair(const RotationDesc &rotation, float *row, uint32_t pair, Angle angle) {
+    float &left = row[rotation.interleaved ? 2 * pair : pair], &right = row[rotation.interleaved ? 2 * pair + 1 : rotation.n_pairs + pair];
+    const float x = left, y = right;
+    left = x * angle.cosine - y * angle.sine;
+    right = x * angle.sine + y * angle.cosine;
+}
 
 __device__ __forceinline__ float warp_sum(float x) {
     for (uint32_t o = 16; o > 0; o /= 2) x += __shfl_xor_sync(FULL, x, o);

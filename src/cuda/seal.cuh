@@ -22,14 +22,9 @@ __device__ inline int distance_of(const Store &b, uint32_t page, uint32_t at) {
 __device__ inline void turn_row(const Store &b, float *row, int distance, float sign, uint32_t dim) {
     if (distance == 0) return;
     const RotationDesc &rotation = b.p.rotation;
-    const uint32_t n_pairs = min(rotation.n_pairs, dim / 2);
-    for (uint32_t pair = b.lane; pair < n_pairs; pair += 32) {
+    for (uint32_t pair = b.lane; pair < min(rotation.n_pairs, dim / 2); pair += 32) {
         const Angle angle = angle_of(rotation, pair, distance);
-        const float c = angle.cosine, s = sign * angle.sine;
-        float &left = row[rotation.interleaved ? 2 * pair : pair], &right = row[rotation.interleaved ? 2 * pair + 1 : n_pairs + pair];
-        const float x = left, y = right;
-        left = x * c - y * s;
-        right = x * s + y * c;
+        turn_pair(rotation, row, pair, {angle.cosine, sign * angle.sine});
     }
     __syncwarp();
 }
