@@ -7,11 +7,7 @@
 #![deny(unsafe_code)]
 
 pub(crate) mod scalar;
-
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx2;
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx512;
+mod vector;
 
 #[cfg(test)]
 mod tests;
@@ -66,7 +62,7 @@ pub struct ChannelCodec {
     pub(crate) head_dim: usize,
     pub(crate) page: usize,
     pub(crate) tile: MixedTile,
-    kernels: &'static Kernels<ChannelCodec>,
+    kernels: &'static dyn Kernels<ChannelCodec>,
 }
 
 impl ChannelCodec {
@@ -85,7 +81,13 @@ impl ChannelCodec {
             return Err(Error::new(Status::Recipe, what));
         }
         let tile = MixedTile::new(page, head_dim, budget);
-        Ok(Self { params: params.clone(), head_dim, page, tile, kernels: kernels_of!(token) })
+        Ok(Self {
+            params: params.clone(),
+            head_dim,
+            page,
+            tile,
+            kernels: kernels_of!(token => dyn Kernels<ChannelCodec>),
+        })
     }
 
     fn number_bytes(&self) -> usize {
@@ -120,7 +122,7 @@ impl PageCodec for ChannelCodec {
     }
 
     fn seal(&self, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
-        (self.kernels.seal)(self, header, page, rows);
+        self.kernels.seal(self, header, page, rows);
     }
 
     fn decode(&self, page: PageRef, row: usize, out: &mut [f32]) {
@@ -134,7 +136,7 @@ impl PageCodec for ChannelCodec {
     }
 
     fn scores(&self, page: PageRef, query: &mut Query, scores: &mut [f32]) {
-        (self.kernels.scores)(self, page, query, scores);
+        self.kernels.scores(self, page, query, scores);
     }
 
     fn accumulate(&self, _page: PageRef, _p: &mut Probabilities, _acc: &mut [f32]) {
