@@ -28,7 +28,7 @@
 
 
 // Rises with every change to a function or struct of this header. Compare it with kvq_abi_version() at start.
-#define KVQ_ABI_VERSION 6
+#define KVQ_ABI_VERSION 7
 
 // Smallest supported head size.
 #define KVQ_MIN_HEAD_DIM 64
