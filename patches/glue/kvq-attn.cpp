@@ -252,7 +252,8 @@ static ggml_tensor * as_rows(ggml_context * ctx, ggml_tensor * t) {
     return t->nb[0] == sizeof(float) ? t : ggml_cont(ctx, t);
 }
 
-// From so many tokens on reading the cache's pages for every tile of query rows takes longer than decoding them once.
+// With more tokens than this, pages are decoded once instead of being read for every tile of query rows. Not measured finely: 32
+// tokens of 4 heads each are 16 tiles or more.
 static const int64_t KVQ_DECODE_TOKENS = 32;
 // Decoded rows of a layer lie in the compute buffer; where they would be larger, pages are read.
 static const size_t  KVQ_DECODE_BYTES  = 1024u*1024*1024;
@@ -383,11 +384,10 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
         node.has_lse = !out;
     }
 
-    const bool is_decoded = out != nullptr;
-    void *     userdata   = keep(node);
+    void * userdata = keep(node);
 
-    if (is_decoded) {
-        graph.cb(out, "kvq_fattn", il);
+    if (out) {
+        // decoded
     } else if (n_splits == 1) {
         out = ggml_custom_4d(ctx0, GGML_TYPE_F32, n_head, q->ne[2], n_embd_v + 1, 1, src.data(), src.size(),
                 gpu ? kvq_node_gpu_attend : kvq_node_attend, GGML_N_TASKS_MAX, userdata);
@@ -402,9 +402,7 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
                 kvq_node_combine, GGML_N_TASKS_MAX, userdata);
     }
 
-    if (!is_decoded) {
-        graph.cb(out, "kvq_attend", il);
-    }
+    graph.cb(out, node.has_lse ? "kvq_attend" : "kvq_fattn", il);
     if (gpu) {
         ggml_backend_sched_set_tensor_backend(graph.sched, out, gpu->backend);
     }
@@ -418,7 +416,7 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
         // The scheduler places a node where its result is, never where a source is, of which it would make a copy elsewhere.
         ggml_tensor * src_store[6] = { v_mem, plan, k_cur, v_cur, src[0], out };
 
-        ggml_tensor * store = ggml_custom_inplace(ctx0, k_mem, src_store, is_decoded ? 5 : 6,
+        ggml_tensor * store = ggml_custom_inplace(ctx0, k_mem, src_store, node.has_lse ? 6 : 5,
                 gpu ? kvq_node_gpu_store : kvq_node_store, GGML_N_TASKS_MAX, userdata);
         graph.cb(store, "kvq_store", il);
         if (gpu) {
@@ -428,7 +426,7 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
         ggml_build_forward_expand(graph.gf, store);
     }
 
-    if (is_decoded) {
+    if (!node.has_lse) {
         return ggml_reshape_2d(ctx0, out, n_embd_v*n_head, q->ne[2]);
     }
     return ggml_view_2d(ctx0, out, n_embd_v*n_head, q->ne[2], n_embd_v*n_head*sizeof(float), 0);

@@ -318,3 +318,29 @@ fn read_params(args: &kvq_attend_args) -> Result<AttendParams> {
         rotation: RotationDesc::default(),
     })
 }
+
+#[cfg(all(test, feature = "cuda-emulation"))]
+mod tests {
+    use super::*;
+    use crate::capi::status::kvq_last_error;
+    use crate::recipe::Recipe;
+    use crate::shape::Shape;
+
+    #[test]
+    fn decoding_wants_room_for_one_side_at_least() {
+        let device = kvq_device { device: Device::open("emulated:0").unwrap() };
+        let shape = Shape { n_heads: 1, n_kv_heads: 1, head_dim_k: 64, head_dim_v: 64 };
+        let layout = kvq_layout { layout: Layout::new(&Recipe::parse("on").unwrap(), shape, 3, 256, 256).unwrap() };
+        let (memory, none) = (std::ptr::without_provenance_mut::<u8>(64), std::ptr::null_mut());
+        // SAFETY: numbers and pointers, for which zero is a value.
+        let mut args: kvq_attend_args = unsafe { std::mem::zeroed() };
+        (args.k_mem, args.v_mem, args.plan) = (memory, memory, memory.cast());
+        // SAFETY: live objects; it is refused before any other pointer is followed.
+        let (status, said) = unsafe {
+            let status = kvq_dequantize_enqueue(&device, &layout, &args, none, none, none);
+            (status, CStr::from_ptr(kvq_last_error()).to_str().unwrap())
+        };
+        assert_eq!(status, Status::InvalidArgument);
+        assert_eq!(said, "k_out and v_out are both NULL: there is nothing to decode");
+    }
+}

@@ -3,10 +3,10 @@
 use std::ffi::c_void;
 
 use super::desc::{AttendParams, LayerDesc, SideDesc, CODEC_CHANNEL, CODEC_GROUP};
-use super::{Device, Launch, Limits};
+use super::{plan_of, Device, Launch, Limits};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
-use crate::plan::{self, plan_len, View};
+use crate::plan::View;
 
 /// One row of the table of kernels.
 pub(super) struct Kernel {
@@ -220,13 +220,7 @@ pub(crate) unsafe fn enqueue(
     let layer = layout.describe();
     let turned = params.rotation.n_pairs > 0;
     let cut = Cut::new(device, &layer, params.n_tokens, params.n_kv, turned)?;
-    let need = plan_len(params.n_tokens as usize, layout.n_slots(), layout.n_cells(), layout.page());
-    if given_plan_len < need {
-        return Err(Error::invalid(format!(
-            "a plan of {} tokens for this layout has {need} integers, plan_len is {given_plan_len}",
-            params.n_tokens
-        )));
-    }
+    params.plan_at = plan_of(layout, params.n_tokens, given_plan_len)?;
     let bytes = cut.workspace_bytes(&layer);
     if workspace.bytes < bytes {
         return Err(Error::new(
@@ -238,8 +232,6 @@ pub(crate) unsafe fn enqueue(
     params.tickets = workspace.memory.cast();
     params.partial = workspace.memory.cast::<u8>().wrapping_add(TICKET_BYTES).cast();
     params.n_splits = cut.n_splits;
-    let n_tokens = params.n_tokens as usize;
-    params.plan_at = plan::describe(n_tokens, layout.n_slots(), layout.n_cells(), layout.page());
     params.view = if params.k_cur.is_null() { View::After } else { View::Before } as u32;
     let Block { n_warps, shared_warps, shared_warp, coefficient_bytes, weight_bytes } = cut.block;
     (params.n_warps, params.shared_warps, params.shared_warp) = (n_warps, shared_warps, shared_warp);

@@ -4,10 +4,10 @@ use std::ffi::c_void;
 
 use super::attend::EXACT_ROWS;
 use super::desc::{AttendParams, DequantizeParams, DEQUANTIZE_THREADS};
-use super::{Device, Launch};
-use crate::error::{Error, Result};
+use super::{plan_of, Device, Launch};
+use crate::error::Result;
 use crate::layout::Layout;
-use crate::plan::{self, plan_len, View};
+use crate::plan::View;
 
 /// The one kernel; see `dequantize.cu`.
 pub(super) const KERNEL: &str = "kvq_dequantize_any";
@@ -25,15 +25,9 @@ pub(crate) unsafe fn enqueue(
     rows: [*mut u16; 2],
     stream: *mut c_void,
 ) -> Result<()> {
-    let (layer, n_tokens) = (layout.describe(), read.n_tokens as usize);
-    let need = plan_len(n_tokens, layout.n_slots(), layout.n_cells(), layout.page());
-    if given_plan_len < need {
-        return Err(Error::invalid(format!(
-            "a plan of {n_tokens} tokens for this layout has {need} integers, plan_len is {given_plan_len}"
-        )));
-    }
+    let layer = layout.describe();
     read.layer = layer;
-    read.plan_at = plan::describe(n_tokens, layout.n_slots(), layout.n_cells(), layout.page());
+    read.plan_at = plan_of(layout, read.n_tokens, given_plan_len)?;
     read.view = if read.k_cur.is_null() { View::After } else { View::Before } as u32;
     let n_pages = read.n_kv.div_ceil(layer.page);
     let n_exact = [layer.n_slots, layer.pool_rows, if read.k_cur.is_null() { 0 } else { read.n_tokens }];

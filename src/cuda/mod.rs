@@ -24,7 +24,11 @@ mod tests;
 use std::ffi::c_void;
 use std::fmt::Debug;
 
+use desc::PlanDesc;
+
 use crate::error::{Error, Result, Status};
+use crate::layout::Layout;
+use crate::plan;
 
 /// A device that kernels run on. Immutable; may be shared by threads.
 #[derive(Debug)]
@@ -92,6 +96,22 @@ fn open_cuda(index: u32) -> Result<Device> {
 #[cfg(not(feature = "cuda"))]
 fn open_cuda(_index: u32) -> Result<Device> {
     Err(unsupported("this library was built without CUDA: build it with --features cuda, or patches/build.sh --cuda"))
+}
+
+/// Where the arrays of a plan of `n_tokens` are.
+///
+/// # Errors
+///
+/// [`Status::InvalidArgument`] if `given` integers are fewer than it has.
+fn plan_of(layout: &Layout, n_tokens: u32, given: usize) -> Result<PlanDesc> {
+    let shape = (n_tokens as usize, layout.n_slots(), layout.n_cells(), layout.page());
+    let need = plan::plan_len(shape.0, shape.1, shape.2, shape.3);
+    if given < need {
+        return Err(Error::invalid(format!(
+            "a plan of {n_tokens} tokens for this layout has {need} integers, plan_len is {given}"
+        )));
+    }
+    Ok(plan::describe(shape.0, shape.1, shape.2, shape.3))
 }
 
 /// An error of a call that this build, device or recipe has no kernel for.

@@ -6,10 +6,9 @@ use super::attend::Workspace;
 use super::desc::{
     LayerDesc, StoreParams, ABSENT, STORE_FINISH, STORE_LEARN, STORE_SCRATCH_BYTES, STORE_SEAL, STORE_THREADS,
 };
-use super::{Device, Launch};
+use super::{plan_of, Device, Launch};
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
-use crate::plan::{self, plan_len};
 
 /// The one kernel; see `store.cu`.
 pub(super) const KERNEL: &str = "kvq_store_any";
@@ -96,13 +95,7 @@ pub(crate) unsafe fn enqueue(
 ) -> Result<()> {
     let layer = layout.describe();
     let cut = Cut::new(device, &layer, params.n_tokens);
-    let n_tokens = params.n_tokens as usize;
-    let need = plan_len(n_tokens, layout.n_slots(), layout.n_cells(), layout.page());
-    if given_plan_len < need {
-        return Err(Error::invalid(format!(
-            "a plan of {n_tokens} tokens for this layout has {need} integers, plan_len is {given_plan_len}"
-        )));
-    }
+    params.plan_at = plan_of(layout, params.n_tokens, given_plan_len)?;
     let bytes = cut.workspace_bytes(&layer);
     if workspace.bytes < bytes {
         return Err(Error::new(
@@ -112,7 +105,6 @@ pub(crate) unsafe fn enqueue(
     }
     params.layer = layer;
     params.errors = if cut.is_one_launch() { std::ptr::null_mut() } else { workspace.memory.cast() };
-    params.plan_at = plan::describe(n_tokens, layout.n_slots(), layout.n_cells(), layout.page());
     let memory: *mut u8 = workspace.memory.cast();
     params.rows =
         if cut.in_shared { std::ptr::null_mut() } else { memory.wrapping_add(cut.error_bytes(&layer)).cast() };

@@ -121,3 +121,18 @@ fn rows_are_those_of_the_cpu() {
         }
     }
 }
+
+#[test]
+fn what_cannot_be_decoded_is_refused() {
+    for lab in Lab::all() {
+        let mut twin = Twin::new(&lab, "on", Shape { n_heads: 2, n_kv_heads: 1, head_dim_k: 64, head_dim_v: 64 }, 256);
+        let ints = twin.layer.plan(0..3);
+        let message = |plan_len: usize| {
+            twin.try_dequantize(&ints, plan_len, None, [true, true]).unwrap_err().message().to_owned()
+        };
+        let n = ints.len();
+        let short = format!("a plan of 3 tokens for this layout has {n} integers, plan_len is {}", n - 1);
+        assert_eq!(message(n - 1), short);
+        assert!(twin.try_dequantize(&ints, n, None, [false, true]).is_ok());
+    }
+}

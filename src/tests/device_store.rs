@@ -14,7 +14,7 @@ use crate::cuda::dequantize;
 use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc, RotationDesc, StoreParams};
 use crate::cuda::lab::{Buffer, Lab};
 use crate::cuda::store::{enqueue, workspace_bytes};
-use crate::error::Status;
+use crate::error::{Result, Status};
 use crate::head::{Head, HeadMut};
 use crate::plan::{Plan, Seal};
 use crate::pool;
@@ -131,6 +131,17 @@ impl<'a> Twin<'a> {
 
     /// All rows of keys and of values on the device, before the store of a ubatch or after it.
     pub(super) fn dequantize(&self, ints: &[i32], ubatch: Option<&Ubatch>) -> [Vec<f16>; 2] {
+        self.try_dequantize(ints, ints.len(), ubatch, [true, true]).unwrap()
+    }
+
+    /// The same for the `wanted` sides, as if the plan had `plan_len` integers.
+    pub(super) fn try_dequantize(
+        &self,
+        ints: &[i32],
+        plan_len: usize,
+        ubatch: Option<&Ubatch>,
+        wanted: [bool; 2],
+    ) -> Result<[Vec<f16>; 2]> {
         let Shape { n_kv_heads, head_dim_k, head_dim_v, .. } = self.layer.layout.shape();
         let n_kv = self.layer.layout.n_cells();
         let plan = self.lab.upload(ints);
@@ -156,21 +167,13 @@ impl<'a> Twin<'a> {
         // What nobody writes must not look like a row.
         let out =
             [head_dim_k, head_dim_v].map(|dim| self.lab.upload(&vec![f16::NAN; n_kv * (n_kv_heads * dim) as usize]));
-        let pointers = out.each_ref().map(|out| out.pointer().cast());
-        // SAFETY: every pointer is a buffer of the device that holds what the header says and outlives the download, which
+        let pointers = [0, 1].map(|side| if wanted[side] { out[side].pointer().cast() } else { std::ptr::null_mut() });
+        // SAFETY: every pointer is NULL or a buffer of the device that holds what the header says and outlives the download, which
         // waits for the kernels.
         unsafe {
-            dequantize::enqueue(
-                self.lab.device(),
-                &self.layer.layout,
-                read,
-                ints.len(),
-                pointers,
-                std::ptr::null_mut(),
-            )
-            .unwrap();
+            dequantize::enqueue(self.lab.device(), &self.layer.layout, read, plan_len, pointers, std::ptr::null_mut())?;
         }
-        out.each_ref().map(|out| self.lab.download(out))
+        Ok(out.each_ref().map(|out| self.lab.download(out)))
     }
 
     /// What lies at a byte.
