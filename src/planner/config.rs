@@ -32,6 +32,8 @@ pub struct PlannerConfig {
     /// Make the sealed rows of removed tokens unreadable as soon as another page fills up, so that layers can tell which
     /// rows of their own are still needed. Otherwise the mask alone hides them.
     pub frees_early: bool,
+    /// Most rows of a page that its parameters may be made without: outlier tokens, of which the planner knows nothing else.
+    pub outliers: usize,
 }
 
 impl PlannerConfig {
@@ -64,6 +66,7 @@ impl PlannerConfig {
             ("window", self.window, 0, MAX_SOURCES),
             ("sink_tokens", self.sink_tokens, 0, MAX_SOURCES),
             ("seal_lag", self.seal_lag, 0, MAX_SOURCES),
+            ("outliers", self.outliers, 0, MAX_SOURCES),
         ] {
             if value < min || value > max {
                 return Err(Error::invalid(format!("{name} = {value} must be {min} to {max}")));

@@ -42,8 +42,8 @@ pub(super) struct PageState {
     pub(super) n_exact: usize,
     /// Stamp of the latest row placed in the page. That row may have died, but not while the page is all exact.
     pub(super) newest: u64,
-    /// Rows that the page's parameters were made from, those that have died since included; at least so many where the page
-    /// came from outside.
+    /// Rows that were there when the page's parameters were made, those that have died since included; at least so many where
+    /// the page came from outside.
     pub(super) n_fitted: usize,
 }
 
@@ -324,19 +324,20 @@ impl StreamState {
         self.sealed_bits[cell / CELLS_PER_WORD] &= !(1 << (cell % CELLS_PER_WORD));
     }
 
-    /// How a page takes in its exact rows: it is made anew if it will hold twice as many rows as its parameters were made from,
-    /// or four times as many if those were not few. So a row is encoded again a few times at most, however many join one by
-    /// one, since each time its error grows and its key gets longer.
+    /// How a page takes in its exact rows: it is made anew if its parameters could be made from twice as many rows as they were
+    /// made from, or four times as many if those were not few. So a row is encoded again a few times at most, however many
+    /// join one by one, since each time its error grows and its key gets longer. Any row may be an outlier token, which
+    /// parameters are not made from.
     fn way_to_seal(&self, page: usize, is_live: &dyn Fn(usize) -> bool) -> Seal {
         let is_kept = |cell: &usize| self.held[*cell] == Held::Sealed && is_live(*cell);
         let n_kept = self.page_cells(page).filter(is_kept).count();
         let is_recorded = |cell: &usize| self.exact_row(*cell).is_some_and(|row| !row.pinned);
         let n_rows = n_kept + self.page_cells(page).filter(is_recorded).count();
-        let n_fitted = self.pages[page].n_fitted;
+        let [n_fitted, n_fit] = [self.pages[page].n_fitted, n_rows].map(|n| n.saturating_sub(self.config.outliers));
         let growth = if n_fitted < FEW_ROWS { 2 } else { 4 };
         if n_kept == 0 {
             Seal::Fresh
-        } else if growth * n_fitted <= n_rows {
+        } else if growth * n_fitted <= n_fit {
             Seal::Renew
         } else {
             Seal::Join

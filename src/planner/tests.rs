@@ -18,6 +18,7 @@ const SMALL: PlannerConfig = PlannerConfig {
     n_seq_max: 3,
     seal_lag: 0,
     frees_early: false,
+    outliers: 0,
 };
 
 fn random_config(rng: &mut Rng) -> PlannerConfig {
@@ -31,6 +32,7 @@ fn random_config(rng: &mut Rng) -> PlannerConfig {
         n_seq_max: 3,
         seal_lag: [0, 1 + rng.below(100)][rng.below(2)],
         frees_early: rng.below(2) == 1,
+        outliers: 0,
     }
 }
 

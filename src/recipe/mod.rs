@@ -87,6 +87,7 @@ impl Recipe {
             n_seq_max,
             seal_lag: if is_shared { self.seal_lag.min(self.attn_window) } else { self.seal_lag },
             frees_early: self.pool.is_some(),
+            outliers: self.pool.map_or(0, |pool| pool.outliers),
         }
     }
 }

@@ -32,8 +32,9 @@ fn append(layer: &mut Layer, rng: &mut Rng, rows: &mut [Vec<f32>; 2], cells: &[u
     ints
 }
 
-/// The errors of the rows of page 0 whose first `n_first` rows were sealed before the others, and how it was sealed.
-fn errors(spec: &str, n_first: usize) -> ([f64; 2], Vec<Seal>) {
+/// The errors of the first `n` rows of page 0, of which the first `n_first` were sealed before the others, and how it was
+/// sealed.
+fn errors(spec: &str, n_first: usize, n: usize) -> ([f64; 2], Vec<Seal>) {
     let dim = 128;
     let shape = Shape { n_heads: 1, n_kv_heads: 1, head_dim_k: dim, head_dim_v: dim };
     let mut layer = Layer::new(spec, shape, N_CELLS, IsaToken::new(Isa::Scalar).unwrap());
@@ -50,14 +51,15 @@ fn errors(spec: &str, n_first: usize) -> ([f64; 2], Vec<Seal>) {
     append(&mut layer, &(PAGE..2 * PAGE - 1).collect::<Vec<_>>());
     append(&mut layer, &[2 * PAGE]);
     // Its other cells are used again, and their rows become the oldest that are exact.
-    append(&mut layer, &(n_first..PAGE - 1).collect::<Vec<_>>());
+    append(&mut layer, &(n_first..n).collect::<Vec<_>>());
     append(&mut layer, &(3 * PAGE..4 * PAGE - 1).collect::<Vec<_>>());
+    append(&mut layer, &(2 * PAGE + 1..3 * PAGE - 1).collect::<Vec<_>>());
     let location = layer.planner.locate(0).unwrap();
-    assert!(location[..PAGE - 1].iter().all(|location| location.in_page()), "{spec}: {location:?}");
+    assert!(location[..n].iter().all(|location| location.in_page()), "{spec}: {:?}", &location[..n]);
     let errors = [Side::Key, Side::Value].map(|side| {
-        let mut found = vec![0f32; (PAGE - 1) * dim as usize];
+        let mut found = vec![0f32; n * dim as usize];
         let memory = &layer.memory[side as usize];
-        dequantize_head(&layer.layout, side, memory, &location, None, 0..PAGE - 1, &mut found).unwrap();
+        dequantize_head(&layer.layout, side, memory, &location, None, 0..n, &mut found).unwrap();
         let truth: Vec<f64> = rows[side as usize][..found.len()].iter().map(|x| f64::from(*x)).collect();
         nmse(&found, &truth)
     });
@@ -74,7 +76,7 @@ fn rows_that_join_a_page_of_few_are_not_cut_to_those() {
     for spec in recipes(&more) {
         let spec = small(&spec).replace("qaq:", "qaq:attn-window=0,");
         for n_first in [1, 2, 7, 15] {
-            let (errors, seals) = errors(&spec, n_first);
+            let (errors, seals) = errors(&spec, n_first, PAGE - 1);
             assert!(errors.iter().all(|error| *error < BOUND), "{spec}, {n_first} rows first: {errors:?}, {seals:?}");
             assert_eq!(seals, [Seal::Fresh, Seal::Renew], "{spec}, {n_first} rows first");
         }
@@ -87,8 +89,18 @@ fn few_rows_that_join_many_leave_them_as_they_are() {
     for (spec, n_first) in
         ["kivi:k=2", "skvq:k=2,v=2", "qaq:attn-window=0"].into_iter().flat_map(|spec| [20, 50].map(|n| (spec, n)))
     {
-        let (errors, seals) = errors(&small(spec), n_first);
+        let (errors, seals) = errors(&small(spec), n_first, PAGE - 1);
         assert!(errors.iter().all(|error| *error < BOUND), "{spec}, {n_first} rows first: {errors:?}");
         assert_eq!(seals, [Seal::Fresh, Seal::Join], "{spec}, {n_first} rows first");
+    }
+}
+
+/// Rows of the outlier pool are not what a page's parameters are made from, so they do not count among those that were there.
+#[test]
+fn a_page_of_outlier_tokens_is_made_anew_for_those_that_join() {
+    for (n_first, n) in [(1, 2), (6, 7), (7, 12), (12, 20)] {
+        let (errors, seals) = errors(&small("ott:k=4,v=8,skip-layers=0,outliers=6,pool=20"), n_first, n);
+        assert!(errors.iter().all(|error| *error < BOUND), "{n_first} rows first of {n}: {errors:?}");
+        assert_eq!(seals, [Seal::Fresh, Seal::Renew], "{n_first} rows first of {n}");
     }
 }

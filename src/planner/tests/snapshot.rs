@@ -12,6 +12,7 @@ const CONFIG: PlannerConfig = PlannerConfig {
     n_seq_max: 2,
     seal_lag: 3,
     frees_early: false,
+    outliers: 0,
 };
 
 /// Plans `n` rows behind one another from `cell0` on; cells below `n_dead` are dead.
