@@ -48,6 +48,16 @@ __device__ inline void decode_tokenwise(const LayerDesc &l, const SideDesc &d, c
     }
 }
 
+// Undoes what rows went through before they were coded, by a warp. Ends with a barrier of it.
+__device__ inline void transform_back(const SideDesc &d, const Page &page, uint32_t lane, float *row) {
+    if (d.rotate) rotate_row_exactly(row, d.head_dim, lane);
+    for (uint32_t c = lane; c < d.head_dim; c += 32) {
+        if (d.exponents != ABSENT) row[c] *= page.factor(d, c);
+        row[c] += d.mean != ABSENT ? page.mean(d, c) : 0.f;
+    }
+    __syncwarp();
+}
+
 // Decodes the row of a token, by a warp. Ends with a barrier of the warp.
 __device__ inline void decode_row(const LayerDesc &l, const SideDesc &d, const Page &page, uint32_t token, bool is_key, uint32_t lane, float *out) {
     if (d.codec == CODEC_CHANNEL) {
@@ -62,12 +72,45 @@ __device__ inline void decode_row(const LayerDesc &l, const SideDesc &d, const P
     }
     decode_tokenwise(l, d, page, token, is_key, lane, out);
     __syncwarp();
-    if (d.rotate) rotate_row_exactly(out, d.head_dim, lane);
-    for (uint32_t c = lane; c < d.head_dim; c += 32) {
-        if (d.exponents != ABSENT) out[c] *= page.factor(d, c);
-        out[c] += d.mean != ABSENT ? page.mean(d, c) : 0.f;
+    transform_back(d, page, lane, out);
+}
+
+// Whether decode_chunk can read a side: everything but ternary codes and pages whose tokens have places.
+__device__ __forceinline__ bool has_chunks(const SideDesc &d) { return d.codec == CODEC_CHANNEL || (d.codec == CODEC_GROUP && d.width != WIDTH_TERNARY); }
+
+// Decodes the rows of 32 tokens, from token 32 * chunk on, by a block: `rows` is [32][stride]. A warp takes words of 32 lanes
+// and 16 codes each. What transform_back does for codecs with a step per token is left to do. No barrier.
+__device__ inline void decode_chunk(const LayerDesc &l, const SideDesc &d, const Page &page, uint32_t chunk, bool is_key, uint32_t warp, uint32_t n_warps, uint32_t lane, float *rows, uint32_t stride) {
+    const uint32_t *words = reinterpret_cast<const uint32_t *>(page.bytes) + lane;
+    if (d.codec == CODEC_CHANNEL) {
+        const Segments segments = Segments::of_header(page.header, d.n_segments, d.budget);
+        words += chunk * d.tile_words * 32;
+        for (uint32_t segment = warp; segment < d.n_segments; segment += n_warps) {
+            const float centre = centre_of(segments.bits(segment), false);
+            for (uint32_t q = 0; q < 4; q++) {
+                const uint32_t codes = mixed_quad(segments, words, segment, q);
+                for (uint32_t j = 0; j < 4; j++) {
+                    const uint32_t i = 16 * segment + 4 * q + j;
+                    rows[lane * stride + page.ordered(d, i, d.head_dim)] = page.step(d, i) * (float(codes >> 8 * j & 255) - centre) + page.mid(d, i);
+                }
+            }
+        }
+        return;
     }
-    __syncwarp();
+    const float centre = Quantizer::of_width(d).centre();
+    for (uint32_t item = warp; item < d.head_dim / 16; item += n_warps) {
+        // Lanes of keys are tokens, those of values channels.
+        const uint32_t channel = is_key ? 16 * item : item / 2 * 32, token = 32 * chunk + (is_key ? 0 : item % 2 * 16), g = channel / d.group;
+        const uint32_t block = is_key ? chunk : channel % d.group / 32, first = (is_key ? channel % d.group : token) / 4;
+        const uint32_t *from = words + (g * d.tile_bytes / 4 + block * d.tile_words * 32);
+        for (uint32_t q = 0; q < 4; q++) {
+            const uint32_t codes = tile_quad(d, from, is_key ? d.group : l.page, first + q);
+            for (uint32_t j = 0; j < 4; j++) {
+                const uint32_t at = is_key ? token + lane : token + 4 * q + j, i = g * l.page + at;
+                rows[at % 32 * stride + channel + (is_key ? 4 * q + j : lane)] = page.step(d, i) * (float(codes >> 8 * j & 255) - centre) + page.mid(d, i);
+            }
+        }
+    }
 }
 
 }  // namespace kvq::store

@@ -1,5 +1,5 @@
-// Rows of the cache as FP16, by cell: what attention of many query rows reads that knows nothing of pages. A block has a page,
-// or a piece of exact rows, which come after all pages. Decoded as the store step does, without fused multiply-add.
+// Rows of the cache as FP16, by cell: what attention of many query rows reads that knows nothing of pages. A block has 32 cells
+// of a page, or a piece of exact rows, which come after all pages. Decoded as the store step does, without fused multiply-add.
 #include "attend.cuh"
 #include "decode.cuh"
 
@@ -32,31 +32,31 @@ struct Dequantize {
         __syncwarp();
     }
 
-    __device__ void page(uint32_t index, uint8_t *shared) const {
-        const uint32_t n = p.layer.page, dim = side.head_dim, first = index * n;
-        float *row = reinterpret_cast<float *>(shared) + warp * 2 * dim;
-        Angle *angles = reinterpret_cast<Angle *>(row + dim);
+    // The rows of 32 cells.
+    __device__ void chunk(uint32_t index, uint8_t *shared) const {
+        const uint32_t dim = side.head_dim, stride = dim + 1, first = 32 * index, page = first / p.layer.page, in_page = first % p.layer.page / 32;
+        float *rows = reinterpret_cast<float *>(shared);
+        Angle *angles = reinterpret_cast<Angle *>(rows + 32 * stride) + warp * (dim / 2);
         // Not more pages than the layer has.
-        const bool is_planned = index < uint32_t(p.plan[p.plan_at.n_pages[p.view]]);
-        Page from = Page::of(side, memory + head * side.head_bytes, index);
-        if (d.page_in_shared && is_planned) {
-            uint8_t *copy = shared + DEQUANTIZE_WARPS * 2 * dim * sizeof(float);
-            for (uint32_t at = 16 * threadIdx.x; at < side.page_bytes; at += 16 * DEQUANTIZE_THREADS)
-                *reinterpret_cast<uint4 *>(copy + at) = *reinterpret_cast<const uint4 *>(from.bytes + at);
-            from.bytes = copy;
-            __syncthreads();
-        }
-        const Turns turns = is_key ? Turns::of(p, index) : Turns{};
+        const bool is_planned = page < uint32_t(p.plan[p.plan_at.n_pages[p.view]]);
+        const uint32_t held = is_planned ? uint32_t(p.plan[p.plan_at.page_bits[p.view] + index]) : 0;
+        const Page from = Page::of(side, memory + head * side.head_bytes, page);
+        const bool together = store::has_chunks(side) && held != 0;
+        if (together) store::decode_chunk(p.layer, side, from, in_page, is_key, warp, DEQUANTIZE_WARPS, lane, rows, stride);
+        __syncthreads();
+        const Turns turns = is_key && held != 0 ? Turns::of(p, page) : Turns{};
         int turned_by = 0;
-        for (uint32_t token = warp; token < n && first + token < p.n_kv; token += DEQUANTIZE_WARPS) {
-            uint16_t *to = row_of(first + token);
-            if (!is_planned || !is_in_page(p, first + token)) {
+        for (uint32_t i = warp; i < 32 && first + i < p.n_kv; i += DEQUANTIZE_WARPS) {
+            uint16_t *to = row_of(first + i);
+            if (!(held >> i & 1)) {
                 for (uint32_t c = lane; c < dim; c += 32) to[c] = 0;
                 continue;
             }
-            store::decode_row(p.layer, side, from, token, is_key, lane, row);
-            const uint32_t i = turns.of_token(token);
-            const int distance = i == turns.n ? 0 : turns.distance(i);
+            float *row = rows + i * stride;
+            if (!together) store::decode_row(p.layer, side, from, 32 * in_page + i, is_key, lane, row);
+            else if (side.codec != CODEC_CHANNEL) store::transform_back(side, from, lane, row);
+            const uint32_t turn_of = turns.of_token(32 * in_page + i);
+            const int distance = turn_of == turns.n ? 0 : turns.distance(turn_of);
             if (distance != 0) turn(row, distance, turned_by, angles);
             for (uint32_t c = lane; c < dim; c += 32) to[c] = float_to_half(finite(row[c]));
             __syncwarp();
@@ -80,7 +80,7 @@ KVQ_KERNEL(kvq_dequantize_any, DEQUANTIZE_THREADS, 1, DequantizeParams) {
     KVQ_SHARED(shared);
     const Dequantize block(p);
     if (p.exact) block.exact(blockIdx.y);
-    else block.page(blockIdx.y, shared);
+    else block.chunk(blockIdx.y, shared);
 }
 
 }  // namespace kvq

@@ -7,7 +7,7 @@ use super::desc::{AttendParams, DequantizeParams, DEQUANTIZE_THREADS};
 use super::{plan_of, Device, Launch};
 use crate::error::Result;
 use crate::layout::Layout;
-use crate::plan::View;
+use crate::plan::{View, CELLS_PER_WORD};
 
 /// The one kernel; see `dequantize.cu`.
 pub(super) const KERNEL: &str = "kvq_dequantize_any";
@@ -29,17 +29,16 @@ pub(crate) unsafe fn enqueue(
     read.layer = layer;
     read.plan_at = plan_of(layout, read.n_tokens, given_plan_len)?;
     read.view = if read.k_cur.is_null() { View::After } else { View::Before } as u32;
-    let n_pages = read.n_kv.div_ceil(layer.page);
+    let n_chunks = read.n_kv.div_ceil(CELLS_PER_WORD as u32);
     let n_exact = [layer.n_slots, layer.pool_rows, if read.k_cur.is_null() { 0 } else { read.n_tokens }];
     let n_exact: u32 = n_exact.into_iter().map(|n| n.div_ceil(EXACT_ROWS)).sum();
     for (side, rows) in (0..).zip(rows).filter(|(_, rows)| !rows.is_null()) {
         let desc = if side == 0 { &layer.k } else { &layer.v };
-        let row_bytes = DEQUANTIZE_THREADS / 32 * 2 * desc.head_dim * 4;
-        let fits = row_bytes + desc.page_bytes <= device.limits().shared_bytes;
-        let shared_bytes = row_bytes + if fits { desc.page_bytes } else { 0 };
+        // Rows of a chunk, and the angles of each warp.
+        let shared_bytes = 4 * (CELLS_PER_WORD as u32 * (desc.head_dim + 1) + DEQUANTIZE_THREADS / 32 * desc.head_dim);
         // Exact rows take the place of what a page has for their cells.
-        for (exact, n_blocks) in [(0, n_pages), (1, n_exact)].into_iter().filter(|(_, n_blocks)| *n_blocks > 0) {
-            let mut params = DequantizeParams { read, rows, side, exact, page_in_shared: fits.into() };
+        for (exact, n_blocks) in [(0, n_chunks), (1, n_exact)].into_iter().filter(|(_, n_blocks)| *n_blocks > 0) {
+            let mut params = DequantizeParams { read, rows, side, exact };
             let launch = Launch { blocks: [layer.n_kv_heads, n_blocks], threads: DEQUANTIZE_THREADS, shared_bytes };
             // SAFETY: the kernel takes a DequantizeParams; the caller answers for the pointers in it.
             unsafe { device.runner.launch(KERNEL, launch, (&raw mut params).cast(), stream) }?;

@@ -293,8 +293,6 @@ pub struct DequantizeParams {
     pub side: u32,
     /// 0: rows of pages, and zeros where a page has none; 1: exact rows.
     pub exact: u32,
-    /// 1: there is shared memory for a page.
-    pub page_in_shared: u32,
 }
 
 /// What the store kernel gets. Every pointer is the device's.
@@ -333,11 +331,13 @@ pub struct StoreParams {
     pub plan: *const i32,
     /// `[side][head][page][row_stride]`: rows on their way. NULL: they are in shared memory.
     pub rows: *mut f32,
-    /// `[head][error_stride]`: the number of pages, then noise, signal and rows of each page's sample. NULL: one block
-    /// seals all pages of a head's keys and needs no notes.
-    pub errors: *mut f32,
-    /// Floats from head to head in `errors`.
-    pub error_stride: u32,
+    /// `[head][note_stride]`: the number of pages, then noise, signal and rows of the sample of each of `n_pages`, then the
+    /// row of the outlier pool that each record enters, 16 bits. NULL: one block seals all pages of a head and needs no notes.
+    pub notes: *mut f32,
+    /// Floats from head to head in `notes`.
+    pub note_stride: u32,
+    /// Most pages of a call.
+    pub n_pages: u32,
     /// Floats from row to row.
     pub row_stride: u32,
     /// Which of `STORE_...` this launch is for.

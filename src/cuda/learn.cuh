@@ -21,25 +21,24 @@ __device__ inline void learn_queries(const Store &b, const Side &keys) {
     const StoreParams &p = b.p;
     const uint32_t dim = keys.desc.head_dim, gqa = p.layer.gqa_ratio;
     float *means = keys.learned();
-    const float seen = means[dim], n = float(p.n_tokens * gqa);
-    for (uint32_t c = b.thread; c < dim; c += STORE_THREADS) {
-        const float *q = p.q + b.head * gqa * p.q_stride_head + c;
-        float sum = 0.f;
-        // Many loads at once, then sums in their order; what is not there adds nothing.
-        for (uint32_t first = 0, i = 0; first < p.n_tokens * gqa; first += 32) {
-            float x[32];
-#pragma unroll
-            for (uint32_t j = 0; j < 32; j++) {
-                x[j] = first + j < p.n_tokens * gqa ? finite(*q) : 0.f;
-                q += p.q_stride_head;
-                if (++i == gqa) i = 0, q += p.q_stride_token - gqa * p.q_stride_head;
-            }
-#pragma unroll
-            for (uint32_t j = 0; j < 32; j++) sum += x[j] * x[j];
+    const uint32_t n_rows = p.n_tokens * gqa, c = b.thread;
+    const float seen = means[dim], n = float(n_rows), mean = c < dim ? means[c] : 0.f;
+    float sum = 0.f;
+    // A row for each warp, as many at a time as there is room for rows of a page; then sums in the order of the rows.
+    for (uint32_t first = 0; first < n_rows; first += p.layer.page) {
+        const uint32_t n_here = min(p.layer.page, n_rows - first);
+        read_rows(b, n_here, dim, [&](uint32_t i) {
+            const uint32_t row = first + i;
+            return p.q + row / gqa * p.q_stride_token + (b.head * gqa + row % gqa) * p.q_stride_head;
+        });
+        __syncthreads();
+        if (c < dim) {
+#pragma unroll 8
+            for (uint32_t i = 0; i < n_here; i++) sum += b.row(i)[c] * b.row(i)[c];
         }
-        means[c] = means[c] + (sum - means[c] * n) / (seen + n);
+        __syncthreads();
     }
-    __syncthreads();
+    if (c < dim) means[c] = mean + (sum - mean * n) / (seen + n);
     if (b.thread == 0) means[dim] = fminf(seen + n, 4096.f);
     __syncthreads();
 }
@@ -179,7 +178,7 @@ __device__ inline void write_pooled(const Store &b, const Side &side, uint32_t p
     for (uint32_t i = b.warp; i < s.n_rows; i += STORE_WARPS) {
         const uint32_t row = s.pooled[i];
         if (row == NONE) continue;
-        for (uint32_t c = b.lane; c < side.desc.head_dim; c += 32) side.pool_row(row)[c] = float_to_half(b.row(i)[c]);
+        for (uint32_t c = b.lane; c < side.desc.head_dim; c += 32) side.pool_row(row)[c] = float_to_half(source_value(b, side, s.source[i], c));
         if (b.lane == 0) side.pool_table()[row] = page * b.p.layer.page + s.at[i] + 1;
     }
     __syncthreads();

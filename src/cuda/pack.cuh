@@ -77,29 +77,39 @@ template <class F> __device__ void pack_mixed(const Segments &s, uint8_t *tile, 
     }
 }
 
+// Four codes of a lane of a tile of one width that is not ternary, those at depth 4q and up; `words`: the lane's first.
+__device__ __forceinline__ uint32_t tile_quad(const SideDesc &side, const uint32_t *words, uint32_t depth, uint32_t q) {
+    const uint32_t width = side.width;
+    const auto field = [&](uint32_t w, uint32_t shift, uint32_t mask) { return words[w * 32] >> shift & mask * 0x01010101u; };
+    if (width == 3) return field(q / 4, 2 * (q % 4), 3) | field(depth / 16 + q / 8, q % 8, 1) << 2;
+    const uint32_t per_word = 8 / width;
+    return field(q / per_word, width * (q % per_word), (1u << width) - 1);
+}
+
+// The same of a tile of mixed widths: those of quad `q` of a segment.
+__device__ __forceinline__ uint32_t mixed_quad(const Segments &s, const uint32_t *words, uint32_t segment, uint32_t q) {
+    const uint32_t bits = s.bits(segment), plane = 2 * s.four + s.three + s.two;
+    const auto field = [&](uint32_t w, uint32_t shift, uint32_t mask) { return words[w * 32] >> shift & mask * 0x01010101u; };
+    const auto single = [&](uint32_t odd) { return field(plane + odd / 2, odd % 2 * 4 + q, 1); };
+    if (bits == 4) return field(2 * segment + q / 2, q % 2 * 4, 15);
+    if (bits == 1) return single(segment - s.four - s.two);
+    const uint32_t low = field(s.four + segment, 2 * q, 3);
+    return bits == 2 ? low : low | single(segment - s.four) << 2;
+}
+
 // One code of a tile of one width.
 __device__ inline uint32_t tile_code(const SideDesc &side, const uint8_t *tile, uint32_t lanes, uint32_t depth, uint32_t lane, uint32_t d) {
-    const uint32_t q = d / 4, width = side.width, per_lane = side.tile_words;
-    const auto byte = [&](uint32_t w) { return uint32_t(tile[((lane / 32 * per_lane + w) * 32 + lane % 32) * 4 + d % 4]); };
-    if (width == WIDTH_TERNARY) {
-        if (q < per_lane * 5) return byte(q / 5) / power_of_3(q % 5) % 3;
-        const uint32_t entry = (q - per_lane * 5) * (lanes / 16) + lane / 16;
-        return tile[side.tile_tail + entry / 4 * 64 + lane % 16 * 4 + d % 4] >> 2 * (entry % 4) & 3;
-    }
-    if (width == 3) return (byte(q / 4) >> 2 * (q % 4) & 3) | (byte(depth / 16 + q / 8) >> q % 8 & 1) << 2;
-    const uint32_t per_word = 8 / width;
-    return byte(q / per_word) >> width * (q % per_word) & ((1u << width) - 1);
+    const uint32_t q = d / 4, per_lane = side.tile_words;
+    const uint32_t *words = reinterpret_cast<const uint32_t *>(tile) + lane / 32 * per_lane * 32 + lane % 32;
+    if (side.width != WIDTH_TERNARY) return tile_quad(side, words, depth, q) >> 8 * (d % 4) & 255;
+    if (q < per_lane * 5) return (words[q / 5 * 32] >> 8 * (d % 4) & 255) / power_of_3(q % 5) % 3;
+    const uint32_t entry = (q - per_lane * 5) * (lanes / 16) + lane / 16;
+    return tile[side.tile_tail + entry / 4 * 64 + lane % 16 * 4 + d % 4] >> 2 * (entry % 4) & 3;
 }
 
 // One code of a tile of mixed widths; `block`: the lane's block of 32.
 __device__ inline uint32_t mixed_code(const Segments &s, const uint8_t *block, uint32_t lane, uint32_t d) {
-    const uint32_t segment = d / 16, q = d % 16 / 4, bits = s.bits(segment), plane = 2 * s.four + s.three + s.two;
-    const auto byte = [&](uint32_t w) { return uint32_t(block[(w * 32 + lane) * 4 + d % 4]); };
-    const auto single = [&](uint32_t odd) { return byte(plane + odd / 2) >> (odd % 2 * 4 + q) & 1; };
-    if (bits == 4) return byte(2 * segment + q / 2) >> q % 2 * 4 & 15;
-    if (bits == 1) return single(segment - s.four - s.two);
-    const uint32_t low = byte(s.four + segment) >> 2 * q & 3;
-    return bits == 2 ? low : low | single(segment - s.four) << 2;
+    return mixed_quad(s, reinterpret_cast<const uint32_t *>(block) + lane, d / 16, d % 16 / 4) >> 8 * (d % 4) & 255;
 }
 
 }  // namespace kvq::store

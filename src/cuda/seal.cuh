@@ -60,10 +60,15 @@ __device__ inline void read_from_page(const Store &b, const Target &t, uint32_t 
     for (uint32_t c = b.lane; c < dim; c += 32) b.row(i)[c] = finite(b.row(i)[c]);
 }
 
+// A channel of the row that a record takes from a slot or from the ubatch.
+__device__ __forceinline__ float source_value(const Store &b, const Side &side, int record_source, uint32_t c) {
+    const uint32_t source = uint32_t(record_source), n_slots = b.p.layer.n_slots;
+    return finite(source < n_slots ? half_to_float(side.slot(source)[c]) : side.current[size_t(source - n_slots) * side.stride_token + c]);
+}
+
 // Copies the page's rows together; where they go is not known yet. Ends with a barrier.
 __device__ inline void gather(const Store &b, const Target &t, uint32_t page, Seal seal) {
     const Side &side = t.side;
-    const uint32_t n_slots = b.p.layer.n_slots;
     if (b.thread < b.p.layer.page) b.s.record_of[b.thread] = NONE;
     for (uint32_t i = b.warp; i < b.s.n_rows; i += STORE_WARPS) {
         if (seal == Seal::RENEW) {
@@ -77,12 +82,8 @@ __device__ inline void gather(const Store &b, const Target &t, uint32_t page, Se
                 continue;
             }
         }
-        const uint32_t source = uint32_t(b.s.source[i]);
-        const uint16_t *slot = side.slot(source);
-        const float *row = side.current + size_t(source < n_slots ? 0 : source - n_slots) * side.stride_token;
-        for (uint32_t c = b.lane; c < side.desc.head_dim; c += 32) {
-            b.row(i)[c] = finite(source < n_slots ? half_to_float(slot[c]) : row[c]);
-        }
+#pragma unroll 4
+        for (uint32_t c = b.lane; c < side.desc.head_dim; c += 32) b.row(i)[c] = source_value(b, side, b.s.source[i], c);
     }
     __syncthreads();
 }

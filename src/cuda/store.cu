@@ -1,6 +1,6 @@
 // The store step; see src/store.rs, which it follows byte for byte. A block has a KV head, with both sides where one decides
 // for the other. Where pages do not depend on those before them, several blocks take them in turn; then what comes before
-// and after all pages are launches of their own.
+// and after all pages are launches of their own: who enters the outlier pool is decided before, page by page.
 #include "channel.cuh"
 #include "learn.cuh"
 
@@ -57,12 +57,7 @@ __device__ inline void seal_side(const Store &b, const Side &side, uint32_t page
     const bool fresh = seal == Seal::FRESH;
     const Target target = {side, side.header(page), side.page(page), seal != Seal::JOIN, is_key};
     gather(b, target, page, seal);
-    if (is_key) {
-        // Rows that join a page are too few to tell an outlier among.
-        if (l.pool_rows > 0 && fresh) trace_outliers(b, side);
-        if (l.attn_window > 0) find_attention(b, side);
-    }
-    if (l.pool_rows > 0 && fresh) write_pooled(b, side, page);
+    if (is_key && l.attn_window > 0) find_attention(b, side);
     if (is_key && !fresh && b.p.rotation.n_pairs > 0) turn_back(b, page, side.desc.head_dim);
     if (is_key) {
         mean_of_rows(b, side.desc.head_dim);
@@ -77,13 +72,17 @@ __device__ inline void seal_side(const Store &b, const Side &side, uint32_t page
     if (is_key) learn_error(b, target, note);
 }
 
-// Writes the ubatch's rows that stay exact to their slots.
-__device__ inline void write_slots(const Store &b, const Side &side) {
-    for (uint32_t i = b.warp; i < b.p.n_tokens; i += STORE_WARPS) {
-        const int slot = b.plan(b.p.plan_at.row_slots + i);
-        if (slot < 0) continue;
-        for (uint32_t c = b.lane; c < side.desc.head_dim; c += 32) {
-            side.slot(uint32_t(slot))[c] = float_to_half(finite(side.current[i * side.stride_token + c]));
+// Writes the ubatch's rows that stay exact to their slots, those of one turn.
+__device__ inline void write_slots(const Store &b, const Side &side, uint32_t turn, uint32_t turns) {
+    const uint32_t stride = STORE_WARPS * turns;
+    for (uint32_t first = STORE_WARPS * turn + b.warp; first < b.p.n_tokens; first += 32 * stride) {
+        const uint32_t own = first + b.lane * stride;
+        const int slot_of_lane = own < b.p.n_tokens ? b.plan(b.p.plan_at.row_slots + own) : -1;
+        for (uint32_t exact = __ballot_sync(FULL, slot_of_lane >= 0); exact != 0; exact &= exact - 1) {
+            const uint32_t from = uint32_t(__ffs(exact)) - 1, slot = uint32_t(__shfl_sync(FULL, slot_of_lane, from));
+            const float *row = side.current + size_t(first + from * stride) * side.stride_token;
+#pragma unroll 4
+            for (uint32_t c = b.lane; c < side.desc.head_dim; c += 32) side.slot(slot)[c] = float_to_half(finite(row[c]));
         }
     }
 }
@@ -105,29 +104,72 @@ __device__ inline void learn(const Store &b, const Side &keys, const Side &value
     }
 }
 
-// Seals every page whose number is `turn` modulo `turns`. `notes`: the block's head in StoreParams::errors.
-__device__ inline void seal_pages(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t turn, uint32_t turns, float *notes) {
+// What a head's blocks leave each other between launches, in StoreParams::notes.
+struct Notes {
+    float *first;  // null: one block has all pages of the head
+    uint32_t n_pages;
+
+    __device__ bool exist() const { return first != nullptr; }
+    __device__ float *error(uint32_t page) const { return exist() ? first + 1 + 3 * page : nullptr; }
+    // The row of the pool that a record enters, or NONE.
+    __device__ uint16_t &pooled(uint32_t record) const { return reinterpret_cast<uint16_t *>(first + 1 + 3 * n_pages)[record]; }
+};
+
+// Calls `f(page, seal, number, first record)` for every page whose number is `turn` modulo `turns`, its records read; returns the number of
+// pages.
+template <class F> __device__ inline uint32_t for_each_page(const Store &b, uint32_t turn, uint32_t turns, F f) {
     const StoreParams &p = b.p;
     const uint32_t n_records = uint32_t(b.plan(p.plan_at.n_records));
     uint32_t n_pages = 0;
     for (uint32_t first = 0, n_rows; first < n_records; first += n_rows, n_pages++) {
         const int *record = p.plan + p.plan_at.records + 2 * first;
-        const uint32_t page = uint32_t(record[0]) / p.layer.page;
-        const Seal seal = seal_of(record[1]);
         read_records(b, first, n_records);
         n_rows = b.s.n_records;
-        if (n_pages % turns != turn) {
-            __syncthreads();
-            continue;
-        }
-        if (p.layer.pool_rows > 0 && seal == Seal::FRESH) {
-            if (has_keys) give_back(b, keys, page);
-            if (has_values) give_back(b, values, page);
-        }
-        if (has_keys) seal_side(b, keys, page, seal, true, notes == nullptr ? nullptr : notes + 1 + 3 * n_pages);
-        if (has_values) seal_side(b, values, page, seal, false, nullptr);
+        if (n_pages % turns == turn) f(uint32_t(record[0]) / p.layer.page, seal_of(record[1]), n_pages, first);
+        __syncthreads();
     }
-    if (notes != nullptr && has_keys && turn == 0 && b.thread == 0) notes[0] = __uint_as_float(n_pages);
+    return n_pages;
+}
+
+// Chooses the rows of a fresh page that enter the pool and writes them. Ends with a barrier.
+__device__ inline void fill_pool(const Store &b, const Side &keys, const Side &values, uint32_t page) {
+    give_back(b, keys, page);
+    give_back(b, values, page);
+    gather(b, {keys, keys.header(page), keys.page(page), true, true}, page, Seal::FRESH);
+    trace_outliers(b, keys);
+    write_pooled(b, keys, page);
+    write_pooled(b, values, page);
+}
+
+// The same for all pages of a head, before they are sealed by several blocks.
+__device__ inline void fill_pool_of_all(const Store &b, const Side &keys, const Side &values, const Notes &notes) {
+    for_each_page(b, 0, 1, [&](uint32_t page, Seal seal, uint32_t, uint32_t first) {
+        if (seal != Seal::FRESH) return;
+        fill_pool(b, keys, values, page);
+        if (b.thread < b.s.n_rows) notes.pooled(first + b.thread) = b.s.pooled[b.thread];
+    });
+}
+
+// What fill_pool has chosen for a fresh page. Ends with a barrier.
+__device__ inline void recall_pooled(const Store &b, const Notes &notes, uint32_t first) {
+    if (b.thread < b.s.n_rows) {
+        b.s.pooled[b.thread] = notes.pooled(first + b.thread);
+        if (b.s.pooled[b.thread] != NONE) atomicAdd(&b.s.n_exact, 1u);
+    }
+    __syncthreads();
+}
+
+// Seals the pages of a block.
+__device__ inline void seal_pages(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t turn, uint32_t turns, const Notes &notes) {
+    const uint32_t n_pages = for_each_page(b, turn, turns, [&](uint32_t page, Seal seal, uint32_t number, uint32_t first) {
+        if (b.p.layer.pool_rows > 0 && seal == Seal::FRESH) {
+            if (notes.exist()) recall_pooled(b, notes, first);
+            else fill_pool(b, keys, values, page);
+        }
+        if (has_keys) seal_side(b, keys, page, seal, true, notes.error(number));
+        if (has_values) seal_side(b, values, page, seal, false, nullptr);
+    });
+    if (notes.exist() && has_keys && turn == 0 && b.thread == 0) notes.first[0] = __uint_as_float(n_pages);
 }
 
 KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
@@ -138,22 +180,24 @@ KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
     const Store b = {p, *reinterpret_cast<Scratch *>(shared), rows, blockIdx.x, thread, thread % 32, thread / 32};
     const Side keys = keys_of(b), values = values_of(b);
     const bool has_keys = blockIdx.y < p.n_key_blocks, has_values = !has_keys || p.n_value_blocks == 0;
-    float *notes = p.errors == nullptr ? nullptr : p.errors + size_t(b.head) * p.error_stride;
-    if (p.phases & STORE_LEARN) learn(b, keys, values, has_keys, has_values);
-    if (p.phases & STORE_SEAL) {
-        const uint32_t turn = has_keys ? blockIdx.y : blockIdx.y - p.n_key_blocks;
-        seal_pages(b, keys, values, has_keys, has_values, turn, has_keys ? p.n_key_blocks : p.n_value_blocks, notes);
+    const Notes notes = {p.notes == nullptr ? nullptr : p.notes + size_t(b.head) * p.note_stride, p.n_pages};
+    const uint32_t turn = has_keys ? blockIdx.y : blockIdx.y - p.n_key_blocks, turns = has_keys ? p.n_key_blocks : p.n_value_blocks;
+    if (p.phases & STORE_LEARN) {
+        learn(b, keys, values, has_keys, has_values);
+        if (p.layer.pool_rows > 0 && notes.exist()) fill_pool_of_all(b, keys, values, notes);
     }
+    if (p.phases & STORE_SEAL) seal_pages(b, keys, values, has_keys, has_values, turn, turns, notes);
     if (p.phases & STORE_FINISH) {
-        if (notes != nullptr && has_keys && thread == 0) {
-            const uint32_t n_pages = __float_as_uint(notes[0]);
-            for (const float *note = notes + 1; note < notes + 1 + 3 * n_pages; note += 3) {
+        if (notes.exist() && has_keys && turn == 0 && thread == 0) {
+            const uint32_t n_pages = __float_as_uint(notes.first[0]);
+            for (uint32_t i = 0; i < n_pages; i++) {
+                const float *note = notes.error(i);
                 add_error(keys.learned(), keys.desc.head_dim, {note[0], note[1], note[2]});
             }
         }
         // Records read slots as they were before.
-        if (has_keys) write_slots(b, keys);
-        if (has_values) write_slots(b, values);
+        if (has_keys) write_slots(b, keys, turn, turns);
+        if (has_values) write_slots(b, values, turn, turns);
     }
 }
 

@@ -156,6 +156,30 @@ __device__ __forceinline__ void raise(Scratch &s, uint32_t i, float x) {
     if (x > 0.f) atomicMax(&s.most[i], __float_as_uint(x));
 }
 
+// Reads float rows to those of a block, a warp each, a few loads at a time: `from(i)` is where row i lies. No barrier.
+template <class F> __device__ inline void read_rows(const Store &b, uint32_t n, uint32_t dim, F from) {
+    constexpr uint32_t ROWS = 4, PARTS = 4;
+#pragma unroll 1
+    for (uint32_t i = b.warp; i < n; i += ROWS * STORE_WARPS) {
+#pragma unroll 1
+        for (uint32_t c = b.lane; c < dim; c += 32 * PARTS) {
+            float x[ROWS][PARTS];
+#pragma unroll
+            for (uint32_t r = 0; r < ROWS; r++) {
+                const bool is_row = i + r * STORE_WARPS < n;
+                const float *row = from(is_row ? i + r * STORE_WARPS : i);
+#pragma unroll
+                for (uint32_t k = 0; k < PARTS; k++) x[r][k] = is_row && c + 32 * k < dim ? row[c + 32 * k] : 0.f;
+            }
+#pragma unroll
+            for (uint32_t r = 0; r < ROWS; r++)
+#pragma unroll
+                for (uint32_t k = 0; k < PARTS; k++)
+                    if (i + r * STORE_WARPS < n && c + 32 * k < dim) b.row(i + r * STORE_WARPS)[c + 32 * k] = finite(x[r][k]);
+        }
+    }
+}
+
 // Rotates a row by a warp: the stages in the order of src/codec/hadamard.rs. Between barriers of the warp.
 __device__ inline void rotate_row_exactly(float *row, uint32_t dim, uint32_t lane) {
     const uint32_t block = dim & (0u - dim);

@@ -24,8 +24,10 @@ struct Cut {
     row_stride: u32,
     row_bytes: u32,
     in_shared: bool,
-    /// Floats of a head's notes on pages.
-    error_stride: u32,
+    /// Most pages of a call.
+    n_pages: u32,
+    /// Floats of a head's notes.
+    note_stride: u32,
 }
 
 impl Cut {
@@ -34,18 +36,20 @@ impl Cut {
             [layer.k, layer.v].map(|side| side.head_dim + 2 * side.n_outliers + 1).into_iter().fold(0, u32::max);
         let row_bytes = layer.page * row_stride * 4;
         let turns = n_tokens.div_ceil(layer.page).clamp(1, MAX_TURNS);
-        // Members of a pool stay from page to page, and so do factors.
-        let keys_are_apart = layer.pool_rows == 0 && layer.k.exponents == ABSENT;
-        // Keys decide who enters the pool, and for both sides which tokens matter.
-        let sides_are_apart = layer.pool_rows == 0 && layer.attn_window == 0;
-        let n_pages = layer.n_pages.min(layer.n_slots + n_tokens);
+        // Factors stay from page to page.
+        let keys_are_apart = layer.k.exponents == ABSENT;
+        // Keys decide for both sides which tokens matter, and who enters the pool unless that is decided before.
+        let sides_are_apart = layer.attn_window == 0 && (layer.pool_rows == 0 || turns > 1);
+        let n_records = layer.n_slots + n_tokens;
+        let n_pages = layer.n_pages.min(n_records);
         Self {
             n_key_blocks: if keys_are_apart { turns } else { 1 },
             n_value_blocks: if sides_are_apart { turns } else { 0 },
             row_stride,
             row_bytes,
             in_shared: STORE_SCRATCH_BYTES + row_bytes <= device.limits().shared_bytes,
-            error_stride: 1 + 3 * n_pages,
+            n_pages,
+            note_stride: 1 + 3 * n_pages + if layer.pool_rows > 0 { n_records.div_ceil(2) } else { 0 },
         }
     }
 
@@ -58,8 +62,8 @@ impl Cut {
         self.n_key_blocks + self.n_value_blocks
     }
 
-    fn error_bytes(&self, layer: &LayerDesc) -> usize {
-        let bytes = layer.n_kv_heads as usize * self.error_stride as usize * 4;
+    fn note_bytes(&self, layer: &LayerDesc) -> usize {
+        let bytes = layer.n_kv_heads as usize * self.note_stride as usize * 4;
         if self.is_one_launch() {
             0
         } else {
@@ -69,7 +73,7 @@ impl Cut {
 
     fn workspace_bytes(&self, layer: &LayerDesc) -> usize {
         let n_blocks = layer.n_kv_heads as usize * self.blocks_of_head() as usize;
-        self.error_bytes(layer) + if self.in_shared { 0 } else { n_blocks * self.row_bytes as usize }
+        self.note_bytes(layer) + if self.in_shared { 0 } else { n_blocks * self.row_bytes as usize }
     }
 }
 
@@ -104,11 +108,10 @@ pub(crate) unsafe fn enqueue(
         ));
     }
     params.layer = layer;
-    params.errors = if cut.is_one_launch() { std::ptr::null_mut() } else { workspace.memory.cast() };
+    params.notes = if cut.is_one_launch() { std::ptr::null_mut() } else { workspace.memory.cast() };
     let memory: *mut u8 = workspace.memory.cast();
-    params.rows =
-        if cut.in_shared { std::ptr::null_mut() } else { memory.wrapping_add(cut.error_bytes(&layer)).cast() };
-    (params.row_stride, params.error_stride) = (cut.row_stride, cut.error_stride);
+    params.rows = if cut.in_shared { std::ptr::null_mut() } else { memory.wrapping_add(cut.note_bytes(&layer)).cast() };
+    (params.row_stride, params.note_stride, params.n_pages) = (cut.row_stride, cut.note_stride, cut.n_pages);
     let shared_bytes = STORE_SCRATCH_BYTES + if cut.in_shared { cut.row_bytes } else { 0 };
     let mut launch = |phases: u32, n_key_blocks: u32, n_value_blocks: u32| {
         (params.phases, params.n_key_blocks, params.n_value_blocks) = (phases, n_key_blocks, n_value_blocks);
@@ -117,11 +120,11 @@ pub(crate) unsafe fn enqueue(
         // SAFETY: the kernel takes a StoreParams; the caller answers for the pointers in it.
         unsafe { device.runner.launch(KERNEL, launch, (&raw mut params).cast(), stream) }
     };
-    let one_value_block = cut.n_value_blocks.min(1);
     if cut.is_one_launch() {
-        return launch(STORE_LEARN | STORE_SEAL | STORE_FINISH, 1, one_value_block);
+        return launch(STORE_LEARN | STORE_SEAL | STORE_FINISH, 1, cut.n_value_blocks);
     }
-    launch(STORE_LEARN, 1, one_value_block)?;
+    // The block that fills the pool has both sides.
+    launch(STORE_LEARN, 1, if layer.pool_rows > 0 { 0 } else { cut.n_value_blocks.min(1) })?;
     launch(STORE_SEAL, cut.n_key_blocks, cut.n_value_blocks)?;
-    launch(STORE_FINISH, 1, one_value_block)
+    launch(STORE_FINISH, cut.n_key_blocks, cut.n_value_blocks)
 }
