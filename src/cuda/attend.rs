@@ -53,10 +53,14 @@ static KERNELS: &[Kernel] = &[
     fast("kvq_attend_known_8_c2", 8, |layer| is_known(layer, [CODEC_CHANNEL, 0], 2)),
     fast("kvq_attend_known_8_c3", 8, |layer| is_known(layer, [CODEC_CHANNEL, 0], 3)),
     fast("kvq_attend_known_8_c4", 8, |layer| is_known(layer, [CODEC_CHANNEL, 0], 4)),
-    fast("kvq_attend_fast_4_64", 4, |layer| fits_fast(layer, 64)),
-    fast("kvq_attend_fast_4_128", 4, |layer| fits_fast(layer, 128)),
-    fast("kvq_attend_fast_8_64", 8, |layer| fits_fast(layer, 64)),
-    fast("kvq_attend_fast_8_128", 8, |layer| fits_fast(layer, 128)),
+    fast("kvq_attend_fast_4_64", 4, |layer| fits_fast(layer, 128, 64)),
+    fast("kvq_attend_fast_4_128", 4, |layer| fits_fast(layer, 128, 128)),
+    fast("kvq_attend_fast_8_64", 8, |layer| fits_fast(layer, 128, 64)),
+    fast("kvq_attend_fast_8_128", 8, |layer| fits_fast(layer, 128, 128)),
+    fast("kvq_attend_small_4_64", 4, |layer| fits_fast(layer, 64, 64)),
+    fast("kvq_attend_small_4_128", 4, |layer| fits_fast(layer, 64, 128)),
+    fast("kvq_attend_small_8_64", 8, |layer| fits_fast(layer, 64, 64)),
+    fast("kvq_attend_small_8_128", 8, |layer| fits_fast(layer, 64, 128)),
     general("kvq_attend_any_4", 4),
     general("kvq_attend_any_8", 8),
 ];
@@ -79,11 +83,11 @@ fn general_block(layer: &LayerDesc, kernel: &Kernel, _n_pieces: u32, limits: Lim
 }
 
 /// What `attend_fast.cuh` can read.
-fn fits_fast(layer: &LayerDesc, head_dim_v: u32) -> bool {
+fn fits_fast(layer: &LayerDesc, page: u32, head_dim_v: u32) -> bool {
     let grouped = |side: &SideDesc| {
         side.codec == CODEC_GROUP && side.symmetric == 1 && side.n_groups == 1 && matches!(side.width, 2..=4)
     };
-    layer.page == 128
+    layer.page == page
         && matches!(layer.k.head_dim, 64 | 96 | 128)
         && layer.v.head_dim == head_dim_v
         && (grouped(&layer.k) || layer.k.codec == CODEC_CHANNEL && layer.k.half == 0)
@@ -92,7 +96,7 @@ fn fits_fast(layer: &LayerDesc, head_dim_v: u32) -> bool {
 
 /// What a kernel of `attend_known.cu` can read: `keys` are a codec and the width of its codes.
 fn is_known(layer: &LayerDesc, keys: [u32; 2], width_v: u32) -> bool {
-    fits_fast(layer, 128)
+    fits_fast(layer, 128, 128)
         && layer.k.head_dim == 128
         && [layer.k.codec, layer.k.width] == keys
         && layer.v.width == width_v

@@ -2,7 +2,12 @@
 // (attend_known.cu) are faster.
 #include "attend_fast.cuh"
 
-KVQ_FAST(kvq_attend_fast_4_64, 4, 64, 0, 0)
-KVQ_FAST(kvq_attend_fast_4_128, 4, 128, 0, 0)
-KVQ_FAST(kvq_attend_fast_8_64, 8, 64, 0, 0)
-KVQ_FAST(kvq_attend_fast_8_128, 8, 128, 0, 0)
+KVQ_FAST(kvq_attend_fast_4_64, 4, 64, 0, 0, 128)
+KVQ_FAST(kvq_attend_fast_4_128, 4, 128, 0, 0, 128)
+KVQ_FAST(kvq_attend_fast_8_64, 8, 64, 0, 0, 128)
+KVQ_FAST(kvq_attend_fast_8_128, 8, 128, 0, 0, 128)
+// Pages of small caches.
+KVQ_FAST(kvq_attend_small_4_64, 4, 64, 0, 0, 64)
+KVQ_FAST(kvq_attend_small_4_128, 4, 128, 0, 0, 64)
+KVQ_FAST(kvq_attend_small_8_64, 8, 64, 0, 0, 64)
+KVQ_FAST(kvq_attend_small_8_128, 8, 128, 0, 0, 64)

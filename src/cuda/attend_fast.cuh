@@ -1,5 +1,5 @@
 #pragma once
-// Attention on tensor cores, for the formats that matter: pages of 128 cells, keys of codec `group` (one symmetric step a
+// Attention on tensor cores, for the formats that matter: pages of 128 cells (64 in small caches), keys of codec `group` (one symmetric step a
 // token; 2, 3 or 4 bits) or `channel` (FP8 steps, any widths), values of codec `group`.
 //
 // How a page is read. A warp owns a page and has it copied into its own part of shared memory, with the 16-byte pieces of
@@ -25,7 +25,7 @@
 
 namespace kvq {
 
-constexpr uint32_t PAGE = 128, BLOCKS = PAGE / 32, PIECE = 16;
+constexpr uint32_t PIECE = 16;
 constexpr int CHANNEL = 1;  // of KEYS
 constexpr float DEAD = -1e30f, LOG2E = 1.4426950408889634f;
 // Coefficients are at most 2^LIFT.
@@ -70,8 +70,9 @@ struct Words {
 
 // ROWS query rows, values of DIM_V channels. What is known when the kernel is compiled makes it short, and short code is
 // fast: it is fetched once for a page. VALUES: width of the values; KEYS: width of the keys of codec `group`, or CHANNEL, and
-// keys of as many channels as values. 0: any.
-template <int ROWS, int DIM_V, int KEYS, int VALUES> struct Fast {
+// keys of as many channels as values. 0: any. Pages have PAGE cells.
+template <int ROWS, int DIM_V, int KEYS, int VALUES, int PAGE> struct Fast {
+    static constexpr uint32_t BLOCKS = PAGE / 32;
     static constexpr bool TWICE = ROWS == 4;        // columns 4 to 7 repeat 0 to 3, and half of the lanes take other tokens
     static constexpr int TILES = TWICE ? 1 : 2;     // of tokens that a lane has scores of, in a block of 32 lanes
     static constexpr uint32_t STATE = 4;            // floats of a warp's state of a row: reference, sum, sum of steps, -
@@ -467,7 +468,7 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES> struct Fast {
         if (lane == 4) at = k_region + k.headers + 4 * size_t(page);
         if (lane == 5) at = v_region + v.headers + 4 * size_t(page);
         ahead.word = *reinterpret_cast<const uint32_t *>(at);
-        if (has_mask_ahead(page)) ahead.mask = *reinterpret_cast<const uint2 *>(mask_at(first_token, page));
+        if (has_mask_ahead(page) && 4 * lane < PAGE) ahead.mask = *reinterpret_cast<const uint2 *>(mask_at(first_token, page));
     }
 
     __device__ void load_pool() {
@@ -488,7 +489,7 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES> struct Fast {
     // Whether all cells of the page are to be read and the mask adds nothing to any.
     __device__ bool is_plain(uint32_t page, const Look &look) {
         bool plain = (lane >= BLOCKS || look.word == ~0u) && page * PAGE + PAGE <= p.n_kv;
-        if (plain && p.mask != nullptr) {
+        if (plain && p.mask != nullptr && 4 * lane < PAGE) {
             const bool ahead = has_mask_ahead(page);
             if (ahead) plain = (look.mask.x | look.mask.y) == 0;
             for (uint32_t token = first_token + (ahead ? 1 : 0); token <= last_token; token++) {
@@ -613,7 +614,9 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES> struct Fast {
         };
         if (p.softcap > 0.f) each([&](uint32_t b, int j, int i, int e) { score[b][j][i][e] = capped(score[b][j][i][e]); });
         if (!is_plain(page, now)) {
-            const uint32_t bits[BLOCKS] = {now.get(0), now.get(1), now.get(2), now.get(3)};
+            uint32_t bits[BLOCKS];
+#pragma unroll
+            for (uint32_t b = 0; b < BLOCKS; b++) bits[b] = now.get(b);
             each([&](uint32_t b, int j, int i, int e) {
                 const uint32_t token = token_of(j, i);
                 const int cell = bits[b] >> token & 1 ? int(page * PAGE + 32 * b + token) : -1;
@@ -625,8 +628,10 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES> struct Fast {
         move_reference(most);
         copy_wait<1>();
         float weight[2], sums[2] = {}, step_sums[2] = {};
+        // Of 64 tokens, codes of 3 bits have two words of single bits, read as a pair.
+        constexpr bool UNEVEN = PAGE / 16 % 8 != 0;
         const bool three = value_width() == 3;
-        const float place = value_width() == 4 ? (quad % 2 ? 1.f / 16.f : 1.f) : power(127 - 2 * (quad % 4)), high = power(127 + 2 - quad);
+        const float place = value_width() == 4 ? (quad % 2 ? 1.f / 16.f : 1.f) : power(127 - 2 * (quad % 4)), high = power(127 + 2 - quad + (UNEVEN ? quad / 4 * 4 : 0));
         uint8_t *put_at = weights + column(0) * p.weight_bytes + 8 * quad;
         // Steps relative to the page's largest possible one.
         const uint32_t step_base = 127 - 16;
@@ -652,7 +657,7 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES> struct Fast {
                     }
                     uint8_t *at = put_at + e * p.weight_bytes + 64 * b + 4 * s;
                     *reinterpret_cast<uint32_t *>(at) = pack_halves(x[0], x[1]);
-                    if (three) *reinterpret_cast<uint32_t *>(at + 256) = pack_halves(x[0] * above, x[1] * above);
+                    if (three) *reinterpret_cast<uint32_t *>(at + 2 * PAGE) = pack_halves(x[0] * above, x[1] * above);
                 }
             }
         }
@@ -669,7 +674,7 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES> struct Fast {
         const Words values = Words::of(Segments::uniform(value_width(), PAGE / 16), PAGE / 16);
         const uint8_t *b = weights + (TWICE ? g % 4 : g) * p.weight_bytes;
         float o[DIM_V / 32][2][4] = {};
-        multiply<DIM_V / 32, false, VALUES != 0>(values, v_page, b, o);
+        multiply<DIM_V / 32, UNEVEN, VALUES != 0>(values, v_page, b, o);
 #pragma unroll
         for (int block = 0; block < DIM_V / 32; block++) {
 #pragma unroll
@@ -1056,8 +1061,8 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES> struct Fast {
 }  // namespace kvq
 
 // The kernels are in attend_fast.cu, which reads any of these formats, and attend_known.cu.
-#define KVQ_FAST(name, rows, dim, keys, values)                   \
-    KVQ_KERNEL(name, 384, 1, kvq::AttendParams) {                 \
-        KVQ_SHARED(shared);                                       \
-        kvq::Fast<rows, dim, keys, values>(p, shared).run();      \
+#define KVQ_FAST(name, rows, dim, keys, values, page)                  \
+    KVQ_KERNEL(name, 384, 1, kvq::AttendParams) {                      \
+        KVQ_SHARED(shared);                                            \
+        kvq::Fast<rows, dim, keys, values, page>(p, shared).run();     \
     }
