@@ -57,10 +57,10 @@ static KERNELS: &[Kernel] = &[
     fast("kvq_attend_fast_4_128", 4, |layer| fits_fast(layer, 128, 128)),
     fast("kvq_attend_fast_8_64", 8, |layer| fits_fast(layer, 128, 64)),
     fast("kvq_attend_fast_8_128", 8, |layer| fits_fast(layer, 128, 128)),
-    fast("kvq_attend_small_4_64", 4, |layer| fits_fast(layer, 64, 64)),
-    fast("kvq_attend_small_4_128", 4, |layer| fits_fast(layer, 64, 128)),
-    fast("kvq_attend_small_8_64", 8, |layer| fits_fast(layer, 64, 64)),
-    fast("kvq_attend_small_8_128", 8, |layer| fits_fast(layer, 64, 128)),
+    fast("kvq_attend_fast_4_64_small", 4, |layer| fits_fast(layer, 64, 64)),
+    fast("kvq_attend_fast_4_128_small", 4, |layer| fits_fast(layer, 64, 128)),
+    fast("kvq_attend_fast_8_64_small", 8, |layer| fits_fast(layer, 64, 64)),
+    fast("kvq_attend_fast_8_128_small", 8, |layer| fits_fast(layer, 64, 128)),
     general("kvq_attend_any_4", 4),
     general("kvq_attend_any_8", 8),
 ];
@@ -142,7 +142,7 @@ pub(super) const EXACT_ROWS: u32 = 32;
 const MAX_SPLITS: u32 = 64;
 
 /// Names of all kernels, for whoever loads them.
-#[cfg(feature = "cuda")]
+#[cfg(any(test, feature = "cuda"))]
 pub(super) fn kernel_names() -> impl Iterator<Item = &'static str> {
     KERNELS.iter().map(|kernel| kernel.name)
 }

@@ -4,6 +4,7 @@ use std::ffi::c_void;
 use std::mem::{size_of, size_of_val};
 
 use super::Device;
+use crate::error::Status;
 
 /// A device, and where its memory is.
 pub(crate) struct Lab {
@@ -19,14 +20,15 @@ pub(crate) struct Buffer {
 }
 
 impl Lab {
-    /// Every device of this build and machine; says so where a GPU is not there.
+    /// Every device of this build and machine; says so where a GPU is not there, and fails where one cannot be used that is.
     pub(crate) fn all() -> Vec<Lab> {
         let names = [("emulated:0", cfg!(feature = "cuda-emulation")), ("cuda:0", cfg!(feature = "cuda"))];
         let mut labs = Vec::new();
         for (name, _) in names.into_iter().filter(|(_, built)| *built) {
             match Device::open(name) {
                 Ok(device) => labs.push(Lab { device, name }),
-                Err(error) => println!("skipped on {name}: {error}"),
+                Err(error) if error.status() == Status::Unsupported => println!("skipped on {name}: {error}"),
+                Err(error) => panic!("{name}: {error}"),
             }
         }
         labs

@@ -1,7 +1,7 @@
 //! Devices by name.
 #![forbid(unsafe_code)]
 
-use super::Device;
+use super::{attend, dequantize, store, Device};
 use crate::error::Status;
 
 #[test]
@@ -23,4 +23,21 @@ fn a_device_that_is_not_there_is_told_from_one_that_cannot_be() {
         ["without CUDA", "--features cuda"]
     };
     assert!(wanted.iter().any(|text| error.message().contains(text)), "{error}");
+}
+
+/// A module is looked for by the name of its file.
+#[test]
+fn kernels_are_named_after_their_files() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cuda");
+    let files = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
+    let sources: Vec<(String, String)> = files
+        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
+        .map(|path| (path.file_stem().unwrap().to_str().unwrap().into(), std::fs::read_to_string(&path).unwrap()))
+        .collect();
+    for kernel in attend::kernel_names().chain([dequantize::KERNEL, store::KERNEL]) {
+        let is_in = |(stem, text): &&(String, String)| {
+            kernel.starts_with(&format!("kvq_{stem}_")) && text.contains(&format!("({kernel},"))
+        };
+        assert_eq!(sources.iter().filter(is_in).count(), 1, "{kernel}");
+    }
 }
