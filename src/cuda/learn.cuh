@@ -24,19 +24,41 @@ __device__ inline void learn_queries(const Store &b, const Side &keys) {
     const uint32_t n_rows = p.n_tokens * gqa, c = b.thread;
     const float seen = means[dim], n = float(n_rows), mean = c < dim ? means[c] : 0.f;
     float sum = 0.f;
-    // A row for each warp, as many at a time as there is room for rows of a page; then sums in the order of the rows.
-    for (uint32_t first = 0; first < n_rows; first += p.layer.page) {
-        const uint32_t n_here = min(p.layer.page, n_rows - first);
-        read_rows(b, n_here, dim, [&](uint32_t i) {
-            const uint32_t row = first + i;
-            return p.q + row / gqa * p.q_stride_token + (b.head * gqa + row % gqa) * p.q_stride_head;
-        });
+    const auto value = [&](uint32_t row, uint32_t channel) {
+        return finite(p.q[row / gqa * p.q_stride_token + (b.head * gqa + row % gqa) * p.q_stride_head + channel]);
+    };
+    // In the order of the rows.
+    const auto add = [&](uint32_t n_here) {
         __syncthreads();
         if (c < dim) {
 #pragma unroll 8
             for (uint32_t i = 0; i < n_here; i++) sum += b.row(i)[c] * b.row(i)[c];
         }
         __syncthreads();
+    };
+    constexpr uint32_t N = 4, AT_ONCE = N * STORE_WARPS;
+    static_assert(AT_ONCE <= 64, "there is room for the rows of a page");
+    if (n_rows <= STORE_WARPS) {
+        for (uint32_t at = b.lane; b.warp < n_rows && at < dim; at += 32) b.row(b.warp)[at] = value(b.warp, at);
+        add(n_rows);
+    } else if (dim <= 128) {
+        // What is read next is on its way while sums are made.
+        RowsAhead<N> rows;
+        rows.read(b, b.warp, n_rows, 0, dim, value);
+#pragma unroll 1
+        for (uint32_t first = 0; first < n_rows; first += AT_ONCE) {
+            const uint32_t n_here = min(AT_ONCE, n_rows - first);
+            rows.put(b, b.warp, n_here, 0, dim);
+            rows.read(b, first + AT_ONCE + b.warp, n_rows, 0, dim, value);
+            add(n_here);
+        }
+    } else {
+#pragma unroll 1
+        for (uint32_t first = 0; first < n_rows; first += AT_ONCE) {
+            const uint32_t n_here = min(AT_ONCE, n_rows - first);
+            copy_rows(b, n_here, dim, [&](uint32_t i, uint32_t channel) { return value(first + i, channel); });
+            add(n_here);
+        }
     }
     if (c < dim) means[c] = mean + (sum - mean * n) / (seen + n);
     if (b.thread == 0) means[dim] = fminf(seen + n, 4096.f);
@@ -138,32 +160,50 @@ __device__ inline void give_back(const Store &b, const Side &side, uint32_t page
     __syncthreads();
 }
 
-// Chooses the rows that enter the pool. Ends with a barrier.
+// The norms of the pool's members to s.b, infinity where it is free; its free rows to s.free_rows, their number to s.most[0].
+// The block's rows are lost. Ends with a barrier.
+__device__ inline void measure_members(const Store &b, const Side &keys) {
+    Scratch &s = b.s;
+    const uint32_t dim = keys.desc.head_dim, n_pool = b.p.layer.pool_rows, page = b.p.layer.page;
+    const uint32_t *table = keys.pool_table();
+    for (uint32_t first = 0; first < n_pool; first += page) {
+        const uint32_t n = min(page, n_pool - first), i = first + b.thread;
+        copy_rows(b, n, dim, [&](uint32_t row, uint32_t c) { return half_to_float(keys.pool_row(first + row)[c]); });
+        const bool is_member = b.thread < n && table[i] != 0;
+        __syncthreads();
+        if (b.thread < n) {
+            float norm = 0.f;
+#pragma unroll 8
+            for (uint32_t c = 0; c < dim; c++) norm += fabsf(b.row(b.thread)[c]);
+            s.b[i] = is_member ? norm : infinity();
+        }
+        __syncthreads();
+    }
+    if (b.thread < n_pool) {
+        const auto is_free = [&](uint32_t i) { return s.b[i] == infinity(); };
+        uint32_t before = 0;
+        for (uint32_t i = 0; i < b.thread; i++) before += is_free(i) ? 1 : 0;
+        if (is_free(b.thread)) s.free_rows[before] = uint16_t(b.thread);
+        if (b.thread == n_pool - 1) s.most[0] = before + (is_free(b.thread) ? 1 : 0);
+    }
+    __syncthreads();
+}
+
+// Chooses the rows that enter the pool, whose members are measured. Ends with a barrier.
 __device__ inline void trace_outliers(const Store &b, const Side &keys) {
     Scratch &s = b.s;
     const uint32_t dim = keys.desc.head_dim, n_pool = b.p.layer.pool_rows, n_places = b.p.layer.pool_outliers;
-    const uint32_t *table = keys.pool_table();
-    // Norms of the rows, and of the members at the other end: none where the pool is free.
     for (uint32_t i = b.thread; i < s.n_rows; i += STORE_THREADS) {
         float norm = 0.f;
+#pragma unroll 8
         for (uint32_t c = 0; c < dim; c++) norm += fabsf(b.row(i)[c]);
         s.a[i] = norm;
-    }
-    if (b.thread < n_pool) {
-        float norm = 0.f;
-        const uint16_t *member = keys.pool_row(b.thread);
-        for (uint32_t c = 0; c < dim; c++) norm += fabsf(half_to_float(member[c]));
-        s.b[b.thread] = norm;
-        uint32_t before = 0;
-        for (uint32_t i = 0; i < b.thread; i++) before += table[i] == 0 ? 1 : 0;
-        if (table[b.thread] == 0) s.free_rows[before] = uint16_t(b.thread);
-        if (b.thread == n_pool - 1) s.most[0] = before + (table[b.thread] == 0 ? 1 : 0);
     }
     __syncthreads();
     for (uint32_t i = b.thread; i < s.n_rows; i += STORE_THREADS) {
         const uint32_t taken = place_in_rising(s.a, i, s.n_rows);
         uint32_t smaller = taken;
-        for (uint32_t j = 0; j < n_pool; j++) smaller += table[j] != 0 && s.b[j] <= s.a[i] ? 1 : 0;
+        for (uint32_t j = 0; j < n_pool; j++) smaller += s.b[j] <= s.a[i] ? 1 : 0;
         // Both grow with the norm, so those that find a place are the smallest.
         const bool enters = smaller < n_places && taken < s.most[0];
         s.pooled[i] = enters ? s.free_rows[taken] : NONE;

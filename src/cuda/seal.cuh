@@ -70,20 +70,15 @@ __device__ __forceinline__ float source_value(const Store &b, const Side &side, 
 __device__ inline void gather(const Store &b, const Target &t, uint32_t page, Seal seal) {
     const Side &side = t.side;
     if (b.thread < b.p.layer.page) b.s.record_of[b.thread] = NONE;
-    for (uint32_t i = b.warp; i < b.s.n_rows; i += STORE_WARPS) {
-        if (seal == Seal::RENEW) {
-            const uint32_t member = find_member(b, side, page * b.p.layer.page + b.s.at[i]);
-            if (t.is_key && member != NONE && b.lane == 0) {
-                b.s.pooled[i] = uint16_t(member);
-                atomicAdd(&b.s.n_exact, 1u);
-            }
-            if (b.s.source[i] == KEPT) {
-                read_from_page(b, t, page, i, member);
-                continue;
-            }
+    const auto value = [&](uint32_t i, uint32_t c) { return b.s.source[i] == KEPT ? 0.f : source_value(b, side, b.s.source[i], c); };
+    copy_rows(b, b.s.n_rows, side.desc.head_dim, value);
+    for (uint32_t i = b.warp; seal == Seal::RENEW && i < b.s.n_rows; i += STORE_WARPS) {
+        const uint32_t member = find_member(b, side, page * b.p.layer.page + b.s.at[i]);
+        if (t.is_key && member != NONE && b.lane == 0) {
+            b.s.pooled[i] = uint16_t(member);
+            atomicAdd(&b.s.n_exact, 1u);
         }
-#pragma unroll 4
-        for (uint32_t c = b.lane; c < side.desc.head_dim; c += 32) b.row(i)[c] = source_value(b, side, b.s.source[i], c);
+        if (b.s.source[i] == KEPT) read_from_page(b, t, page, i, member);
     }
     __syncthreads();
 }

@@ -135,6 +135,7 @@ template <class F> __device__ inline uint32_t for_each_page(const Store &b, uint
 __device__ inline void fill_pool(const Store &b, const Side &keys, const Side &values, uint32_t page) {
     give_back(b, keys, page);
     give_back(b, values, page);
+    measure_members(b, keys);
     gather(b, {keys, keys.header(page), keys.page(page), true, true}, page, Seal::FRESH);
     trace_outliers(b, keys);
     write_pooled(b, keys, page);

@@ -156,28 +156,40 @@ __device__ __forceinline__ void raise(Scratch &s, uint32_t i, float x) {
     if (x > 0.f) atomicMax(&s.most[i], __float_as_uint(x));
 }
 
-// Reads float rows to those of a block, a warp each, a few loads at a time: `from(i)` is where row i lies. No barrier.
-template <class F> __device__ inline void read_rows(const Store &b, uint32_t n, uint32_t dim, F from) {
-    constexpr uint32_t ROWS = 4, PARTS = 4;
-#pragma unroll 1
-    for (uint32_t i = b.warp; i < n; i += ROWS * STORE_WARPS) {
-#pragma unroll 1
-        for (uint32_t c = b.lane; c < dim; c += 32 * PARTS) {
-            float x[ROWS][PARTS];
+// A warp's rows of a block, every STORE_WARPS-th of `n`: N of them, 128 channels from `c` on, read together.
+template <uint32_t N> struct RowsAhead {
+    static constexpr uint32_t PARTS = 4;
+    float x[N][PARTS];
+
+    // `value(i, channel)` is what memory has of row i.
+    template <class F> __device__ void read(const Store &b, uint32_t first, uint32_t n, uint32_t c, uint32_t dim, F value) {
 #pragma unroll
-            for (uint32_t r = 0; r < ROWS; r++) {
-                const bool is_row = i + r * STORE_WARPS < n;
-                const float *row = from(is_row ? i + r * STORE_WARPS : i);
+        for (uint32_t r = 0; r < N; r++)
 #pragma unroll
-                for (uint32_t k = 0; k < PARTS; k++) x[r][k] = is_row && c + 32 * k < dim ? row[c + 32 * k] : 0.f;
+            for (uint32_t k = 0; k < PARTS; k++) {
+                const uint32_t i = first + r * STORE_WARPS, at = c + 32 * k + b.lane;
+                x[r][k] = i < n && at < dim ? value(i, at) : 0.f;
             }
-#pragma unroll
-            for (uint32_t r = 0; r < ROWS; r++)
-#pragma unroll
-                for (uint32_t k = 0; k < PARTS; k++)
-                    if (i + r * STORE_WARPS < n && c + 32 * k < dim) b.row(i + r * STORE_WARPS)[c + 32 * k] = finite(x[r][k]);
-        }
     }
+    __device__ void put(const Store &b, uint32_t first, uint32_t n, uint32_t c, uint32_t dim) const {
+#pragma unroll
+        for (uint32_t r = 0; r < N; r++)
+#pragma unroll
+            for (uint32_t k = 0; k < PARTS; k++) {
+                const uint32_t i = first + r * STORE_WARPS, at = c + 32 * k + b.lane;
+                if (i < n && at < dim) b.row(i)[at] = x[r][k];
+            }
+    }
+};
+
+// Copies `n` rows to those of a block, a warp each. No barrier.
+template <class F> __device__ inline void copy_rows(const Store &b, uint32_t n, uint32_t dim, F value) {
+    constexpr uint32_t N = 4;
+    RowsAhead<N> rows;
+#pragma unroll 1
+    for (uint32_t i = b.warp; i < n; i += N * STORE_WARPS)
+#pragma unroll 1
+        for (uint32_t c = 0; c < dim; c += 32 * rows.PARTS) rows.read(b, i, n, c, dim, value), rows.put(b, i, n, c, dim);
 }
 
 // Rotates a row by a warp: the stages in the order of src/codec/hadamard.rs. Between barriers of the warp.
