@@ -60,18 +60,24 @@ __device__ inline void read_from_page(const Store &b, const Target &t, uint32_t 
     for (uint32_t c = b.lane; c < dim; c += 32) b.row(i)[c] = finite(b.row(i)[c]);
 }
 
-// A channel of the row that a record takes from a slot or from the ubatch.
-__device__ __forceinline__ float source_value(const Store &b, const Side &side, int record_source, uint32_t c) {
-    const uint32_t source = uint32_t(record_source), n_slots = b.p.layer.n_slots;
-    return finite(source < n_slots ? half_to_float(side.slot(source)[c]) : side.current[size_t(source - n_slots) * side.stride_token + c]);
+// The row that a record takes from a slot or from the ubatch; zeros for one that the page keeps.
+struct SourceRow {
+    const uint16_t *slot;
+    const float *current;
+    __device__ float operator()(uint32_t c) const { return finite(slot != nullptr ? half_to_float(slot[c]) : current != nullptr ? current[c] : 0.f); }
+};
+__device__ __forceinline__ SourceRow source_row(const Store &b, const Side &side, int source) {
+    if (source == KEPT) return {nullptr, nullptr};
+    const uint32_t i = uint32_t(source), n_slots = b.p.layer.n_slots;
+    if (i < n_slots) return {side.slot(i), nullptr};
+    return {nullptr, side.current + size_t(i - n_slots) * side.stride_token};
 }
 
 // Copies the page's rows together; where they go is not known yet. Ends with a barrier.
 __device__ inline void gather(const Store &b, const Target &t, uint32_t page, Seal seal) {
     const Side &side = t.side;
     if (b.thread < b.p.layer.page) b.s.record_of[b.thread] = NONE;
-    const auto value = [&](uint32_t i, uint32_t c) { return b.s.source[i] == KEPT ? 0.f : source_value(b, side, b.s.source[i], c); };
-    copy_rows(b, b.s.n_rows, side.desc.head_dim, value);
+    copy_rows(b, b.s.n_rows, side.desc.head_dim, [&](uint32_t i) { return source_row(b, side, b.s.source[i]); });
     for (uint32_t i = b.warp; seal == Seal::RENEW && i < b.s.n_rows; i += STORE_WARPS) {
         const uint32_t member = find_member(b, side, page * b.p.layer.page + b.s.at[i]);
         if (t.is_key && member != NONE && b.lane == 0) {
