@@ -26,7 +26,7 @@ __device__ inline void learn_queries(const Store &b, const Side &keys) {
     float sum = 0.f;
     const auto row_of = [&](uint32_t row) {
         const float *q = p.q + row / gqa * p.q_stride_token + (b.head * gqa + row % gqa) * p.q_stride_head;
-        return [q](uint32_t channel) { return finite(q[channel]); };
+        return [q](uint32_t channel) { return q[channel]; };
     };
     // In the order of the rows.
     const auto add = [&](uint32_t n_here) {
@@ -40,7 +40,7 @@ __device__ inline void learn_queries(const Store &b, const Side &keys) {
     constexpr uint32_t N = 4, AT_ONCE = N * STORE_WARPS;
     static_assert(AT_ONCE <= 64, "there is room for the rows of a page");
     if (n_rows <= STORE_WARPS) {
-        for (uint32_t at = b.lane; b.warp < n_rows && at < dim; at += 32) b.row(b.warp)[at] = row_of(b.warp)(at);
+        for (uint32_t at = b.lane; b.warp < n_rows && at < dim; at += 32) b.row(b.warp)[at] = finite(row_of(b.warp)(at));
         add(n_rows);
     } else if (dim <= 128) {
         // What is read next is on its way while sums are made.
@@ -49,7 +49,7 @@ __device__ inline void learn_queries(const Store &b, const Side &keys) {
 #pragma unroll 1
         for (uint32_t first = 0; first < n_rows; first += AT_ONCE) {
             const uint32_t n_here = min(AT_ONCE, n_rows - first);
-            rows.put(b, b.warp, n_here, 0, dim);
+            rows.put<true>(b, b.warp, n_here, 0, dim);
             rows.read(b, first + AT_ONCE + b.warp, n_rows, 0, dim, row_of);
             add(n_here);
         }
@@ -57,7 +57,7 @@ __device__ inline void learn_queries(const Store &b, const Side &keys) {
 #pragma unroll 1
         for (uint32_t first = 0; first < n_rows; first += AT_ONCE) {
             const uint32_t n_here = min(AT_ONCE, n_rows - first);
-            copy_rows(b, n_here, dim, [&](uint32_t i) { return row_of(first + i); });
+            copy_rows<true>(b, n_here, dim, [&](uint32_t i) { return row_of(first + i); });
             add(n_here);
         }
     }
@@ -169,7 +169,7 @@ __device__ inline void measure_members(const Store &b, const Side &keys) {
     const uint32_t *table = keys.pool_table();
     for (uint32_t first = 0; first < n_pool; first += page) {
         const uint32_t n = min(page, n_pool - first), i = first + b.thread;
-        copy_rows(b, n, dim, [&](uint32_t i) {
+        copy_rows<false>(b, n, dim, [&](uint32_t i) {
             const uint16_t *row = keys.pool_row(first + i);
             return [row](uint32_t c) { return half_to_float(row[c]); };
         });
@@ -222,7 +222,7 @@ __device__ inline void write_pooled(const Store &b, const Side &side, uint32_t p
     for (uint32_t i = b.warp; i < s.n_rows; i += STORE_WARPS) {
         const uint32_t row = s.pooled[i];
         if (row == NONE) continue;
-        for (uint32_t c = b.lane; c < side.desc.head_dim; c += 32) side.pool_row(row)[c] = float_to_half(source_row(b, side, s.source[i])(c));
+        for (uint32_t c = b.lane; c < side.desc.head_dim; c += 32) side.pool_row(row)[c] = float_to_half(finite(source_row(b, side, s.source[i])(c)));
         if (b.lane == 0) side.pool_table()[row] = page * b.p.layer.page + s.at[i] + 1;
     }
     __syncthreads();

@@ -64,7 +64,7 @@ __device__ inline void read_from_page(const Store &b, const Target &t, uint32_t 
 struct SourceRow {
     const uint16_t *slot;
     const float *current;
-    __device__ float operator()(uint32_t c) const { return finite(slot != nullptr ? half_to_float(slot[c]) : current != nullptr ? current[c] : 0.f); }
+    __device__ float operator()(uint32_t c) const { return slot != nullptr ? half_to_float(slot[c]) : current != nullptr ? current[c] : 0.f; }
 };
 __device__ __forceinline__ SourceRow source_row(const Store &b, const Side &side, int source) {
     if (source == KEPT) return {nullptr, nullptr};
@@ -77,7 +77,7 @@ __device__ __forceinline__ SourceRow source_row(const Store &b, const Side &side
 __device__ inline void gather(const Store &b, const Target &t, uint32_t page, Seal seal) {
     const Side &side = t.side;
     if (b.thread < b.p.layer.page) b.s.record_of[b.thread] = NONE;
-    copy_rows(b, b.s.n_rows, side.desc.head_dim, [&](uint32_t i) { return source_row(b, side, b.s.source[i]); });
+    copy_rows<true>(b, b.s.n_rows, side.desc.head_dim, [&](uint32_t i) { return source_row(b, side, b.s.source[i]); });
     for (uint32_t i = b.warp; seal == Seal::RENEW && i < b.s.n_rows; i += STORE_WARPS) {
         const uint32_t member = find_member(b, side, page * b.p.layer.page + b.s.at[i]);
         if (t.is_key && member != NONE && b.lane == 0) {

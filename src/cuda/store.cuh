@@ -161,7 +161,8 @@ template <uint32_t N> struct RowsAhead {
     static constexpr uint32_t PARTS = 4;
     float x[N][PARTS];
 
-    // `row_of(i)` gives what memory has of row i, as a function of the channel.
+    // `row_of(i)` gives what memory has of row i, as a function of the channel. A load for which nobody asks is as good as one
+    // that a branch would have to wait for.
     template <class F> __device__ void read(const Store &b, uint32_t first, uint32_t n, uint32_t c, uint32_t dim, F row_of) {
 #pragma unroll
         for (uint32_t r = 0; r < N; r++) {
@@ -169,30 +170,29 @@ template <uint32_t N> struct RowsAhead {
             const auto row = row_of(min(i, n - 1));
 #pragma unroll
             for (uint32_t k = 0; k < PARTS; k++) {
-                const uint32_t at = c + 32 * k + b.lane;
-                x[r][k] = i < n && at < dim ? row(at) : 0.f;
+                x[r][k] = row(min(c + 32 * k + b.lane, dim - 1));
             }
         }
     }
-    __device__ void put(const Store &b, uint32_t first, uint32_t n, uint32_t c, uint32_t dim) const {
+    template <bool FINITE> __device__ void put(const Store &b, uint32_t first, uint32_t n, uint32_t c, uint32_t dim) const {
 #pragma unroll
         for (uint32_t r = 0; r < N; r++)
 #pragma unroll
             for (uint32_t k = 0; k < PARTS; k++) {
                 const uint32_t i = first + r * STORE_WARPS, at = c + 32 * k + b.lane;
-                if (i < n && at < dim) b.row(i)[at] = x[r][k];
+                if (i < n && at < dim) b.row(i)[at] = FINITE ? finite(x[r][k]) : x[r][k];
             }
     }
 };
 
 // Copies `n` rows to those of a block, a warp each. No barrier.
-template <class F> __device__ inline void copy_rows(const Store &b, uint32_t n, uint32_t dim, F row_of) {
+template <bool FINITE, class F> __device__ inline void copy_rows(const Store &b, uint32_t n, uint32_t dim, F row_of) {
     constexpr uint32_t N = 4;
     RowsAhead<N> rows;
 #pragma unroll 1
     for (uint32_t i = b.warp; i < n; i += N * STORE_WARPS)
 #pragma unroll 1
-        for (uint32_t c = 0; c < dim; c += 32 * rows.PARTS) rows.read(b, i, n, c, dim, row_of), rows.put(b, i, n, c, dim);
+        for (uint32_t c = 0; c < dim; c += 32 * rows.PARTS) rows.read(b, i, n, c, dim, row_of), rows.template put<FINITE>(b, i, n, c, dim);
 }
 
 // Rotates a row by a warp: the stages in the order of src/codec/hadamard.rs. Between barriers of the warp.
