@@ -43,6 +43,20 @@ pub(crate) struct Query {
     pub(crate) offset: Vec<f32>,
     /// `[row][group]`: exact sum of the coefficients, which mid-points multiply.
     pub(crate) sum: Vec<f32>,
+    pub(crate) framed: Framed,
+}
+
+/// Query rows on their way into the frame of a page, of codecs that have frames (`codec::aqua`).
+#[derive(Default, Debug)]
+pub(crate) struct Framed {
+    /// As they came.
+    pub(crate) rows: Vec<f32>,
+    /// Turned back to where the page is.
+    pub(crate) turned: Vec<f32>,
+    /// What meets the codes.
+    pub(crate) coefficients: Vec<f32>,
+    /// The frame they are prepared for: position and KV head.
+    pub(crate) place: Option<(i32, usize)>,
 }
 
 impl Query {
@@ -193,6 +207,8 @@ pub(crate) struct Probabilities {
     pub(crate) offset: Vec<f32>,
     /// Rows that [`is_coarse`] names.
     pub(crate) coarse: Vec<usize>,
+    /// Scratch of a value predictor: sums of keys and of weights.
+    pub(crate) sums: Vec<f32>,
 }
 
 impl Probabilities {

@@ -10,6 +10,7 @@ mod header;
 mod hostile_memory;
 mod joined_rows;
 mod layer;
+pub(crate) mod profile;
 pub(crate) mod random;
 mod spoiled_queries;
 mod vectors;
