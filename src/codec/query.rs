@@ -53,10 +53,14 @@ pub(crate) struct Framed {
     pub(crate) rows: Vec<f32>,
     /// Turned back to where the page is.
     pub(crate) turned: Vec<f32>,
-    /// What meets the codes.
+    /// What meets the coefficients of keys.
     pub(crate) coefficients: Vec<f32>,
-    /// The frame they are prepared for: position and KV head.
-    pub(crate) place: Option<(i32, usize)>,
+    /// Those of them that the page codes.
+    pub(crate) coded: Vec<f32>,
+    /// Scores with the bias.
+    pub(crate) scores: Vec<f32>,
+    /// What they are prepared for: position, KV head, number of coded coefficients.
+    pub(crate) place: Option<(i32, usize, usize)>,
 }
 
 impl Query {
@@ -207,7 +211,17 @@ pub(crate) struct Probabilities {
     pub(crate) offset: Vec<f32>,
     /// Rows that [`is_coarse`] names.
     pub(crate) coarse: Vec<usize>,
-    /// Scratch of a value predictor: sums of keys and of weights.
+    pub(crate) predicting: Predicting,
+}
+
+/// Scratch of a value predictor.
+#[derive(Default, Debug)]
+pub(crate) struct Predicting {
+    /// `[page][head_dim_k]`: decoded keys.
+    pub(crate) keys: Vec<f32>,
+    /// `[n_rows][page]`: the weights of values that are predicted.
+    pub(crate) weights: Vec<f32>,
+    /// `[n_rows][head_dim_k]`: sums of keys.
     pub(crate) sums: Vec<f32>,
 }
 

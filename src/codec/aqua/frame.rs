@@ -13,6 +13,7 @@ use crate::codec::quantizer::dot;
 use crate::error::{Error, Result, Status};
 use crate::profile::LayerProfile;
 use crate::rotation::{Angles, Rotation};
+use crate::simd::exact::{ExactRows, Kernels};
 
 /// What is known of the frames of a layer's pages. Immutable.
 #[derive(Debug)]
@@ -36,6 +37,8 @@ pub(super) struct HeadFrame {
     inverse: Vec<f32>,
     /// `W`, `[dim_v][dim_k]`, of what is coded; empty: values are not predicted.
     pub(super) predictor: Vec<f32>,
+    /// The same as `[dim_k][dim_v]`.
+    pub(super) by_key: Vec<f32>,
     /// `b`, `[dim_v]`.
     pub(super) offset: Vec<f32>,
 }
@@ -49,6 +52,8 @@ pub(crate) struct Place {
     pub(crate) head: usize,
     /// The bias has been taken off.
     pub(crate) biased: bool,
+    /// Segments of coefficients that are coded.
+    pub(crate) segments: usize,
 }
 
 impl Frame {
@@ -114,7 +119,13 @@ impl Frame {
 
     /// Takes query rows into the frame: `turned` (`R(-s) q`), which meets the bias, from what is there, and in
     /// `coefficients` (`T^-T R(-s) q`) what meets the codes.
-    pub(super) fn enter_queries(&self, place: Place, turned: &mut [f32], coefficients: &mut Vec<f32>) {
+    pub(super) fn enter_queries(
+        &self,
+        place: Place,
+        turned: &mut [f32],
+        coefficients: &mut Vec<f32>,
+        kernels: &Kernels,
+    ) {
         let (head, dim, angles) = (self.head(place), self.dim_k, self.angles(place));
         turned.chunks_exact_mut(dim).for_each(|row| self.rotation.turn_back(row, &angles));
         coefficients.clear();
@@ -123,11 +134,7 @@ impl Frame {
             return;
         }
         coefficients.resize(turned.len(), 0.0);
-        for (q, y) in turned.chunks_exact(dim).zip(coefficients.chunks_exact_mut(dim)) {
-            for (q, row) in q.iter().zip(head.inverse.chunks_exact(dim)) {
-                y.iter_mut().zip(row).for_each(|(y, t)| *y += q * t);
-            }
-        }
+        (kernels.exact_accumulate)(turned, dim, ExactRows { data: &head.inverse, n: dim, dim }, coefficients);
     }
 }
 
@@ -160,7 +167,8 @@ impl HeadFrame {
         }
         if params.predict {
             let predictor = of_head(&profile.predictor, k * v).into_iter().map(f64::from);
-            frame.predictor = row_major(&(DMatrix::from_row_iterator(v, k, predictor) * inverse));
+            let predictor = DMatrix::from_row_iterator(v, k, predictor) * inverse;
+            (frame.predictor, frame.by_key) = (row_major(&predictor), row_major(&predictor.transpose()));
             frame.offset = of_head(&profile.offset, v);
         }
         Ok(frame)

@@ -2,16 +2,19 @@
 #![forbid(unsafe_code)]
 
 use super::AquaCodec;
+use crate::codec::channel::scalar::decode_page;
 use crate::codec::page::{PageRef, ValuePredictor};
 use crate::codec::quantizer::{dot, sum};
-use crate::codec::query::Probabilities;
+use crate::codec::query::{Predicting, Probabilities};
 use crate::shape::MAX_HEAD_DIM;
+use crate::simd::exact::ExactRows;
+use crate::simd::kernels;
 
 const MAX_DIM: usize = MAX_HEAD_DIM as usize;
 
 impl AquaCodec {
     /// What a row's key predicts, whether it is used or not.
-    fn predict(&self, page: PageRef, row: usize, out: &mut [f32]) {
+    pub(super) fn predict(&self, page: PageRef, row: usize, out: &mut [f32]) {
         let mut z = [0f32; MAX_DIM];
         let z = &mut z[..self.frame.dim_k];
         self.coefficients(page, row, z);
@@ -50,30 +53,31 @@ impl ValuePredictor for AquaCodec {
     }
 
     fn accumulate(&self, page: PageRef, p: &mut Probabilities, out: &mut [f32]) {
-        let (dim_k, dim_v) = (self.frame.dim_k, self.frame.dim_v);
-        let mut sums = std::mem::take(&mut p.sums);
+        let (dim_k, dim_v, n_rows) = (self.frame.dim_k, self.frame.dim_v, p.n_rows);
+        let mut scratch = std::mem::take(&mut p.predicting);
+        let Predicting { keys, weights, sums } = &mut scratch;
+        let place = self.place(page.bytes);
+        let mut means = [0f32; MAX_DIM];
+        self.read_means(page, place, &mut means[..dim_k]);
+        keys.resize(self.page * dim_k, 0.0);
+        keys.chunks_exact_mut(dim_k).for_each(|key| key.copy_from_slice(&means[..dim_k]));
+        decode_page(self.inner(place), self.body(page, place), keys, dim_k);
+        weights.clear();
+        weights.extend_from_slice(p.rows());
+        for row in (0..self.page).filter(|row| !self.gate(page.bytes, *row)) {
+            weights.iter_mut().skip(row).step_by(self.page).for_each(|weight| *weight = 0.0);
+        }
         sums.clear();
-        sums.resize(p.n_rows * (dim_k + 1), 0.0);
-        let mut z = [0f32; MAX_DIM];
-        let z = &mut z[..dim_k];
-        for row in (0..self.page).filter(|row| self.gate(page.bytes, *row)) {
-            let weights = p.rows().chunks_exact(self.page).map(|p| p[row]);
-            if weights.clone().all(|weight| weight == 0.0) {
-                continue;
-            }
-            self.coefficients(page, row, z);
-            for (weight, sums) in weights.zip(sums.chunks_exact_mut(dim_k + 1)) {
-                sums.iter_mut().zip(&*z).for_each(|(sum, z)| *sum += weight * z);
-                sums[dim_k] += weight;
-            }
+        sums.resize(n_rows * dim_k, 0.0);
+        let of_page = ExactRows { data: keys, n: self.page, dim: dim_k };
+        (kernels(self.token).exact_accumulate)(weights, self.page, of_page, sums);
+        let head = self.frame.head(place);
+        let matrix = ExactRows { data: &head.by_key, n: dim_k, dim: dim_v };
+        (kernels(self.token).exact_accumulate)(sums, dim_k, matrix, out);
+        for (weights, out) in weights.chunks_exact(self.page).zip(out.chunks_exact_mut(dim_v)) {
+            let weight = sum(weights, |weight| weight);
+            out.iter_mut().zip(&head.offset).for_each(|(out, b)| *out += weight * b);
         }
-        let head = self.frame.head(self.place(page.bytes));
-        for (sums, out) in sums.chunks_exact(dim_k + 1).zip(out.chunks_exact_mut(dim_v)) {
-            let (sums, weight) = (&sums[..dim_k], sums[dim_k]);
-            for ((out, w), b) in out.iter_mut().zip(head.predictor.chunks_exact(dim_k)).zip(&head.offset) {
-                *out += dot(w, sums) + weight * b;
-            }
-        }
-        p.sums = sums;
+        p.predicting = scratch;
     }
 }
