@@ -94,6 +94,31 @@ void llama_kvq_cache::make_rotations(const llama_cparams & cparams) {
     }
 }
 
+void llama_kvq_cache::check_profile() {
+    // nothing is there to be checked while llama.cpp only estimates memory
+    if (profiled.empty() || only_estimated()) {
+        return;
+    }
+    make_rotations(*cparams);
+
+    for (size_t i = 0; i < layouts.size(); ++i) {
+        const auto & want = profiled.at(kv.layers[i].il).frequencies;
+
+        size_t n = 0;
+        std::vector<double> have(256);
+        llama_kvq_must(kvq_rotation_frequencies(rotations[i].get(), have.data(), have.size(), &n), "rotation");
+
+        bool is_same = n == want.size();
+        for (size_t j = 0; is_same && j < n; ++j) {
+            is_same = std::abs(have[j] - want[j]) <= 1e-4*std::abs(want[j]);
+        }
+        if (!is_same) {
+            throw std::runtime_error(format("kvq: the profile was made with other RoPE settings than those of layer %u: "
+                        "make it anew with them, or run with those of the model", kv.layers[i].il));
+        }
+    }
+}
+
 bool llama_kvq_cache::shift(llama_context * lctx) {
     if (kv.hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
         return false;
