@@ -450,7 +450,8 @@ kvq_status kvq_recipe_parse(const char *spec, kvq_recipe **out);
 void kvq_recipe_free(kvq_recipe *recipe);
 
 // Writes the canonical spelling of a recipe, with every key, NUL-terminated, into `buf` of `buf_size` bytes. Parsing
-// it gives the same recipe. KVQ_STATUS_BUFFER_TOO_SMALL if it does not fit; 512 bytes are always enough.
+// it gives the same recipe, but for a profile that was read. KVQ_STATUS_BUFFER_TOO_SMALL if it does not fit; 512 bytes
+// and the length of a profile's path are always enough.
 kvq_status kvq_recipe_spec(const kvq_recipe *recipe, char *buf, size_t buf_size);
 
 // Makes the recipe that a cache of `n_cells` cells in each of `n_streams` streams carries out; `n_seq_max` sequences

@@ -70,7 +70,7 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// The canonical specification: every key spelled out. Parsing it gives the same recipe.
+    /// The canonical specification: every key spelled out. Parsing it gives the same recipe, without the profile itself.
     pub fn spec(&self) -> String {
         self.to_string()
     }
