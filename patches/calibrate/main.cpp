@@ -8,11 +8,12 @@
 #include "llama.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <sstream>
 #include <stdexcept>
@@ -107,9 +108,13 @@ struct observer : llama_kvq_observer {
         try {
             check(kvq_calibration_observe(find(il, shape, rotation).calibration.get(), &args, ith, nth));
         } catch (const std::exception & e) {
-            const std::lock_guard<std::mutex> lock(mutex);
-            error = error.empty() ? e.what() : error;
+            refuse(e.what());
         }
+    }
+
+    void refuse(const char * why) override {
+        const std::lock_guard<std::mutex> lock(mutex);
+        error = error.empty() ? why : error;
     }
 };
 

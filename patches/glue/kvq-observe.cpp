@@ -34,7 +34,11 @@ bool kvq_observe_store(const ggml_tensor * dst, const float * lse, const llama_k
     const ggml_tensor * out  = dst->src[6];
     const ggml_tensor * mask = (out->src[3] ? out : out->src[0])->src[3]; // of the attend node
 
-    GGML_ASSERT(dst->src[2]->ne[2] == 1 && mask->ne[0] >= k->ne[2] && node.max_bias == 0.0f);
+    if (node.max_bias != 0.0f) {
+        observer->refuse("this model adds ALiBi to its scores: it cannot be calibrated");
+        return true;
+    }
+    GGML_ASSERT(dst->src[2]->ne[2] == 1 && mask->ne[0] >= k->ne[2]);
 
     kvq_calibration_args args;
     memset(&args, 0, sizeof(args));

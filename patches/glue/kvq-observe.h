@@ -11,6 +11,9 @@ struct llama_kvq_observer {
     // from nth threads at once, ith from 0 on
     virtual void observe(uint32_t il, const kvq_shape & shape, const kvq_rotation * rotation,
             const kvq_calibration_args & args, int ith, int nth) = 0;
+
+    // of a layer that cannot be observed: why
+    virtual void refuse(const char * why) = 0;
 };
 
 // of the whole process; null: none

@@ -11,7 +11,7 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
-#include <algorithm>
+#include <cerrno>
 #include <cstring>
 
 static const uint32_t KVQ_PROFILE_VERSION = 1;
