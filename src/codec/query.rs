@@ -217,7 +217,7 @@ pub(crate) struct Probabilities {
 /// Scratch of a value predictor.
 #[derive(Default, Debug)]
 pub(crate) struct Predicting {
-    /// `[page][head_dim_k]`: decoded keys.
+    /// `[head_dim_k][page]`: decoded keys.
     pub(crate) keys: Vec<f32>,
     /// `[n_rows][page]`: the weights of values that are predicted.
     pub(crate) weights: Vec<f32>,

@@ -8,17 +8,24 @@
 //! A page of tokens whose positions do not follow its rows (several sequences, holes that were filled) is coded in the same
 //! way with the position that most of its rows agree on; the bias is taken off only where half of them do. Whatever is
 //! chosen, what is decoded is what was coded: it costs bits, never correctness.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod frame;
 mod predict;
+mod scalar;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 
 #[cfg(test)]
 mod tests;
 
 use std::sync::Arc;
 
-use super::channel::{scalar, ChannelCodec, ChannelParams};
+use super::channel::scalar::least_error;
+use super::channel::{ChannelCodec, ChannelParams};
 use super::float8::{e4m3_decode, e4m3_encode, inverse_power, power};
 use super::mixed::{MAX_BITS, SEGMENT};
 use super::page::{PageCodec, PageRef, SealRows, ValuePredictor};
@@ -193,7 +200,7 @@ impl AquaCodec {
         }
         let error = |inner: &ChannelCodec| {
             let (coded, rest) = weight.split_at(inner.head_dim);
-            scalar::least_error(inner, coded) + rest.iter().sum::<f32>()
+            least_error(inner, coded) + rest.iter().sum::<f32>()
         };
         let best = self.inners.iter().map(|inner| (error(inner), inner.head_dim / SEGMENT));
         best.min_by(|a, b| a.0.total_cmp(&b.0)).map_or(0, |best| best.1)

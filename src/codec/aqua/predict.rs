@@ -1,13 +1,17 @@
 //! Values that are predicted from keys: `v ~ W z + b`, `z` being what the token's key decodes to in the page's frame.
 #![forbid(unsafe_code)]
 
+use super::scalar;
 use super::AquaCodec;
-use crate::codec::channel::scalar::decode_page;
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
+use crate::codec::channel::ChannelCodec;
 use crate::codec::page::{PageRef, ValuePredictor};
 use crate::codec::quantizer::{dot, sum};
 use crate::codec::query::{Predicting, Probabilities};
 use crate::shape::MAX_HEAD_DIM;
 use crate::simd::exact::ExactRows;
+use crate::simd::isa::kernels_of;
 use crate::simd::kernels;
 
 const MAX_DIM: usize = MAX_HEAD_DIM as usize;
@@ -23,6 +27,11 @@ impl AquaCodec {
             *out = dot(w, z) + b;
         }
     }
+}
+
+/// Decodes what a page codes, `out[coefficient][row]`.
+pub(super) fn decode_page(codec: &AquaCodec, inner: &ChannelCodec, page: PageRef, out: &mut [f32]) {
+    (kernels_of!(codec.token).decode_page)(inner, page, out);
 }
 
 impl ValuePredictor for AquaCodec {
@@ -59,9 +68,9 @@ impl ValuePredictor for AquaCodec {
         let place = self.place(page.bytes);
         let mut means = [0f32; MAX_DIM];
         self.read_means(page, place, &mut means[..dim_k]);
-        keys.resize(self.page * dim_k, 0.0);
-        keys.chunks_exact_mut(dim_k).for_each(|key| key.copy_from_slice(&means[..dim_k]));
-        decode_page(self.inner(place), self.body(page, place), keys, dim_k);
+        keys.resize(dim_k * self.page, 0.0);
+        keys.chunks_exact_mut(self.page).zip(means).for_each(|(channel, mean)| channel.fill(mean));
+        decode_page(self, self.inner(place), self.body(page, place), keys);
         weights.clear();
         weights.extend_from_slice(p.rows());
         for row in (0..self.page).filter(|row| !self.gate(page.bytes, *row)) {
@@ -69,8 +78,9 @@ impl ValuePredictor for AquaCodec {
         }
         sums.clear();
         sums.resize(n_rows * dim_k, 0.0);
-        let of_page = ExactRows { data: keys, n: self.page, dim: dim_k };
-        (kernels(self.token).exact_accumulate)(weights, self.page, of_page, sums);
+        // Weights are to channels what queries are to keys.
+        let channels = ExactRows { data: keys, n: dim_k, dim: self.page };
+        (kernels(self.token).exact_scores)(weights, channels, sums, dim_k);
         let head = self.frame.head(place);
         let matrix = ExactRows { data: &head.by_key, n: dim_k, dim: dim_v };
         (kernels(self.token).exact_accumulate)(sums, dim_k, matrix, out);

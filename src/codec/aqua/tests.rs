@@ -233,6 +233,25 @@ fn attention_reads_what_decoding_gives() {
     }
 }
 
+/// All rows at once are the rows one by one, on every instruction set.
+#[test]
+fn whole_pages_decode_as_their_rows() {
+    let profile = profile::profile(SHAPE, 3);
+    let keys = Rng::new(7).values(PAGE * DIM);
+    for token in Isa::ALL.into_iter().filter_map(IsaToken::new) {
+        let codec = AquaCodec::new(&params("aqua", &profile), 0, SHAPE, PAGE, token).unwrap();
+        let page = Page::new(&codec, &keys, &(0..PAGE as i32).collect::<Vec<_>>());
+        let place = codec.place(&page.bytes);
+        let inner = codec.inner(place);
+        let (mut all, mut row) = (vec![0f32; inner.head_dim * PAGE], vec![0f32; inner.head_dim]);
+        super::predict::decode_page(&codec, inner, codec.body(page.as_ref(), place), &mut all);
+        for token_row in 0..PAGE {
+            inner.decode(codec.body(page.as_ref(), place), token_row, &mut row);
+            assert!((0..inner.head_dim).all(|c| all[c * PAGE + token_row] == row[c]), "{:?} {token_row}", token.isa());
+        }
+    }
+}
+
 #[test]
 fn profiles_are_part_of_the_format_and_of_other_heads_refused() {
     let [a, b] = [1, 2].map(|seed| profile::profile(SHAPE, seed));

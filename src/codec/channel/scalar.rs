@@ -247,8 +247,9 @@ pub(super) fn decode(codec: &ChannelCodec, page: PageRef, row: usize, out: &mut 
     }
 }
 
-/// Decodes all rows of a page, each `stride` from the one before. Equal to [`decode`] for each, many times faster.
-pub(crate) fn decode_page(codec: &ChannelCodec, page: PageRef, out: &mut [f32], stride: usize) {
+/// Decodes all rows of a page, channel by channel: `out[head_dim][page]`. The values of [`decode`], many times faster.
+#[inline(always)]
+pub(crate) fn decode_page(codec: &ChannelCodec, page: PageRef, out: &mut [f32]) {
     let (order, params) = (read_order(codec, page), read_params(codec, page));
     let mut codes = [0u8; MAX_PAGE];
     let codes = &mut codes[..codec.page];
@@ -256,9 +257,9 @@ pub(crate) fn decode_page(codec: &ChannelCodec, page: PageRef, out: &mut [f32], 
         codec.tile.get_depth(page.bytes, &order.segments, d, codes);
         let (step, mid) = (params.step[d], params.mid[d]);
         let centre = mixed::centre(order.segments.bits(d / SEGMENT));
-        let channel = usize::from(order.channel[d]);
-        for (lane, code) in codes.iter().enumerate() {
-            out[lane * stride + channel] = step * (f32::from(*code) - centre) + mid;
+        let out = &mut out[usize::from(order.channel[d]) * codec.page..][..codec.page];
+        for (out, code) in out.iter_mut().zip(&*codes) {
+            *out = step * (f32::from(*code) - centre) + mid;
         }
     }
 }
