@@ -38,7 +38,4 @@ endif()
 # A program of its own, beside llama.cpp's.
 add_executable            (llama-kvq-calibrate ${CMAKE_CURRENT_LIST_DIR}/../calibrate/main.cpp)
 target_include_directories(llama-kvq-calibrate PRIVATE ${CMAKE_CURRENT_LIST_DIR} ${KVQ_DIR}/include)
-target_link_libraries     (llama-kvq-calibrate PRIVATE llama ${KVQ_LIB} Threads::Threads ${CMAKE_DL_LIBS})
-if (UNIX)
-    target_link_libraries (llama-kvq-calibrate PRIVATE m)
-endif()
+target_link_libraries     (llama-kvq-calibrate PRIVATE llama)
