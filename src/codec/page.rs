@@ -32,7 +32,7 @@ pub struct SealRows<'a> {
     pub last_exponents: &'a mut [u8],
     /// `[at.len()]`: the largest attention weight that recent queries gave each row; empty: unknown.
     pub attention: &'a [f32],
-    /// Where the rows are, for codecs that want to know ([`PageCodec::wants_places`]). `None`: unknown.
+    /// Where the rows are, for codecs that want to know (`PageCodec::wants_places`). `None`: unknown.
     pub place: Option<RowPlaces<'a>>,
 }
 

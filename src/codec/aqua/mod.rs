@@ -3,7 +3,7 @@
 //!
 //! Source: AQUA-KV (arXiv 2501.19392) for prediction and residuals; that chain of layers is rebuilt for every token, so here
 //! a value is predicted from the key of the same token and head, whose codes attention reads anyway. In the frame of a page
-//! ([`frame`]) nothing depends on where the page is.
+//! (`frame.rs`) nothing depends on where the page is.
 //!
 //! A page of tokens whose positions do not follow its rows (several sequences, holes that were filled) is coded in the same
 //! way with the position that most of its rows agree on; the bias is taken off only where half of them do. Whatever is
