@@ -12,6 +12,7 @@ mod joined_rows;
 mod layer;
 pub(crate) mod profile;
 pub(crate) mod random;
+mod recoded_values;
 mod spoiled_queries;
 mod vectors;
 mod weights;
