@@ -8,7 +8,7 @@ use std::env;
 use std::path::PathBuf;
 
 /// Sources of the header, in the order in which their functions appear in it.
-const HEADER_SOURCES: [&str; 17] = [
+const HEADER_SOURCES: [&str; 19] = [
     "src/capi/version.rs",
     "src/error.rs",
     "src/capi/status.rs",
@@ -19,6 +19,8 @@ const HEADER_SOURCES: [&str; 17] = [
     "src/location.rs",
     "src/capi/planner.rs",
     "src/capi/shift.rs",
+    "src/capi/profile.rs",
+    "src/capi/calibration.rs",
     "src/capi/attention.rs",
     "src/capi/store.rs",
     "src/learned.rs",

@@ -45,6 +45,98 @@ static void recipe_and_layout(kvq_recipe *recipe, kvq_layout *layout) {
     kvq_layout_free(NULL);
 }
 
+static void profile_and_calibration(kvq_recipe *recipe) {
+    static float numbers[64 * 64], rows[2 * 64];
+    const kvq_shape shape = {1, 1, 64, 64};
+    kvq_profile *profile = UNTOUCHED;
+    kvq_calibration *calibration = UNTOUCHED;
+    kvq_rotation *rotation = UNTOUCHED;
+    kvq_recipe *new_recipe = UNTOUCHED;
+    kvq_profile_layer layer = {shape, numbers, numbers, numbers, numbers}, found;
+    const double frequency = 1;
+    double frequencies[1];
+    char text[64];
+    size_t n = 77;
+    CHECK_INVALID(kvq_profile_new(NULL));
+    CHECK_INVALID(kvq_calibration_new(NULL, rotation, &calibration));
+    CHECK_INVALID(kvq_calibration_new(&shape, NULL, &calibration));
+    CHECK(profile == UNTOUCHED && calibration == UNTOUCHED);
+    CHECK_OK(kvq_profile_new(&profile));
+    CHECK_OK(kvq_rotation_new(&frequency, 1, 0, &rotation));
+    CHECK_INVALID(kvq_calibration_new(&shape, rotation, NULL));
+    CHECK_OK(kvq_calibration_new(&shape, rotation, &calibration));
+
+    CHECK_INVALID(kvq_rotation_frequencies(NULL, frequencies, 1, &n));
+    CHECK_INVALID(kvq_rotation_frequencies(rotation, frequencies, 1, NULL));
+    CHECK_STATUS(kvq_rotation_frequencies(rotation, frequencies, 0, &n), KVQ_STATUS_BUFFER_TOO_SMALL);
+    CHECK(n == 77);
+    CHECK_OK(kvq_rotation_frequencies(rotation, NULL, 0, &n));
+    CHECK(n == 1);
+    CHECK_OK(kvq_rotation_frequencies(rotation, frequencies, 1, &n));
+    CHECK(fabs(frequencies[0] - 1) < 1e-12);
+
+    CHECK_INVALID(kvq_profile_set_layer(NULL, 0, rotation, &layer));
+    CHECK_INVALID(kvq_profile_set_layer(profile, 0, NULL, &layer));
+    CHECK_INVALID(kvq_profile_set_layer(profile, 0, rotation, NULL));
+#define WITHOUT(field)                                                 \
+    do {                                                               \
+        kvq_profile_layer bad = layer;                                 \
+        bad.field = NULL;                                              \
+        CHECK_INVALID(kvq_profile_set_layer(profile, 0, rotation, &bad)); \
+    } while (0)
+    WITHOUT(key_bias);
+    WITHOUT(key_transform);
+    WITHOUT(predictor);
+    WITHOUT(offset);
+#undef WITHOUT
+    CHECK_STATUS(kvq_profile_get_layer(profile, 0, &shape, &found), KVQ_STATUS_FORMAT); /* not set yet */
+    CHECK_OK(kvq_profile_set_layer(profile, 0, rotation, &layer));
+    CHECK_INVALID(kvq_profile_set_layer(profile, 1u << 30, rotation, &layer));
+    CHECK_INVALID(kvq_profile_get_layer(NULL, 0, &shape, &found));
+    CHECK_INVALID(kvq_profile_get_layer(profile, 0, NULL, &found));
+    CHECK_INVALID(kvq_profile_get_layer(profile, 0, &shape, NULL));
+    CHECK_OK(kvq_profile_get_layer(profile, 0, &shape, &found));
+    CHECK(found.key_bias != numbers && found.key_bias[63] == 0);
+
+    CHECK_INVALID(kvq_recipe_profile(NULL, text, sizeof text));
+    CHECK_INVALID(kvq_recipe_profile(recipe, NULL, sizeof text));
+    CHECK_OK(kvq_recipe_profile(recipe, text, sizeof text));
+    CHECK(text[0] == '\0'); /* it wants none */
+    CHECK_INVALID(kvq_recipe_with_profile(NULL, profile, &new_recipe));
+    CHECK_INVALID(kvq_recipe_with_profile(recipe, NULL, &new_recipe));
+    CHECK_INVALID(kvq_recipe_with_profile(recipe, profile, NULL));
+    CHECK_STATUS(kvq_recipe_with_profile(recipe, profile, &new_recipe), KVQ_STATUS_RECIPE);
+    CHECK(new_recipe == UNTOUCHED && !kvq_layout_wants_positions(NULL));
+
+    const kvq_calibration_args seen = {
+        .q = rows, .q_stride_token = 64, .q_stride_head = 64, .k = rows, .k_stride_token = 64, .k_stride_head = 64,
+        .v = rows, .v_stride_token = 64, .v_stride_head = 64, .out = rows, .lse = rows, .scale = 1, .n_tokens = 2,
+    };
+    CHECK_INVALID(kvq_calibration_observe(NULL, &seen, 0, 1));
+    CHECK_INVALID(kvq_calibration_observe(calibration, NULL, 0, 1));
+#define WITHOUT(field)                                              \
+    do {                                                            \
+        kvq_calibration_args bad = seen;                            \
+        bad.field = NULL;                                           \
+        CHECK_INVALID(kvq_calibration_observe(calibration, &bad, 0, 1)); \
+    } while (0)
+    WITHOUT(q);
+    WITHOUT(k);
+    WITHOUT(v);
+    WITHOUT(out);
+    WITHOUT(lse);
+#undef WITHOUT
+    CHECK_OK(kvq_calibration_observe(calibration, &seen, 0, 1));
+    CHECK_INVALID(kvq_calibration_solve(NULL, 1, 0, profile));
+    CHECK_INVALID(kvq_calibration_solve(calibration, 1, 0, NULL));
+    CHECK_INVALID(kvq_calibration_solve(calibration, 1, 0, profile)); /* two tokens say nothing */
+    kvq_calibration_free(calibration);
+    kvq_calibration_free(NULL);
+    kvq_profile_free(profile);
+    kvq_profile_free(NULL);
+    kvq_rotation_free(rotation);
+}
+
 static void planner(kvq_recipe *recipe, kvq_planner *planner) {
     kvq_planner *new_planner = UNTOUCHED;
     const kvq_row row = {0, 0, 0};
@@ -184,10 +276,10 @@ static void layer(kvq_layout *layout, kvq_planner *planner) {
     CHECK(rotation == UNTOUCHED && shift == UNTOUCHED);
     CHECK_OK(kvq_rotation_new(&frequency, 1, 0, &rotation));
     CHECK_OK(kvq_planner_shift(planner, 0, moved, always, NULL, &shift));
-    CHECK_INVALID(kvq_shift_keys(NULL, rotation, shift, k_mem, 0, 1));
-    CHECK_INVALID(kvq_shift_keys(layout, NULL, shift, k_mem, 0, 1));
-    CHECK_INVALID(kvq_shift_keys(layout, rotation, NULL, k_mem, 0, 1));
-    CHECK_INVALID(kvq_shift_keys(layout, rotation, shift, NULL, 0, 1));
+    CHECK_INVALID(kvq_shift_keys(NULL, rotation, shift, k_mem, v_mem, 0, 1));
+    CHECK_INVALID(kvq_shift_keys(layout, NULL, shift, k_mem, v_mem, 0, 1));
+    CHECK_INVALID(kvq_shift_keys(layout, rotation, NULL, k_mem, v_mem, 0, 1));
+    CHECK_INVALID(kvq_shift_keys(layout, rotation, shift, NULL, v_mem, 0, 1));
     kvq_rotation_free(rotation);
     kvq_rotation_free(NULL);
     kvq_shift_free(shift);
@@ -256,6 +348,7 @@ int main(void) {
     CHECK_OK(kvq_planner_new(recipe, 64, 1, 1, &a_planner));
     CHECK_OK(kvq_layout_new(recipe, &shape, 0, 64, kvq_planner_n_slots(a_planner), &a_layout));
     recipe_and_layout(recipe, a_layout);
+    profile_and_calibration(recipe);
     planner(recipe, a_planner);
     layer(a_layout, a_planner);
     cache(recipe);

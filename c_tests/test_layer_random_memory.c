@@ -66,7 +66,7 @@ static void use(const char *spec, kvq_shape shape, uint64_t seed) {
         }
         kvq_shift *shift = NULL;
         CHECK_OK(kvq_planner_shift(l.planner, 0, moved, layer_is_live, &l, &shift));
-        CHECK_OK(kvq_shift_keys(l.layout, l.rotation, shift, l.k_mem, 0, 1));
+        CHECK_OK(kvq_shift_keys(l.layout, l.rotation, shift, l.k_mem, l.v_mem, 0, 1));
         kvq_shift_free(shift);
         free(moved);
         free(location);

@@ -35,7 +35,7 @@ static void move(layer *l, exact *e, uint32_t interleaved, uint32_t from, int32_
     kvq_shift *shift = NULL;
     CHECK_OK(kvq_planner_shift(l->planner, 0, moved, layer_is_live, l, &shift));
     for (uint32_t part = 0; part < 3; part++) {
-        CHECK_OK(kvq_shift_keys(l->layout, l->rotation, shift, l->k_mem, part, 3));
+        CHECK_OK(kvq_shift_keys(l->layout, l->rotation, shift, l->k_mem, NULL, part, 3));
     }
     kvq_shift_free(shift);
     for (size_t row = from * SHAPE.n_kv_heads; row < e->n * SHAPE.n_kv_heads; row++) {
@@ -134,13 +134,13 @@ static void misuse(void) {
     CHECK_INVALID(kvq_planner_shift(l.planner, 1, moved, layer_is_live, &l, &shift));
     CHECK_OK(kvq_planner_shift(l.planner, 0, moved, layer_is_live, &l, &shift));
     CHECK_INVALID(kvq_planner_shift(l.planner, 0, moved, layer_is_live, &l, &second));
-    CHECK_INVALID(kvq_shift_keys(other.layout, rotation, shift, other.k_mem, 0, 1));
-    CHECK_INVALID(kvq_shift_keys(l.layout, large, shift, l.k_mem, 0, 1));
-    CHECK_INVALID(kvq_shift_keys(l.layout, rotation, shift, l.k_mem, 1, 1));
+    CHECK_INVALID(kvq_shift_keys(other.layout, rotation, shift, other.k_mem, NULL, 0, 1));
+    CHECK_INVALID(kvq_shift_keys(l.layout, large, shift, l.k_mem, NULL, 0, 1));
+    CHECK_INVALID(kvq_shift_keys(l.layout, rotation, shift, l.k_mem, NULL, 1, 1));
     /* Keys that do not depend on their positions stay what they are. */
     l.rotation = rotation;
     const double before = key_error(&l, &e, 0, 200);
-    CHECK_OK(kvq_shift_keys(l.layout, rotation, shift, l.k_mem, 0, 1));
+    CHECK_OK(kvq_shift_keys(l.layout, rotation, shift, l.k_mem, NULL, 0, 1));
     CHECK(key_error(&l, &e, 0, 200) == before && before < NMSE_8_BITS);
     kvq_location *location = make(N_CELLS, sizeof *location);
     float rows[2 * 64];

@@ -28,7 +28,7 @@
 
 
 // Rises with every change to a function or struct of this header. Compare it with kvq_abi_version() at start.
-#define KVQ_ABI_VERSION 7
+#define KVQ_ABI_VERSION 8
 
 // Smallest supported head size.
 #define KVQ_MIN_HEAD_DIM 64
@@ -97,6 +97,9 @@ typedef uint32_t kvq_status;
 // made from.
 typedef struct kvq_cache kvq_cache;
 
+// What has been seen of one layer: as much memory as an f16 cache of all the tokens takes.
+typedef struct kvq_calibration kvq_calibration;
+
 // A GPU and the kernels for it.
 //
 // It never changes after kvq_device_new, so threads may share it. It outlives every call that is enqueued with it.
@@ -111,6 +114,11 @@ typedef struct kvq_layout kvq_layout;
 //
 // Deterministic, no I/O. Not thread-safe: one thread at a time. It does not refer to the recipe it was made from.
 typedef struct kvq_planner kvq_planner;
+
+// The profile of a model, layer by layer.
+//
+// No two calls on the same profile may run at the same time, unless neither of them changes it.
+typedef struct kvq_profile kvq_profile;
 
 // A parsed recipe: a method and its numbers.
 //
@@ -177,6 +185,58 @@ typedef struct {
     // and pools hold rows that are turned already.
     int32_t turned;
 } kvq_location;
+
+// The numbers of one layer: arrays of all KV heads, one after the other.
+typedef struct {
+    // Whose heads.
+    kvq_shape shape;
+    // Mean keys, turned back to position 0, float [n_kv_heads][head_dim_k].
+    const float *key_bias;
+    // From keys in the frame of a page to what is coded, float [n_kv_heads][head_dim_k][head_dim_k].
+    const float *key_transform;
+    // From such keys to values, float [n_kv_heads][head_dim_v][head_dim_k].
+    const float *predictor;
+    // What is added to these, float [n_kv_heads][head_dim_v].
+    const float *offset;
+} kvq_profile_layer;
+
+// What a layer did with a text, exactly, from its first token on, whose position is 0. All strides count elements.
+typedef struct {
+    // Queries, float [n_tokens][n_heads][head_dim_k].
+    const float *q;
+    // Distance between tokens in `q`.
+    size_t q_stride_token;
+    // Distance between heads in `q`.
+    size_t q_stride_head;
+    // Keys, float [n_tokens][n_kv_heads][head_dim_k].
+    const float *k;
+    // Distance between tokens in `k`.
+    size_t k_stride_token;
+    // Distance between heads in `k`.
+    size_t k_stride_head;
+    // Values, float [n_tokens][n_kv_heads][head_dim_v].
+    const float *v;
+    // Distance between tokens in `v`.
+    size_t v_stride_token;
+    // Distance between heads in `v`.
+    size_t v_stride_head;
+    // What attention made of them, contiguous, float [n_tokens][n_heads][head_dim_v].
+    const float *out;
+    // Natural logarithms of its softmax denominators, float [n_tokens][n_heads].
+    const float *lse;
+    // As in kvq_attend_args, column = token. NULL: every earlier token is visible.
+    const void *mask;
+    // Distance between tokens in `mask`, at least `n_tokens`.
+    size_t mask_stride_token;
+    // 0: the mask is float; 1: it is IEEE half.
+    uint32_t mask_is_f16;
+    // Factor on the scores.
+    float scale;
+    // Soft cap of the scores; 0: none.
+    float softcap;
+    // Tokens of the text.
+    uint32_t n_tokens;
+} kvq_calibration_args;
 
 // What kvq_attend reads and writes: one layer, one stream. All strides count elements.
 typedef struct {
@@ -273,6 +333,9 @@ typedef struct {
     const float *lse;
     // The factor on the scores that kvq_attend got; only read with `lse`.
     float scale;
+    // Position of each cell's token, this ubatch's included, int32 [n_cells]; values of cells without a token do not
+    // matter. Only recipes with a profile need it (kvq_layout_wants_positions), for others it may be NULL.
+    const int32_t *positions;
     // Rows; the plan's n_tokens. Without any, `k_cur` and `v_cur` are not read.
     uint32_t n_tokens;
 } kvq_store_args;
@@ -387,7 +450,8 @@ kvq_status kvq_recipe_parse(const char *spec, kvq_recipe **out);
 void kvq_recipe_free(kvq_recipe *recipe);
 
 // Writes the canonical spelling of a recipe, with every key, NUL-terminated, into `buf` of `buf_size` bytes. Parsing
-// it gives the same recipe. KVQ_STATUS_BUFFER_TOO_SMALL if it does not fit; 512 bytes are always enough.
+// it gives the same recipe, but for a profile that was read. KVQ_STATUS_BUFFER_TOO_SMALL if it does not fit; 512 bytes
+// and the length of a profile's path are always enough.
 kvq_status kvq_recipe_spec(const kvq_recipe *recipe, char *buf, size_t buf_size);
 
 // Makes the recipe that a cache of `n_cells` cells in each of `n_streams` streams carries out; `n_seq_max` sequences
@@ -572,7 +636,8 @@ kvq_status kvq_planner_shift(kvq_planner *planner,
 void kvq_shift_free(kvq_shift *shift);
 
 // Carries out part `part` of `n_parts` of a shift in the key memory of one layer: exact rows are turned, packed ones
-// stay as they are as long as the plan can say how far they have moved, which loses nothing.
+// stay as they are as long as the plan can say how far they have moved, which loses nothing. `v_mem` is the layer's
+// value memory; it may be NULL for recipes that do not predict values from keys.
 //
 // Parts touch disjoint memory and may run concurrently. Each shift is carried out exactly once per layer, and not while
 // that layer attends or stores.
@@ -580,8 +645,66 @@ kvq_status kvq_shift_keys(const kvq_layout *layout,
                           const kvq_rotation *rotation,
                           const kvq_shift *shift,
                           uint8_t *k_mem,
+                          uint8_t *v_mem,
                           uint32_t part,
                           uint32_t n_parts);
+
+// Makes a profile without layers. Free it with kvq_profile_free.
+kvq_status kvq_profile_new(kvq_profile **out);
+
+// Frees a profile. NULL is ignored.
+void kvq_profile_free(kvq_profile *profile);
+
+// Sets layer `layer`, counted as for kvq_layout_new, whose keys turn as `rotation` says. KVQ_STATUS_FORMAT if a number
+// is not finite.
+kvq_status kvq_profile_set_layer(kvq_profile *profile,
+                                 uint32_t layer,
+                                 const kvq_rotation *rotation,
+                                 const kvq_profile_layer *numbers);
+
+// Gives the numbers of a layer. The arrays are the profile's: they are there until the layer is set again or the
+// profile freed. KVQ_STATUS_FORMAT if the profile has no such layer or it is of other KV heads than those of `shape`.
+kvq_status kvq_profile_get_layer(const kvq_profile *profile,
+                                 uint32_t layer,
+                                 const kvq_shape *shape,
+                                 kvq_profile_layer *out);
+
+// Writes the radians by which each pair of a rotation turns per position, between -pi and pi, double [n_out]: their
+// number to `n_out`, and to `out` unless it is NULL, which has room for `cap`; KVQ_STATUS_BUFFER_TOO_SMALL if that is
+// too few.
+kvq_status kvq_rotation_frequencies(const kvq_rotation *rotation, double *out, size_t cap, size_t *n_out);
+
+// Writes the file of the profile that a recipe wants, as its key `profile` names it, NUL-terminated, into `buf` of
+// `buf_size` bytes; an empty text if it wants none. KVQ_STATUS_RECIPE if it needs one and names none.
+kvq_status kvq_recipe_profile(const kvq_recipe *recipe, char *buf, size_t buf_size);
+
+// Makes the recipe with the profile that it wants, for kvq_layout_new. KVQ_STATUS_RECIPE if it wants none.
+//
+// Free the result with kvq_recipe_free; the profile may be freed before it.
+kvq_status kvq_recipe_with_profile(const kvq_recipe *recipe, const kvq_profile *profile, kvq_recipe **out);
+
+// Whether kvq_store needs `positions` in its arguments for this layout. False if `layout` is NULL.
+bool kvq_layout_wants_positions(const kvq_layout *layout);
+
+// Makes a calibration of a layer of `shape`, whose keys turn as `rotation` says. Free it with kvq_calibration_free.
+kvq_status kvq_calibration_new(const kvq_shape *shape, const kvq_rotation *rotation, kvq_calibration **out);
+
+// Frees a calibration. NULL is ignored.
+void kvq_calibration_free(kvq_calibration *calibration);
+
+// Takes in part `part` of `n_parts` of what the layer did with a text. Parts may run concurrently; texts follow each
+// other.
+kvq_status kvq_calibration_observe(const kvq_calibration *calibration,
+                                   const kvq_calibration_args *args,
+                                   uint32_t part,
+                                   uint32_t n_parts);
+
+// Works out the layer's profile on at most `n_threads` threads and sets it as layer `layer` of `profile`. The same
+// observations give the same numbers. KVQ_STATUS_INVALID_ARGUMENT if too little has been seen.
+kvq_status kvq_calibration_solve(const kvq_calibration *calibration,
+                                 uint32_t n_threads,
+                                 uint32_t layer,
+                                 kvq_profile *profile);
 
 // Computes part `part` of `n_parts` of the attention of one layer over the cells that the mask shows: sealed pages,
 // exact rows and the rows of this ubatch. It changes neither memory, and must run before kvq_store of the same plan
@@ -618,7 +741,8 @@ kvq_status kvq_store(const kvq_layout *layout, const kvq_store_args *args, uint3
 
 // Reads rows of the cells [cell0, cell0 + n) as float [n][n_kv_heads][head_dim]. `location` comes from
 // kvq_planner_locate; cells that are nowhere give zeros. `rotation` as in kvq_attend_args. `k_out` (with `k_mem`) or
-// `v_out` (with `v_mem`) may be NULL, then that side is left out.
+// `v_out` (with `v_mem`) may be NULL, then that side is left out. Recipes that predict values need `k_mem` for these
+// too.
 kvq_status kvq_dequantize(const kvq_layout *layout,
                           const uint8_t *k_mem,
                           const uint8_t *v_mem,

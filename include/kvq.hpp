@@ -15,9 +15,11 @@ namespace kvq {
 
 struct deleter {
     void operator()(kvq_cache *p) const noexcept { kvq_cache_free(p); }
+    void operator()(kvq_calibration *p) const noexcept { kvq_calibration_free(p); }
     void operator()(kvq_device *p) const noexcept { kvq_device_free(p); }
     void operator()(kvq_layout *p) const noexcept { kvq_layout_free(p); }
     void operator()(kvq_planner *p) const noexcept { kvq_planner_free(p); }
+    void operator()(kvq_profile *p) const noexcept { kvq_profile_free(p); }
     void operator()(kvq_recipe *p) const noexcept { kvq_recipe_free(p); }
     void operator()(kvq_rotation *p) const noexcept { kvq_rotation_free(p); }
     void operator()(kvq_shift *p) const noexcept { kvq_shift_free(p); }
@@ -26,9 +28,11 @@ struct deleter {
 template <typename T> using handle = std::unique_ptr<T, deleter>;
 
 using cache = handle<kvq_cache>;
+using calibration = handle<kvq_calibration>;
 using device = handle<kvq_device>;
 using layout = handle<kvq_layout>;
 using planner = handle<kvq_planner>;
+using profile = handle<kvq_profile>;
 using recipe = handle<kvq_recipe>;
 using rotation = handle<kvq_rotation>;
 using shift = handle<kvq_shift>;

@@ -20,7 +20,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 build=${KVQ_BUILD:-$root/build}
-targets=(llama-perplexity llama-bench llama-completion llama-server llama-cli llama-quantize)
+targets=(llama-perplexity llama-bench llama-completion llama-server llama-cli llama-quantize llama-kvq-calibrate)
 want_stock=no want_tests=no want_cuda=no tree_only=no
 for arg in "$@"; do
     case $arg in

@@ -125,7 +125,7 @@ fit_is_listed() { completion --kvq skvq -c 1024 -n 2 -p "$prompt" 2>&1 | grep -c
 check "-lv 4 lists how far the keys of each layer are off" fit_is_listed
 
 echo "== names and help"
-names="on 2 3 4 skvq kivi ott qaq"
+names="on 2 3 4 skvq kivi ott qaq aqua"
 # Every name has a line of its own, on standard output; there is no model to load.
 lists_names() {
     local name
@@ -145,7 +145,7 @@ check "LLAMA_ARG_KVQ=help" lists_names env LLAMA_ARG_KVQ=help "$bin/llama-comple
 refused "LLAMA_ARG_KVQ=help where it is no option" "kvq.*unknown recipe 'help'; known: on, .*--kvq help" \
     env LLAMA_ARG_KVQ=help "$bin/llama-bench" -m "$model" -p 8 -n 0 -r 1
 refused "a wrong name: names and where they are explained" \
-    "kvq: --kvq turbo: unknown recipe 'turbo'; known: on, 2, 3, 4, skvq, kivi, ott, qaq .*--kvq help" \
+    "kvq: --kvq turbo: unknown recipe 'turbo'; known: on, 2, 3, 4, skvq, kivi, ott, qaq, aqua .*--kvq help" \
     completion -c 512 -n 1 -p x --kvq turbo
 
 # says_once PATTERN COMMAND...: at the program's default verbosity, PATTERN stands in one line of standard error, no
@@ -231,6 +231,64 @@ refused "a state of another recipe" 'failed to load session file' continued skvq
 refused "a kvq state without kvq" 'failed to load session file' continued off state.bin
 check "saving without kvq" save off plain.bin
 refused "a state without kvq" 'failed to load session file' continued skvq:k=3,v=3 plain.bin
+
+echo "== profiles"
+# Made from the end of the text, of whose beginning everything else here makes use.
+tail -c 48000 "$text" >calibration.txt
+calibrate() { timeout 300 "$bin/llama-kvq-calibrate" -m "${3:-$model}" -f "$2" -o "$1" -c 1024 --chunks 8 -t 2; }
+check "llama-kvq-calibrate" calibrate tiny.kvq.gguf calibration.txt
+the_same_twice() { calibrate again.kvq.gguf calibration.txt && cmp tiny.kvq.gguf again.kvq.gguf; }
+check "the same text gives the same bytes" the_same_twice
+another_text() { calibrate other.kvq.gguf "$text" && ! cmp -s tiny.kvq.gguf other.kvq.gguf; }
+check "another text does not" another_text
+aqua=aqua:profile=tiny.kvq.gguf
+check "llama-completion with a profile" says_once "$aqua: $smaller" plain_completion --kvq $aqua -c 1024 -n 8 -p "$prompt"
+repeats_with_profile() {
+    completion --kvq $aqua -c 1024 -n 48 -p "$prompt" 2>/dev/null >profile_1.txt
+    completion --kvq $aqua -c 1024 -n 48 -p "$prompt" 2>/dev/null >profile_2.txt
+    cmp profile_1.txt profile_2.txt && [ "$(wc -c <profile_1.txt)" -gt 2650 ]
+}
+check "the same text twice" repeats_with_profile
+# With as many bytes.
+divergence() {
+    "$bin/llama-perplexity" -m "$model" -t 2 -c 1024 -b 1024 -ub 64 --kvq "$1" --kl-divergence-base plain.dat --kl-divergence 2>&1 |
+        sed -n 's/^Mean  *KLD: *\([0-9.]*\).*/\1/p'
+}
+less_than_kivi() {
+    local ours kivi
+    ours=$(divergence $aqua) kivi=$(divergence kivi:k=2.25)
+    echo "mean KLD $ours, kivi:k=2.25 $kivi"
+    [ -n "$ours" ] && [ -n "$kivi" ] && awk "BEGIN { exit !($ours < 0.8 * $kivi) }"
+}
+check "less divergence than kivi:k=2.25" less_than_kivi
+check "saving with a profile" save $aqua profile.bin
+restores_with_profile() {
+    continued $aqua profile.bin >restored.txt 2>restored.log && grep 'exact match' restored.log &&
+        [ "$(wc -c <restored.txt)" -gt 2650 ]
+}
+check "a restored state goes on" restores_with_profile
+swapped() { cp tiny.kvq.gguf kept.kvq.gguf && cp other.kvq.gguf tiny.kvq.gguf; }
+check "a state where the profile has another name" continued aqua:profile=again.kvq.gguf profile.bin
+check "putting another profile in its place" swapped
+refused "a state of another profile" 'failed to load session file' continued $aqua profile.bin
+mv kept.kvq.gguf tiny.kvq.gguf
+with_profile() { completion -c 512 -n 1 -p x --kvq "$1"; }
+refused "no profile" 'kvq: --kvq aqua: aqua needs profile=FILE: llama-kvq-calibrate -m' with_profile aqua
+refused "no file" 'kvq: profile nosuch: No such file' with_profile aqua:profile=nosuch
+refused "no GGUF" 'kvq: profile calibration.txt: it is no GGUF file, or cut short' with_profile aqua:profile=calibration.txt
+refused "no profile but a model" 'kvq: profile .*: it is not what llama-kvq-calibrate writes' with_profile "aqua:profile=$model"
+head -c 60000 tiny.kvq.gguf >cut.kvq.gguf
+refused "a profile that is cut short" 'kvq: profile cut.kvq.gguf: .*cut short' with_profile aqua:profile=cut.kvq.gguf
+checks damage tiny.kvq.gguf flipped.kvq.gguf "flip 0.7"
+refused "a damaged profile" 'kvq: profile flipped.kvq.gguf: it is damaged' with_profile aqua:profile=flipped.kvq.gguf
+refused "a profile of another model" 'kvq: profile tiny.kvq.gguf: it is of a llama model of 4 layers, this one is llama of 1' \
+    "$bin/llama-bench" -m odd.gguf -p 8 -n 0 -r 1 -t 2 -kvq $aqua
+refused "other RoPE settings" 'kvq: the profile was made with other RoPE settings' \
+    completion -c 512 -n 1 -p x --kvq $aqua --rope-freq-base 77777
+refused "a text that is too short" 'calibrate: short.txt has [0-9]+ tokens, fewer than a piece' \
+    sh -c "head -c 200 calibration.txt >short.txt; '$bin/llama-kvq-calibrate' -m '$model' -f short.txt -o x.gguf"
+refused "an option that is none" 'calibrate: --nosuch is no option' "$bin/llama-kvq-calibrate" --nosuch 1
+refused "heads of 40 to be calibrated" 'kvq.*40' calibrate x.gguf calibration.txt odd.gguf
 
 echo "== GPUs"
 # A CUDA backend that is none: its memory is the host's, locked while it does not compute.
@@ -332,6 +390,7 @@ if [ -x "$bin/test_llama" ] && [ -x "$bin/test-llama-archs" ]; then
     # Keys of 4 bits on every layer: ten times the error that 8 bits may have.
     check "the same with outlier tokens" long "$bin/test_llama" "$model" ott:k=4,v=8,skip-layers=0 0.01
     check "the same with widths by attention" long "$bin/test_llama" "$model" qaq:bits=3.5 0.01
+    check "the same with a profile" long "$bin/test_llama" "$model" $aqua,k=4,v=8 0.01
     check "saved states: what is in them, and those that nobody saved" "$bin/test_state" "$model"
     check "64 K-shifts lose nothing" "$bin/test_shift" "$model" "$text" skvq:k=2,v=2 ott:k=2.25
     # Small random models, one of each architecture. Status 2: refused, with a reason; that is right for some.

@@ -45,6 +45,7 @@ impl PageBench {
             header,
             bytes,
             &mut SealRows {
+                place: None,
                 at: &at,
                 rows,
                 fresh: true,

@@ -66,6 +66,7 @@ fn erase_page_rows(layout: &Layout, head: &mut HeadMut, page: usize, in_page: &d
     let no_weights: [&[f32]; 2] = [&[], &[]];
     let [channel_weights, attention] = no_weights;
     let mut rows = SealRows {
+        place: None,
         at: &at,
         rows: &mut rows,
         fresh: false,
@@ -118,7 +119,7 @@ mod tests {
             let mut ints = vec![0; plan_len(rows.len(), planner.n_slots(), N_CELLS, 64)];
             planner.plan(0, &rows, &|cell| cell < start, &mut ints).unwrap();
             let current = Rows { data: &data, stride_token: DIM, stride_head: DIM };
-            let store = StoreRows { k: current, v: current, q: None, attended: None, rotation: None };
+            let store = StoreRows { positions: None, k: current, v: current, q: None, attended: None, rotation: None };
             let [k, v] = &mut memory;
             store_head(&layout, 0, [k, v], &store, &Plan::new(&ints).unwrap()).unwrap();
         }
@@ -185,6 +186,7 @@ mod tests {
                 let mut rows: Vec<f32> = (0..DIM).map(|i| (i * 37 % 11) as f32 - 5.0).collect();
                 let (at, none): (_, &[f32]) = (&[6], &[]);
                 let mut rows = SealRows {
+                    place: None,
                     at,
                     rows: &mut rows,
                     fresh: false,

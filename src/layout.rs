@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::codec::page::{bits_per_value, PageCodec, Side, HEADER_BYTES};
+use crate::codec::page::{bits_per_value, PageCodec, Side, ValuePredictor, HEADER_BYTES};
 use crate::codec::CodecParams;
 use crate::cuda::desc::{LayerDesc, SideDesc, ABSENT};
 use crate::error::{Error, Result};
@@ -93,7 +93,7 @@ impl Layout {
         let pool_rows = recipe.pool.map_or(0, |pool| pool.rows(layer));
         let side = |side, head_dim: u32, params: &CodecParams| -> Result<SideLayout> {
             let head_dim = head_dim as usize;
-            let codec = params.build(side, head_dim, recipe.page, token)?;
+            let codec = params.build_layer(side, layer, shape, recipe.page, token)?;
             let pool = (n_slots * head_dim * 2).next_multiple_of(64);
             let pool_table = pool + (pool_rows * head_dim * 2).next_multiple_of(64);
             let pool_table_end = pool_table + pool_rows * 4;
@@ -169,6 +169,16 @@ impl Layout {
     /// rule. Then [`crate::store::StoreRows`] need no softmax denominators.
     pub fn attn_window(&self) -> usize {
         self.attn_window
+    }
+
+    /// Whether the store step needs to know where tokens are ([`crate::store::StoreRows::positions`]).
+    pub fn wants_positions(&self) -> bool {
+        self.side(Side::Key).codec.wants_places()
+    }
+
+    /// How values follow from keys, if they do.
+    pub(crate) fn predictor(&self) -> Option<&dyn ValuePredictor> {
+        self.side(Side::Key).codec.predictor()
     }
 
     pub(crate) fn pool(&self) -> Option<&PoolParams> {

@@ -8,6 +8,7 @@
 //! * [`planner`]: which row goes where, decided once per ubatch for all layers; [`plan`]: that decision as plain ints.
 //! * [`attention`] and [`store`]: what a layer does with a plan; [`shift`] and [`rotation`]: what it does when positions
 //!   move.
+//! * [`calibrate`] and [`profile`]: what is found of a model while it reads a text, for recipes that use it.
 //! * [`codec`]: how a page becomes bytes; [`simd`]: instruction sets and their tables.
 //! * [`mod@reference`]: the same in 64-bit floats, short and slow; the oracle of all tests.
 //! * [`cuda`]: the same attention on a GPU.
@@ -17,6 +18,7 @@ pub mod attention;
 #[doc(hidden)]
 pub mod bench_api;
 pub mod cache;
+pub mod calibrate;
 mod capi;
 pub mod codec;
 pub mod cuda;
@@ -30,6 +32,7 @@ pub mod parallel;
 pub mod plan;
 pub mod planner;
 pub mod pool;
+pub mod profile;
 pub mod recent;
 pub mod recipe;
 pub mod reference;

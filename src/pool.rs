@@ -175,7 +175,7 @@ mod tests {
             rows.iter().for_each(|row| self.live[row.cell as usize] = true);
             let current = Rows { data: &keys, stride_token: DIM, stride_head: DIM };
             let [k, v] = &mut self.memory;
-            let store = StoreRows { k: current, v: current, q: None, attended: None, rotation: None };
+            let store = StoreRows { positions: None, k: current, v: current, q: None, attended: None, rotation: None };
             store_head(&self.layout, 0, [k, v], &store, &Plan::new(&ints).unwrap()).unwrap();
             let members = |side: Side| {
                 let found = cells(Head::new(&self.layout, side, &self.memory[side as usize])).flatten();

@@ -57,6 +57,16 @@ impl Rotation {
         Ok(Self { n_pairs: frequencies.len(), interleaved, powers })
     }
 
+    /// The rotation of keys that do not depend on their positions.
+    pub fn none() -> Self {
+        Self { n_pairs: 0, interleaved: false, powers: Vec::new() }
+    }
+
+    /// Radians a position, by pair: as given, but between -pi and pi.
+    pub fn frequencies(&self) -> impl Iterator<Item = f64> + '_ {
+        self.powers[..self.n_pairs].iter().map(|[cos, sin]| sin.atan2(*cos))
+    }
+
     /// The same for device code.
     pub(crate) fn describe(&self) -> RotationDesc {
         let mut desc = RotationDesc::default();

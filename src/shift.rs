@@ -7,13 +7,13 @@
 
 use crate::codec::page::{SealRows, Side};
 use crate::error::{Error, Result};
-use crate::head::HeadMut;
+use crate::head::{Head, HeadMut};
 use crate::layout::Layout;
 use crate::learned::read_moments;
 use crate::planner::{Recoded, Shift};
 use crate::pool;
 use crate::rotation::{Angles, Rotation};
-use crate::rows::write_half;
+use crate::rows::{finite, write_half};
 use crate::shape::MAX_HEAD_DIM;
 
 /// A rotation with the angles of the distance that was last asked for: shifts mostly have one.
@@ -36,14 +36,28 @@ impl Turner<'_> {
     }
 }
 
-/// Carries out a shift for one KV head of one layer, whose key region is given ([`Layout::head_bytes`]).
+/// Carries out a shift for one KV head of one layer, whose key region is given ([`Layout::head_bytes`]), and with it, for
+/// layouts that predict values from keys, its value region.
 ///
 /// # Errors
 ///
 /// [`crate::error::Status::InvalidArgument`] if the shift is of another cache or the heads have fewer values than the
-/// rotation turns.
-pub fn shift_head(layout: &Layout, region: &mut [u8], shift: &Shift, rotation: &Rotation) -> Result<()> {
+/// rotation turns, or the values are missing.
+pub fn shift_head(
+    layout: &Layout,
+    region: &mut [u8],
+    values: Option<&mut [u8]>,
+    shift: &Shift,
+    rotation: &Rotation,
+) -> Result<()> {
     let mut head = HeadMut::new(layout, Side::Key, region);
+    let mut values = match (layout.predictor(), values) {
+        (None, _) => None,
+        (Some(_), Some(region)) => Some(HeadMut::new(layout, Side::Value, region)),
+        (Some(_), None) => {
+            return Err(Error::invalid("values of this recipe are predicted from keys: give their memory"))
+        }
+    };
     let dim = head.layout.head_dim;
     rotation.check(dim)?;
     if (shift.moved.len(), shift.n_slots, shift.page) != (layout.n_cells(), layout.n_slots(), layout.page()) {
@@ -67,9 +81,43 @@ pub fn shift_head(layout: &Layout, region: &mut [u8], shift: &Shift, rotation: &
         }
     }
     for page in &shift.recoded {
+        // What values are predicted from changes under them.
+        let old = values.as_ref().map(|values| decoded_values(layout, [head.as_ref(), values.as_ref()], page));
         recode_page(&mut head, layout.page(), page, &mut turner);
+        if let (Some(values), Some(old)) = (&mut values, old) {
+            recode_values(layout, [&mut head, values], page, old);
+        }
     }
     Ok(())
+}
+
+/// The values of the rows of a page, as they are read.
+fn decoded_values(layout: &Layout, [key, value]: [Head; 2], page: &[Recoded]) -> Vec<f32> {
+    let mut rows = vec![0f32; page.len() * value.layout.head_dim];
+    for (from, to) in page.iter().zip(rows.chunks_exact_mut(value.layout.head_dim)) {
+        let (index, row) = (from.cell / layout.page(), from.cell % layout.page());
+        match from.slot {
+            Some(slot) => value.read_slot(slot, to),
+            None => {
+                value.decode(index, row, to);
+                layout.predictor().into_iter().for_each(|predictor| predictor.add(key.page(index), row, to));
+            }
+        }
+        to.iter_mut().for_each(|x| *x = finite(*x));
+    }
+    rows
+}
+
+/// Encodes the values of a page anew beside its recoded keys, with the parameters that their page has.
+fn recode_values(layout: &Layout, [key, value]: [&mut HeadMut; 2], page: &[Recoded], mut rows: Vec<f32>) {
+    let index = page[0].cell / layout.page();
+    let at: Vec<u32> = page.iter().map(|row| (row.cell % layout.page()) as u32).collect();
+    let (header, bytes) = key.page_mut(index);
+    layout.predictor().into_iter().for_each(|predictor| predictor.take(header, bytes, &at, &mut rows));
+    let (at, rows, last_exponents) = (&at[..], &mut rows[..], &mut [][..]);
+    let [channel_weights, attention]: [&[f32]; 2] = [&[], &[]];
+    let rows = SealRows { at, rows, fresh: false, exact: &[], channel_weights, last_exponents, attention, place: None };
+    value.seal(index, rows);
 }
 
 /// Encodes a page anew from its live rows. Rows that are exact somewhere are taken from there. Decoded rows are scaled so
@@ -99,7 +147,8 @@ fn recode_page(head: &mut HeadMut, page_cells: usize, page: &[Recoded], turner: 
         // Sealing works in its rows.
         let rows = &mut rows.to_vec();
         let last_exponents = &mut [];
-        let rows = SealRows { at, rows, fresh: true, exact, channel_weights, last_exponents, attention: &[] };
+        let rows =
+            SealRows { place: None, at, rows, fresh: true, exact, channel_weights, last_exponents, attention: &[] };
         head.seal(index, rows);
     };
     seal(head, &rows);

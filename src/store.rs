@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::codec::page::{SealRows, Side};
+use crate::codec::page::{RowPlaces, SealRows, Side};
 use crate::error::{Error, Result};
 use crate::head::{Head, HeadMut};
 use crate::layout::{check_plan, Layout};
@@ -29,6 +29,9 @@ pub struct StoreRows<'a> {
     pub attended: Option<Attended<'a>>,
     /// How keys turn when their positions move. `None`: no position has moved, the plan has no turns.
     pub rotation: Option<&'a Rotation>,
+    /// `[n_cells]`: the position of each cell's token, the ubatch's included, for layouts that want them
+    /// ([`Layout::wants_positions`]). Cells without a token do not matter.
+    pub positions: Option<&'a [i32]>,
 }
 
 /// Executes a plan for one KV head of one layer: encodes the rows that leave the exact part, then writes the ubatch's rows
@@ -40,6 +43,7 @@ pub struct StoreRows<'a> {
 pub fn store_head(layout: &Layout, head: usize, [k, v]: [&mut [u8]; 2], rows: &StoreRows, plan: &Plan) -> Result<()> {
     check_plan(layout, plan)?;
     check_rotation(layout, plan, rows.rotation)?;
+    check_positions(layout, rows.positions)?;
     let mut heads = [HeadMut::new(layout, Side::Key, k), HeadMut::new(layout, Side::Value, v)];
     if plan.starts_anew() {
         forget(&mut heads);
@@ -61,7 +65,7 @@ pub fn store_head(layout: &Layout, head: usize, [k, v]: [&mut [u8]; 2], rows: &S
         while let Some(record) = records.next_if(|r| r.cell / layout.page() == first.cell / layout.page()) {
             page.records.push(record);
         }
-        page.find_rows(layout, plan);
+        page.find_rows(layout, plan, rows.positions);
         seal_page(layout, head, &mut heads, rows, &mut page);
     }
     for (to, current) in heads.iter_mut().zip([&rows.k, &rows.v]) {
@@ -95,11 +99,15 @@ struct SealedPage {
     exact: Vec<bool>,
     channel_weights: Vec<f32>,
     attention: Vec<f32>,
+    /// Where the rows were when the page was encoded; empty if the layout does not want to know.
+    positions: Vec<i32>,
+    /// Values that are decoded before the page of the keys that predict them is made anew.
+    values: Vec<f32>,
 }
 
 impl SealedPage {
     /// What the plan says of the page of the records.
-    fn find_rows(&mut self, layout: &Layout, plan: &Plan) {
+    fn find_rows(&mut self, layout: &Layout, plan: &Plan, positions: Option<&[i32]>) {
         let Record { cell, seal, .. } = self.records[0];
         let page = cell / layout.page();
         let bits = plan.page_bits(View::After, page);
@@ -116,6 +124,12 @@ impl SealedPage {
         let turned = |cell: usize| if seal == Seal::Fresh { 0 } else { plan.turned(cell) };
         self.turned.clear();
         self.turned.extend(self.sources.iter().map(|&(cell, _)| turned(cell)));
+        self.positions.clear();
+        if let Some(positions) = positions.filter(|_| layout.wants_positions()) {
+            let encoded = self.sources.iter().zip(&self.turned).map(|(&(cell, _), turned)| (cell, *turned));
+            self.positions
+                .extend(encoded.map(|(cell, turned)| positions.get(cell).map_or(0, |pos| pos.wrapping_sub(turned))));
+        }
         self.at.clear();
         self.at.extend(self.sources.iter().map(|(cell, _)| (cell % layout.page()) as u32));
     }
@@ -141,19 +155,44 @@ impl SealedPage {
     }
 }
 
-/// Encodes one page, keys first: they decide which tokens enter the outlier pool.
+impl SealedPage {
+    /// Gathers values that keys predict while their page is as it was.
+    fn gather_predicted(&mut self, layout: &Layout, heads: &[HeadMut; 2], current: &Rows, index: usize) {
+        let Some(predictor) = layout.predictor() else { return };
+        let [key, value] = [heads[0].as_ref(), heads[1].as_ref()];
+        self.gather(layout, value, None, current, index);
+        for (&(cell, source), to) in self.sources.iter().zip(self.rows.chunks_exact_mut(value.layout.head_dim)) {
+            if source.is_none() {
+                predictor.add(key.page(cell / layout.page()), cell % layout.page(), to);
+                to.iter_mut().for_each(|x| *x = finite(*x));
+            }
+        }
+        std::mem::swap(&mut self.rows, &mut self.values);
+    }
+}
+
+/// Encodes one page, keys first: they decide which tokens enter the outlier pool, and may predict the values.
 fn seal_page(layout: &Layout, index: usize, heads: &mut [HeadMut; 2], rows: &StoreRows, sealed: &mut SealedPage) {
     let Record { cell, seal, .. } = sealed.records[0];
     let page = cell / layout.page();
     if seal == Seal::Fresh && layout.pool().is_some() {
         pool::give_back(heads, page * layout.page()..(page + 1) * layout.page());
     }
+    sealed.gather_predicted(layout, heads, &rows.v, index);
     for (side, current) in [(Side::Key, &rows.k), (Side::Value, &rows.v)] {
+        let rotation = rows.rotation.filter(|_| side == Side::Key);
+        match layout.predictor().filter(|_| side == Side::Value) {
+            Some(predictor) => {
+                std::mem::swap(&mut sealed.rows, &mut sealed.values);
+                let (header, bytes) = heads[0].page_mut(page);
+                predictor.take(header, bytes, &sealed.at, &mut sealed.rows);
+            }
+            None => sealed.gather(layout, heads[side as usize].as_ref(), rotation, current, index),
+        }
         let head = &mut heads[side as usize];
         let dim = head.layout.head_dim;
-        let rotation = rows.rotation.filter(|_| side == Side::Key);
-        sealed.gather(layout, head.as_ref(), rotation, current, index);
         let SealedPage { sources, turned, at, rows: gathered, pooled, exact, channel_weights, attention, .. } = sealed;
+        let place = (!sealed.positions.is_empty()).then(|| RowPlaces { head: index, positions: &sealed.positions });
         if side == Side::Key {
             pooled.clear();
             // Rows that join a page are too few to tell an outlier among.
@@ -180,7 +219,8 @@ fn seal_page(layout: &Layout, index: usize, heads: &mut [HeadMut; 2], rows: &Sto
         read_moments(head.as_ref().learned(), channel_weights);
         let sample = (side == Side::Key).then(|| Sample::take(gathered, dim, exact));
         let fresh = seal != Seal::Join;
-        let rows = SealRows { at, rows: gathered, fresh, exact, channel_weights, last_exponents: &mut [], attention };
+        let last_exponents = &mut [];
+        let rows = SealRows { at, rows: gathered, fresh, exact, channel_weights, last_exponents, attention, place };
         head.seal(page, rows);
         if let Some(sample) = sample {
             let sealed = head.as_ref();
@@ -243,6 +283,14 @@ pub(crate) fn check_rotation(layout: &Layout, plan: &Plan, rotation: Option<&Rot
     }
 }
 
+/// Fails unless there are the positions that a layout wants.
+fn check_positions(layout: &Layout, positions: Option<&[i32]>) -> Result<()> {
+    if !layout.wants_positions() || positions.is_some_and(|positions| positions.len() == layout.n_cells()) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("this recipe needs the position of each of the {} cells", layout.n_cells())))
+}
+
 fn no_rotation() -> Error {
     Error::invalid("positions have moved since pages were encoded: give the rotation of the layer's keys")
 }
@@ -259,6 +307,44 @@ pub fn dequantize_head(
     out: &mut [f32],
 ) -> Result<()> {
     check_location(layout, location, &cells)?;
+    if side == Side::Value && layout.predictor().is_some() {
+        return Err(Error::invalid("values of this recipe are predicted from keys: give the memory of both"));
+    }
+    dequantize_side(layout, side, region, location, rotation, cells, out)
+}
+
+/// Decodes the values of some cells of one head as [`dequantize_head`] does, `[k, v]` being that head's regions, of which a
+/// layout without predicted values reads only the second.
+pub fn dequantize_values(
+    layout: &Layout,
+    [k, v]: [&[u8]; 2],
+    location: &[Location],
+    cells: Range<usize>,
+    out: &mut [f32],
+) -> Result<()> {
+    check_location(layout, location, &cells)?;
+    dequantize_side(layout, Side::Value, v, location, None, cells.clone(), out)?;
+    if let Some(predictor) = layout.predictor() {
+        let keys = Head::new(layout, Side::Key, k);
+        for (cell, out) in cells.zip(out.chunks_exact_mut(layout.side(Side::Value).head_dim)) {
+            if location[cell].slot().is_none() && location[cell].in_page() {
+                predictor.add(keys.page(cell / layout.page()), cell % layout.page(), out);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// [`dequantize_head`], of values without what keys predict.
+fn dequantize_side(
+    layout: &Layout,
+    side: Side,
+    region: &[u8],
+    location: &[Location],
+    rotation: Option<&Rotation>,
+    cells: Range<usize>,
+    out: &mut [f32],
+) -> Result<()> {
     let (is_key, head) = (side == Side::Key, Head::new(layout, side, region));
     if is_key
         && rotation.is_none()

@@ -10,7 +10,7 @@
 #include <cstring>
 
 bool operator==(const llama_kvq_node & a, const llama_kvq_node & b) {
-    return a.layout == b.layout && a.progress == b.progress && a.rotation == b.rotation &&
+    return a.layout == b.layout && a.progress == b.progress && a.rotation == b.rotation && a.positions == b.positions && a.il == b.il &&
            a.device == b.device && a.attend_space == b.attend_space && a.store_space == b.store_space &&
            a.has_rows == b.has_rows && a.has_sinks == b.has_sinks && a.has_lse == b.has_lse &&
            a.scale  == b.scale  && a.softcap  == b.softcap  && a.max_bias  == b.max_bias;
@@ -160,6 +160,7 @@ static kvq_store_args store_args(const ggml_tensor * dst, int64_t s, const llama
     args.q_stride_head  = q->nb[1]/sizeof(float);
     args.lse            = node.has_lse ? lse_of(dst->src[6]) + i0*dst->src[6]->ne[0] : nullptr;
     args.scale          = node.scale;
+    args.positions      = node.positions->empty() ? nullptr : (*node.positions)[s].data();
     args.n_tokens       = n_tokens;
 
     return args;
@@ -168,7 +169,9 @@ static kvq_store_args store_args(const ggml_tensor * dst, int64_t s, const llama
 static void kvq_node_store(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto & node = *(const llama_kvq_node *) userdata;
 
-    for (int64_t s = 0; s < dst->src[2]->ne[2]; ++s) {
+    const bool is_observed = node.has_lse && kvq_observe_store(dst, lse_of(dst->src[6]), node, ith, nth);
+
+    for (int64_t s = 0; !is_observed && s < dst->src[2]->ne[2]; ++s) {
         const auto args = store_args(dst, s, node);
         llama_kvq_must(kvq_store(node.layout, &args, ith, nth), "store");
     }
@@ -303,6 +306,7 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
 
     if (!this->cparams) {
         this->cparams = std::make_unique<llama_cparams>(cparams);
+        check_profile();
     }
 
     if (kq_b) {
@@ -333,6 +337,8 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
     node.layout    = layout;
     node.progress  = &progress.at(kv.map_layer_ids.at(il));
     node.rotation  = &rotations.at(kv.map_layer_ids.at(il));
+    node.positions = &positions;
+    node.il        = owner;
     node.has_rows  = k_cur != nullptr;
     node.has_sinks = sinks != nullptr;
     node.has_lse   = true;

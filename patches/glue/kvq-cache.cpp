@@ -77,6 +77,7 @@ llama_kvq_cache::llama_kvq_cache(llama_kv_cache & kv, const char * spec) : kv(kv
         throw std::runtime_error(format("kvq: --kvq %s: %s (--kvq help says more)", spec, kvq_last_error()));
     }
     asked = this->spec();
+    read_profile(spec);
 
     if (kvq_recipe_fit(recipe.get(), kv.get_size(), kv.n_stream, kv.n_seq_max, kvq::out(recipe)) != 0) {
         throw std::runtime_error(format("kvq: --kvq %s: %s", spec, kvq_last_error()));
@@ -84,6 +85,26 @@ llama_kvq_cache::llama_kvq_cache(llama_kv_cache & kv, const char * spec) : kv(kv
     n_guard = kvq_recipe_page(recipe.get());
 
     if (kvq_planner_new(recipe.get(), kv.get_size(), kv.n_stream, kv.n_seq_max, kvq::out(planner)) != 0) {
+        throw std::runtime_error(format("kvq: --kvq %s: %s", spec, kvq_last_error()));
+    }
+}
+
+void llama_kvq_cache::read_profile(const char * spec) {
+    std::vector<char> path(strlen(spec) + 64);
+    if (kvq_recipe_profile(recipe.get(), path.data(), path.size()) != 0) {
+        throw std::runtime_error(format("kvq: --kvq %s: %s", spec, kvq_last_error()));
+    }
+    if (!path[0]) {
+        return;
+    }
+    for (uint32_t il = 0; il < kv.hparams.n_layer(); ++il) {
+        if (kv.hparams.has_kv(il) && !kv.hparams.is_recr(il)) {
+            profiled[il] = { layer_shape(il), {} };
+        }
+    }
+    auto identity = kvq_profile_identity(kv.model);
+    const auto profile = kvq_profile_read(path.data(), identity, profiled);
+    if (kvq_recipe_with_profile(recipe.get(), profile.get(), kvq::out(recipe)) != 0) {
         throw std::runtime_error(format("kvq: --kvq %s: %s", spec, kvq_last_error()));
     }
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kvq-gpu.h"
+#include "kvq-profile.h"
 
 #include "llama-kvq.h"
 #include "llama-cparams.h"
@@ -29,6 +30,11 @@ struct llama_kvq_node {
 
     const kvq::rotation * rotation; // made before the first graph runs
 
+    // of each stream of the ubatch, by cell; of none where nobody asks
+    const std::vector<std::vector<int32_t>> * positions;
+
+    uint32_t il; // of the layer that stores
+
     // of a layer in GPU memory
     const kvq_device * device;
     ggml_tensor * attend_space;
@@ -52,6 +58,9 @@ struct kvq_state_cell;
 enum kvq_cell_use : uint8_t;
 
 bool operator==(const llama_kvq_node & a, const llama_kvq_node & b);
+
+// whether an observer (kvq-observe.h) has seen the layer, which is not to be stored then
+bool kvq_observe_store(const ggml_tensor * dst, const float * lse, const llama_kvq_node & node, int ith, int nth);
 
 // the kvq side of one llama_kv_cache
 struct llama_kvq_cache : llama_kvq {
@@ -116,6 +125,14 @@ private:
     // a pointer that graphs may hold: equal nodes share one entry
     void * keep(const llama_kvq_node & node);
 
+    // reads the profile that the recipe names, if it does
+    void read_profile(const char * spec);
+    // throws if the profile is of keys that turn in another way
+    void check_profile();
+
+    // where the tokens of a stream are, by cell; empty unless the layouts want to know
+    std::vector<int32_t> cell_positions(uint32_t strm) const;
+
     void plan_stream(uint32_t strm, const std::vector<kvq_row> & rows, int32_t * plan, size_t len);
 
     // makes the memory of a stream without tokens as new: nothing that was learned from earlier ones remains
@@ -177,6 +194,10 @@ private:
     std::vector<kvq_gpu *>                gpus; // as layouts: where they are, null on the CPU
 
     std::vector<kvq::rotation> rotations; // as layouts: how their keys turn with positions
+
+    std::map<uint32_t, kvq_profile_of_layer> profiled; // by layer, if the recipe has a profile
+
+    std::vector<std::vector<int32_t>> positions; // of the streams of the latest plan
 
     // Whether packed keys have moved since the cache was last empty. Until then nodes of layers in GPU memory get no rotation,
     // as kernels that heed one are slow.

@@ -27,6 +27,19 @@ bool kvq_cell_is_live(void * user, uint32_t stream, uint32_t cell) {
     return !(*(const llama_kv_cells_vec *) user)[stream].is_empty(cell);
 }
 
+std::vector<int32_t> llama_kvq_cache::cell_positions(uint32_t strm) const {
+    if (layouts.empty() || !kvq_layout_wants_positions(layouts[0].get())) {
+        return {};
+    }
+    const auto & cells = kv.v_cells[strm];
+
+    std::vector<int32_t> res(cells.size());
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        res[i] = cells.is_empty(i) ? 0 : cells.pos_get(i);
+    }
+    return res;
+}
+
 void llama_kvq_cache::plan_stream(uint32_t strm, const std::vector<kvq_row> & rows, int32_t * plan, size_t len) {
     llama_kvq_must(kvq_planner_plan(planner.get(), strm, rows.data(), rows.size(),
                 kvq_cell_is_live, &kv.v_cells, plan, len), "plan");
@@ -53,6 +66,14 @@ void llama_kvq_cache::set_plan(ggml_tensor * dst, const llama_ubatch & ubatch,
         plan_stream(strm[s], rows, (int32_t *) dst->data + s*len, len);
     }
 
+    positions.clear();
+    for (auto cur : strm) {
+        auto of_stream = cell_positions(cur);
+        if (!of_stream.empty()) {
+            positions.push_back(std::move(of_stream));
+        }
+    }
+
     last_plan.assign((const int32_t *) dst->data, (const int32_t *) dst->data + len*strm.size());
     last_streams  = strm;
     last_n_tokens = n_tokens;
@@ -75,6 +96,10 @@ void llama_kvq_cache::forget_if_empty(uint32_t strm) {
                 last_plan.data(), last_plan.size()), "plan");
     last_streams  = { (llama_seq_id) strm };
     last_n_tokens = 0;
+    positions     = { cell_positions(strm) };
+    if (positions[0].empty()) {
+        positions.clear();
+    }
 
     std::replace(progress.begin(), progress.end(), KVQ_LAYER_DONE, KVQ_LAYER_DUE);
     settle();
@@ -121,6 +146,7 @@ bool llama_kvq_cache::settle() const {
             args.plan           = last_plan.data() + s*len;
             args.plan_len       = len;
             args.rotation       = rotations[i].get();
+            args.positions      = positions.empty() ? nullptr : positions[s].data();
             args.n_tokens       = last_n_tokens;
 
             llama_kvq_must(kvq_store(layouts[i].get(), &args, 0, 1), "store after an aborted graph");

@@ -19,13 +19,14 @@ struct kvq_shift_node {
     const kvq_shift    * shift;
 
     uint8_t * k_mem;
+    uint8_t * v_mem;
     bool      done;
 };
 
 static void kvq_node_shift(ggml_tensor * dst, int ith, int nth, void * userdata) {
     auto & node = *(kvq_shift_node *) userdata;
 
-    llama_kvq_must(kvq_shift_keys(node.layout, node.rotation, node.shift, node.k_mem, ith, nth), "K-shift");
+    llama_kvq_must(kvq_shift_keys(node.layout, node.rotation, node.shift, node.k_mem, node.v_mem, ith, nth), "K-shift");
 
     if (ith == 0) {
         node.done = true;
@@ -90,6 +91,31 @@ void llama_kvq_cache::make_rotations(const llama_cparams & cparams) {
         }
 
         llama_kvq_must(kvq_rotation_new(frequencies.data(), n_pairs, interleaved, kvq::out(rotations[i])), "rotation");
+    }
+}
+
+void llama_kvq_cache::check_profile() {
+    // nothing is there to be checked while llama.cpp only estimates memory
+    if (profiled.empty() || only_estimated()) {
+        return;
+    }
+    make_rotations(*cparams);
+
+    for (size_t i = 0; i < layouts.size(); ++i) {
+        const auto & want = profiled.at(kv.layers[i].il).frequencies;
+
+        size_t n = 0;
+        std::vector<double> have(256);
+        llama_kvq_must(kvq_rotation_frequencies(rotations[i].get(), have.data(), have.size(), &n), "rotation");
+
+        bool is_same = n == want.size();
+        for (size_t j = 0; is_same && j < n; ++j) {
+            is_same = std::abs(have[j] - want[j]) <= 1e-4*std::abs(want[j]);
+        }
+        if (!is_same) {
+            throw std::runtime_error(format("kvq: the profile was made with other RoPE settings than those of layer %u: "
+                        "make it anew with them, or run with those of the model", kv.layers[i].il));
+        }
     }
 }
 
@@ -168,7 +194,7 @@ void llama_kvq_cache::shift_layers(llama_context * lctx, uint32_t strm, const kv
             continue;
         }
         nodes.push_back({ layouts[i].get(), rotations[i].get(), &shift,
-                (uint8_t *) kv.layers[i].k_stream[strm]->data, false });
+                (uint8_t *) kv.layers[i].k_stream[strm]->data, (uint8_t *) kv.layers[i].v_stream[strm]->data, false });
 
         ggml_build_forward_expand(gf, ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, &inp, 1,
                     kvq_node_shift, GGML_N_TASKS_MAX, &nodes.back()));
@@ -184,14 +210,14 @@ void llama_kvq_cache::shift_layers(llama_context * lctx, uint32_t strm, const kv
     // the planner has taken the shift as done, so an aborted graph must not leave it half done
     for (auto & node : nodes) {
         if (!node.done) {
-            llama_kvq_must(kvq_shift_keys(node.layout, node.rotation, node.shift, node.k_mem, 0, 1), "K-shift");
+            llama_kvq_must(kvq_shift_keys(node.layout, node.rotation, node.shift, node.k_mem, node.v_mem, 0, 1), "K-shift");
         }
     }
 
     for (size_t i = 0; i < layouts.size(); ++i) {
         if (gpus[i]) {
             const kvq_host_memory mem(kv.layers[i].k_stream[strm]);
-            llama_kvq_must(kvq_shift_keys(layouts[i].get(), rotations[i].get(), &shift, mem.data, 0, 1), "K-shift");
+            llama_kvq_must(kvq_shift_keys(layouts[i].get(), rotations[i].get(), &shift, mem.data, nullptr, 0, 1), "K-shift");
             mem.write_back();
         }
     }

@@ -523,6 +523,13 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
     std::vector<int32_t> plan(kvq_planner_plan_len(planner.get(), ubatch.size()));
     plan_stream(strm, ubatch, plan.data(), plan.size());
 
+    auto at = cell_positions(strm);
+    for (size_t i = 0; i < saved.cells.size() && !at.empty(); ++i) {
+        if (saved.as[i] != SAVED_NOT) {
+            at[saved.cells[i].cell] = saved.cells[i].pos;
+        }
+    }
+
     for (size_t il = 0; il < layouts.size(); ++il) {
         const uint32_t id  = kv.layers[il].il;
         const size_t   n_k = kv.hparams.n_embd_k_gqa(id);
@@ -549,6 +556,7 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
         args.plan           = plan.data();
         args.plan_len       = plan.size();
         args.rotation       = rotations[il].get();
+        args.positions      = at.empty() ? nullptr : at.data();
         args.n_tokens       = ubatch.size();
 
         llama_kvq_must(kvq_store(layouts[il].get(), &args, 0, 1), "restored rows");

@@ -135,6 +135,15 @@ void llama_kvq_cache::copy_streams() {
     kv.sc_info = {};
 }
 
+// Where a profile lies does not matter: what is in it does, and is part of the layouts' formats.
+static std::string without_path(std::string spec) {
+    const size_t begin = spec.find(",profile=");
+    if (begin != std::string::npos) {
+        spec.erase(begin, spec.find(',', begin + 1) - begin);
+    }
+    return spec;
+}
+
 void llama_kvq_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) {
     synchronize();
     settle();
@@ -150,7 +159,7 @@ void llama_kvq_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) {
     out.value<uint32_t>(kvq_planner_n_slots(planner.get()));
     out.value<uint32_t>(kvq_recipe_page(recipe.get()));
     out.value<uint32_t>(kv.has_cell_ext());
-    out.string(spec());
+    out.string(without_path(spec()));
     out.value<uint32_t>(layouts.size());
     for (const auto & layout : layouts) {
         out.string(layout_format(layout.get()));
@@ -190,9 +199,9 @@ void llama_kvq_cache::read_header(kvq_state_reader & in, bool is_seq) const {
     const auto has_ext  = in.value<uint32_t>();
     const auto recipe_0 = in.string();
 
-    if (recipe_0 != spec()) {
+    if (recipe_0 != without_path(spec())) {
         throw std::runtime_error(format("kvq: the state was saved with --kvq %s, this context has %s",
-                    recipe_0.c_str(), spec().c_str()));
+                    recipe_0.c_str(), without_path(spec()).c_str()));
     }
     // a sequence goes into any free cells, a whole context only into its like
     const bool same_size =

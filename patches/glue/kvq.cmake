@@ -15,7 +15,9 @@ set(KVQ_GLUE_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/kvq-gpu.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-guard.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-log.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kvq-observe.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-plan.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kvq-profile.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-shift.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-state.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-state-seq.cpp
@@ -32,3 +34,8 @@ target_link_libraries     (llama PRIVATE ${KVQ_LIB} Threads::Threads ${CMAKE_DL_
 if (UNIX)
     target_link_libraries (llama PRIVATE m)
 endif()
+
+# A program of its own, beside llama.cpp's.
+add_executable            (llama-kvq-calibrate ${CMAKE_CURRENT_LIST_DIR}/../calibrate/main.cpp)
+target_include_directories(llama-kvq-calibrate PRIVATE ${CMAKE_CURRENT_LIST_DIR} ${KVQ_DIR}/include)
+target_link_libraries     (llama-kvq-calibrate PRIVATE llama)

@@ -135,6 +135,7 @@ fn run(case: &Case, isa: Isa, seed: u64) -> Option<(f64, Vec<u8>)> {
             power += expected.iter().map(|b| b * b).sum::<f64>();
         }
         let rows = StoreRows {
+            positions: None,
             k: rows_of(&k, stride(nkv, dk)),
             v: rows_of(&v, stride(nkv, dv)),
             q: Some(rows_of(&q, stride(nh, dk))),
@@ -401,6 +402,7 @@ fn kernels_read_what_the_page_says_and_nothing_else() {
     let rows = random_rows(&mut rng, 128, 128);
     let at: Vec<u32> = (0..128).collect();
     let seal = crate::codec::page::SealRows {
+        place: None,
         at: &at,
         rows: &mut rows.clone(),
         fresh: true,
@@ -433,6 +435,7 @@ fn hostile_values_do_not_spread() {
         HeadMut::new(&layout, Side::Value, &mut region).seal(
             0,
             crate::codec::page::SealRows {
+                place: None,
                 at: &at,
                 rows: &mut rows,
                 fresh: true,

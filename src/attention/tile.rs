@@ -96,6 +96,9 @@ pub(super) fn run(
                 work.probabilities.resize(n_rows, columns);
                 page_scores(layout, args, key, page, visible, work);
                 softmax(layout, args, visible, columns, work);
+                if let Some(predictor) = layout.predictor() {
+                    predictor.accumulate(key.page(page), &mut work.probabilities, &mut work.state.exact);
+                }
                 value.layout.codec.accumulate(value.page(page), &mut work.probabilities, &mut work.state.packed);
             }
             Block::Slots(first) => {

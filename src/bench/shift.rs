@@ -55,7 +55,7 @@ impl Filled {
     fn store(&mut self, rows: &[f32], n: usize) {
         let plan = self.plan(n);
         let rows = Rows { data: rows, stride_token: SHAPE.n_kv_heads as usize * 128, stride_head: 128 };
-        let rows = StoreRows { k: rows, v: rows, q: None, attended: None, rotation: None };
+        let rows = StoreRows { positions: None, k: rows, v: rows, q: None, attended: None, rotation: None };
         let keys = self.k.chunks_exact_mut(self.layout.head_bytes(Side::Key));
         let values = self.v.chunks_exact_mut(self.layout.head_bytes(Side::Value));
         for (head, (key, value)) in keys.zip(values).enumerate() {
@@ -100,7 +100,7 @@ impl Filled {
         let shift = self.planner.shift(0, moved, &|cell| cell < n_held).expect("a shift");
         let planned = cpu_seconds();
         for region in self.k.chunks_exact_mut(self.layout.head_bytes(Side::Key)) {
-            shift_head(&self.layout, region, &shift, &self.rotation).expect("shifted");
+            shift_head(&self.layout, region, None, &shift, &self.rotation).expect("shifted");
         }
         [(planned - start) * 1e3, (cpu_seconds() - planned) * 1e3]
     }

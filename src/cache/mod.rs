@@ -224,7 +224,14 @@ impl Cache {
         attend_parts(layout, &args, n_threads, [&mut *out, &mut lse])?;
         let attended = Some(Attended { lse: &lse, scale: args.scale });
         self.broken = true;
-        let rows = StoreRows { k, v, q: Some(q), attended, rotation: self.rotation.as_ref() };
+        let rows = StoreRows {
+            positions: Some(self.cells.pos()),
+            k,
+            v,
+            q: Some(q),
+            attended,
+            rotation: self.rotation.as_ref(),
+        };
         store_layer(memory, &rows, &Plan::new(&batch.plan)?, n_threads)?;
         self.broken = false;
         batch.done[layer] = true;

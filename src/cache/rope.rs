@@ -53,12 +53,14 @@ impl Cache {
         let cells = &self.cells;
         let shift = self.planner.shift(STREAM, &distances, &|cell| cells.is_live(cell))?;
         self.broken = true;
-        let regions = self.layers.iter_mut().flat_map(|super::Layer { layout, k, .. }| {
+        let regions = self.layers.iter_mut().flat_map(|super::Layer { layout, k, v }| {
             let layout = &*layout;
-            k.bytes_mut().chunks_exact_mut(layout.head_bytes(Side::Key)).map(move |region| (layout, region))
+            let keys = k.bytes_mut().chunks_exact_mut(layout.head_bytes(Side::Key));
+            let values = v.bytes_mut().chunks_exact_mut(layout.head_bytes(Side::Value));
+            keys.zip(values).map(move |regions| (layout, regions))
         });
-        parallel::for_each(super::n_threads(&self.params), regions.collect(), |(layout, region)| {
-            shift::shift_head(layout, region, &shift, rotation)
+        parallel::for_each(super::n_threads(&self.params), regions.collect(), |(layout, (keys, values))| {
+            shift::shift_head(layout, keys, Some(values), &shift, rotation)
         })?;
         self.broken = false;
         Ok(())

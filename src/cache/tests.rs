@@ -23,7 +23,7 @@ fn params() -> CacheParams {
 }
 
 fn cache_of(spec: &str, params: &CacheParams) -> Cache {
-    Cache::new(&Recipe::parse(spec).unwrap(), params).unwrap()
+    Cache::new(&crate::tests::profile::parse(spec, params.shape), params).unwrap()
 }
 
 /// A token as the cache should know it, in full precision.

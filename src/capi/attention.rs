@@ -182,7 +182,7 @@ unsafe fn attend_args<'a>(layout: &crate::layout::Layout, args: &kvq_attend_args
             v_mem: slice(args.v_mem, layout.v_bytes(), "v_mem")?,
             plan,
             rotation: rotation(args.rotation, "rotation")?,
-            mask: mask(args, n)?,
+            mask: mask_of(args.mask, args.mask_is_f16, [n, args.mask_stride_token, args.n_kv as usize])?,
             mask_stride_token: args.mask_stride_token,
             n_kv: args.n_kv as usize,
             sink_logits: optional(args.sink_logits, heads, "sink_logits")?,
@@ -207,17 +207,18 @@ pub(super) unsafe fn rotation<'a>(rotation: *const kvq_rotation, name: &str) -> 
 }
 
 /// # Safety
-/// The mask of `args` is NULL or has the shape that its comment gives.
-unsafe fn mask<'a>(args: &kvq_attend_args, n_tokens: usize) -> Result<Mask<'a>> {
-    if args.mask.is_null() {
+/// `mask` is NULL or has rows of `shape` = [tokens, distance, columns].
+pub(super) unsafe fn mask_of<'a>(mask: *const c_void, is_f16: u32, shape: [usize; 3]) -> Result<Mask<'a>> {
+    if mask.is_null() {
         return Ok(Mask::None);
     }
-    let n = span(&[(n_tokens, args.mask_stride_token)], args.n_kv as usize, "mask")?;
+    let [n_tokens, stride_token, n_columns] = shape;
+    let n = span(&[(n_tokens, stride_token)], n_columns, "mask")?;
     // SAFETY: n elements reach from the first to the last one that is read, and exist by the caller's promise.
     unsafe {
-        match args.mask_is_f16 {
-            0 => Ok(Mask::F32(slice(args.mask.cast(), n, "mask")?)),
-            1 => Ok(Mask::F16(slice(args.mask.cast(), n, "mask")?)),
+        match is_f16 {
+            0 => Ok(Mask::F32(slice(mask.cast(), n, "mask")?)),
+            1 => Ok(Mask::F16(slice(mask.cast(), n, "mask")?)),
             other => Err(Error::invalid(format!("mask_is_f16 is {other}: use 0 or 1"))),
         }
     }

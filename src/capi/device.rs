@@ -61,7 +61,7 @@ pub unsafe extern "C" fn kvq_attend_workspace(
         // SAFETY: live objects and room for a size, as the header requires.
         let (layout, device, bytes) =
             unsafe { (shared(layout, "layout")?, shared(device, "device")?, output(bytes, "bytes")?) };
-        bytes.write(attend::workspace_bytes(&device.device, &layout.layout, n_tokens, n_kv)?);
+        bytes.write(attend::workspace_bytes(&device.device, on_device(layout)?, n_tokens, n_kv)?);
         Ok(())
     })
 }
@@ -90,10 +90,10 @@ pub unsafe extern "C" fn kvq_attend_enqueue(
         check_workspace(workspace, "workspace")?;
         let mut params = attend_params(args)?;
         // SAFETY: rotation is NULL or a live rotation, on the host, as the header requires.
-        params.rotation = unsafe { describe(args.rotation, &layout.layout) }?;
+        params.rotation = unsafe { describe(args.rotation, on_device(layout)?) }?;
         let workspace = Workspace { memory: workspace, bytes: workspace_bytes };
         // SAFETY: device memory of the sizes that the header gives.
-        unsafe { attend::enqueue(&device.device, &layout.layout, params, args.plan_len, workspace, stream) }
+        unsafe { attend::enqueue(&device.device, on_device(layout)?, params, args.plan_len, workspace, stream) }
     })
 }
 
@@ -111,7 +111,7 @@ pub unsafe extern "C" fn kvq_store_workspace(
         // SAFETY: live objects and room for a size, as the header requires.
         let (layout, device, bytes) =
             unsafe { (shared(layout, "layout")?, shared(device, "device")?, output(bytes, "bytes")?) };
-        bytes.write(store::workspace_bytes(&device.device, &layout.layout, n_tokens));
+        bytes.write(store::workspace_bytes(&device.device, on_device(layout)?, n_tokens));
         Ok(())
     })
 }
@@ -134,11 +134,19 @@ pub unsafe extern "C" fn kvq_store_enqueue(
         check_workspace(workspace, "workspace")?;
         let mut params = store_params(args)?;
         // SAFETY: rotation is NULL or a live rotation, on the host, as the header requires.
-        params.rotation = unsafe { describe(args.rotation, &layout.layout) }?;
+        params.rotation = unsafe { describe(args.rotation, on_device(layout)?) }?;
         let workspace = Workspace { memory: workspace, bytes: workspace_bytes };
         // SAFETY: device memory of the sizes that the header gives.
-        unsafe { store::enqueue(&device.device, &layout.layout, params, args.plan_len, workspace, stream) }
+        unsafe { store::enqueue(&device.device, on_device(layout)?, params, args.plan_len, workspace, stream) }
     })
+}
+
+/// A layout whose pages kernels can read and write.
+fn on_device(layout: &kvq_layout) -> Result<&Layout> {
+    if layout.layout.wants_positions() {
+        return Err(Error::new(Status::Unsupported, "recipes with a profile run on the CPU only so far"));
+    }
+    Ok(&layout.layout)
 }
 
 /// A rotation as kernels get it.
@@ -235,7 +243,7 @@ pub unsafe extern "C" fn kvq_dequantize_enqueue(
             unsafe { (shared(device, "device")?, shared(layout, "layout")?, shared(args, "args")?) };
         let mut read = read_params(args)?;
         // SAFETY: rotation is NULL or a live rotation, on the host, as the header requires.
-        read.rotation = unsafe { describe(args.rotation, &layout.layout) }?;
+        read.rotation = unsafe { describe(args.rotation, on_device(layout)?) }?;
         if k_out.is_null() && v_out.is_null() {
             return Err(Error::invalid("k_out and v_out are both NULL: there is nothing to decode"));
         }
@@ -243,7 +251,7 @@ pub unsafe extern "C" fn kvq_dequantize_enqueue(
         unsafe {
             dequantize::enqueue(
                 &device.device,
-                &layout.layout,
+                on_device(layout)?,
                 read,
                 args.plan_len,
                 [k_out.cast(), v_out.cast()],
@@ -326,6 +334,23 @@ mod tests {
     use crate::capi::status::kvq_last_error;
     use crate::recipe::Recipe;
     use crate::shape::Shape;
+
+    #[test]
+    fn recipes_with_a_profile_are_refused() {
+        let device = kvq_device { device: Device::open("emulated:0").unwrap() };
+        let shape = Shape { n_heads: 1, n_kv_heads: 1, head_dim_k: 64, head_dim_v: 64 };
+        let recipe = crate::tests::profile::parse("aqua", shape);
+        let layout = kvq_layout { layout: Layout::new(&recipe, shape, 3, 256, 256).unwrap() };
+        let mut bytes = 77;
+        // SAFETY: live objects and room for a size.
+        let (attend, store, said) = unsafe {
+            let attend = kvq_attend_workspace(&layout, &device, 1, 64, &mut bytes);
+            let store = kvq_store_workspace(&layout, &device, 1, &mut bytes);
+            (attend, store, CStr::from_ptr(kvq_last_error()).to_str().unwrap())
+        };
+        assert_eq!((attend, store, bytes), (Status::Unsupported, Status::Unsupported, 77));
+        assert_eq!(said, "recipes with a profile run on the CPU only so far");
+    }
 
     #[test]
     fn decoding_wants_room_for_one_side_at_least() {

@@ -11,12 +11,14 @@
 
 mod attention;
 mod cache;
+mod calibration;
 mod checksum;
 mod device;
 mod layout;
 mod learned;
 mod memory;
 mod planner;
+mod profile;
 mod recipe;
 mod shift;
 mod status;

@@ -81,7 +81,8 @@ pub unsafe extern "C" fn kvq_recipe_free(recipe: *mut kvq_recipe) {
 }
 
 /// Writes the canonical spelling of a recipe, with every key, NUL-terminated, into `buf` of `buf_size` bytes. Parsing
-/// it gives the same recipe. KVQ_STATUS_BUFFER_TOO_SMALL if it does not fit; 512 bytes are always enough.
+/// it gives the same recipe, but for a profile that was read. KVQ_STATUS_BUFFER_TOO_SMALL if it does not fit; 512 bytes
+/// and the length of a profile's path are always enough.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_recipe_spec(recipe: *const kvq_recipe, buf: *mut c_char, buf_size: usize) -> Status {
     guard(|| {

@@ -112,7 +112,8 @@ pub unsafe extern "C" fn kvq_shift_free(shift: *mut kvq_shift) {
 }
 
 /// Carries out part `part` of `n_parts` of a shift in the key memory of one layer: exact rows are turned, packed ones
-/// stay as they are as long as the plan can say how far they have moved, which loses nothing.
+/// stay as they are as long as the plan can say how far they have moved, which loses nothing. `v_mem` is the layer's
+/// value memory; it may be NULL for recipes that do not predict values from keys.
 ///
 /// Parts touch disjoint memory and may run concurrently. Each shift is carried out exactly once per layer, and not while
 /// that layer attends or stores.
@@ -122,6 +123,7 @@ pub unsafe extern "C" fn kvq_shift_keys(
     rotation: *const kvq_rotation,
     shift: *const kvq_shift,
     k_mem: *mut u8,
+    v_mem: *mut u8,
     part: u32,
     n_parts: u32,
 ) -> Status {
@@ -135,7 +137,13 @@ pub unsafe extern "C" fn kvq_shift_keys(
         for head in (part as usize..layout.shape().n_kv_heads as usize).step_by(n_parts as usize) {
             // SAFETY: the memory holds a region per head, as the header requires, and only this part touches these.
             let region = unsafe { super::store::head_region(layout, Side::Key, head, k_mem) }?;
-            shift_head(layout, region, shift, rotation)?;
+            let values = if layout.predictor().is_none() || v_mem.is_null() {
+                None
+            } else {
+                // SAFETY: as for the keys.
+                Some(unsafe { super::store::head_region(layout, Side::Value, head, v_mem) }?)
+            };
+            shift_head(layout, region, values, shift, rotation)?;
         }
         Ok(())
     })

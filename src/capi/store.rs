@@ -13,7 +13,6 @@ use crate::location::Location;
 use crate::plan::Plan;
 use crate::pool;
 use crate::recent::Attended;
-use crate::rotation::Rotation;
 use crate::rows::Rows;
 use crate::store::{self, StoreRows};
 
@@ -55,6 +54,9 @@ pub struct kvq_store_args {
     pub lse: *const f32,
     /// The factor on the scores that kvq_attend got; only read with `lse`.
     pub scale: f32,
+    /// Position of each cell's token, this ubatch's included, int32 [n_cells]; values of cells without a token do not
+    /// matter. Only recipes with a profile need it (kvq_layout_wants_positions), for others it may be NULL.
+    pub positions: *const i32,
     /// Rows; the plan's n_tokens. Without any, `k_cur` and `v_cur` are not read.
     pub n_tokens: u32,
 }
@@ -78,7 +80,7 @@ pub unsafe extern "C" fn kvq_store(
         let (n, heads) = (args.n_tokens as usize, shape.n_kv_heads as usize);
         let (dim_k, dim_v) = (shape.head_dim_k as usize, shape.head_dim_v as usize);
         // SAFETY: the arrays in args have the sizes that its comments give, as the header requires.
-        let (q, lse, k, v, plan, rotation) = unsafe {
+        let (q, lse, k, v, plan, rotation, positions) = unsafe {
             let q_shape = [n, shape.n_heads as usize, dim_k];
             let q = if args.q.is_null() {
                 None
@@ -92,6 +94,7 @@ pub unsafe extern "C" fn kvq_store(
                 current(args.v_cur, [n, heads, dim_v], args.v_stride_token, args.v_stride_head, "v_cur")?,
                 Plan::new(slice(args.plan, args.plan_len, "plan")?)?,
                 rotation(args.rotation, "rotation")?,
+                optional(args.positions, layout.n_cells(), "positions")?,
             )
         };
         plan.check_entries()?;
@@ -106,7 +109,7 @@ pub unsafe extern "C" fn kvq_store(
             let regions = unsafe {
                 [head_region(layout, Side::Key, head, args.k_mem)?, head_region(layout, Side::Value, head, args.v_mem)?]
             };
-            store::store_head(layout, head, regions, &StoreRows { k, v, q, attended, rotation }, &plan)?;
+            store::store_head(layout, head, regions, &StoreRows { positions, k, v, q, attended, rotation }, &plan)?;
         }
         Ok(())
     })
@@ -132,7 +135,8 @@ unsafe fn current<'a>(
 
 /// Reads rows of the cells [cell0, cell0 + n) as float [n][n_kv_heads][head_dim]. `location` comes from
 /// kvq_planner_locate; cells that are nowhere give zeros. `rotation` as in kvq_attend_args. `k_out` (with `k_mem`) or
-/// `v_out` (with `v_mem`) may be NULL, then that side is left out.
+/// `v_out` (with `v_mem`) may be NULL, then that side is left out. Recipes that predict values need `k_mem` for these
+/// too.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_dequantize(
     layout: *const kvq_layout,
@@ -164,7 +168,22 @@ pub unsafe extern "C" fn kvq_dequantize(
             let (memory, out) = unsafe {
                 (slice(memory, heads * layout.head_bytes(side), memory_name)?, slice_mut(out, n_out, out_name)?)
             };
-            read_rows(layout, side, memory, location, rotation, cells.clone(), out)?;
+            let head_bytes = layout.head_bytes(Side::Key);
+            let keys = match side {
+                Side::Value if layout.predictor().is_some() => {
+                    // SAFETY: the memory holds a region per head, as the header requires.
+                    unsafe { slice(k_mem, heads * head_bytes, "k_mem") }?
+                }
+                _ => &[],
+            };
+            let mut keys = keys.chunks_exact(head_bytes);
+            read_rows(layout, side, memory, cells.clone(), out, |region, rows| match side {
+                Side::Key => store::dequantize_head(layout, side, region, location, rotation, cells.clone(), rows),
+                Side::Value => {
+                    let regions = [keys.next().unwrap_or_default(), region];
+                    store::dequantize_values(layout, regions, location, cells.clone(), rows)
+                }
+            })?;
         }
         Ok(())
     })
@@ -248,20 +267,19 @@ pub unsafe extern "C" fn kvq_erase(
     })
 }
 
-/// Gathers the heads of each cell, which lie in separate regions, into rows of `out`.
+/// Gathers the heads of each cell, which lie in separate regions and are decoded one by one, into rows of `out`.
 fn read_rows(
     layout: &Layout,
     side: Side,
     memory: &[u8],
-    location: &[Location],
-    rotation: Option<&Rotation>,
     cells: std::ops::Range<usize>,
     out: &mut [f32],
+    mut decode: impl FnMut(&[u8], &mut [f32]) -> Result<()>,
 ) -> Result<()> {
     let (heads, dim) = head_shape(layout, side);
     let mut head_rows = vec![0.0; cells.len() * dim];
     for (head, region) in memory.chunks_exact(layout.head_bytes(side)).enumerate() {
-        store::dequantize_head(layout, side, region, location, rotation, cells.clone(), &mut head_rows)?;
+        decode(region, &mut head_rows)?;
         for (from, to) in head_rows.chunks_exact(dim).zip(out.chunks_exact_mut(heads * dim)) {
             to[head * dim..][..dim].copy_from_slice(from);
         }

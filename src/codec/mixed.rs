@@ -204,6 +204,21 @@ impl MixedTile {
         }
     }
 
+    /// Reads the code at `depth` of every lane, `codes[lanes]`. Equal to [`MixedTile::get`] for each, several times faster.
+    #[inline(always)]
+    pub fn get_depth(&self, bytes: &[u8], segments: &Segments, depth: usize, codes: &mut [u8]) {
+        codes.fill(0);
+        for (byte, shift, bits, weight) in self.fields(segments, 0, depth).into_iter().filter(|field| field.2 > 0) {
+            let mask = ((1u16 << bits) - 1) as u8;
+            for (block, codes) in codes.chunks_mut(LANE_BLOCK).enumerate() {
+                let bytes = &bytes[byte + block * self.block_bytes()..];
+                for (lane, code) in codes.iter_mut().enumerate() {
+                    *code |= (bytes[lane * QUAD] >> shift & mask) << weight;
+                }
+            }
+        }
+    }
+
     /// Writes all codes of one lane, `codes[depth]`. Equal to [`MixedTile::set`] for each, many times faster.
     #[inline(always)]
     pub fn set_lane(&self, bytes: &mut [u8], segments: &Segments, lane: usize, codes: &[u8]) {
@@ -300,7 +315,8 @@ impl MixedPage<'_> {
 
     /// `out[row * stride + lane] += sum_d x[row * depth + order[d]] * value[lane][d]`: what the kernels compute.
     pub(crate) fn add_products(&self, x: &[f32], out: &mut [f32], stride: usize) {
-        let depth = self.tile.depth;
+        // Rows of coefficients may be longer than the depth: what is behind meets nothing.
+        let (depth, row) = (self.tile.depth, self.factors.len());
         let mut value = [0f32; MAX_DEPTH];
         for lane in 0..self.tile.lanes {
             for d in 0..depth {
@@ -309,8 +325,8 @@ impl MixedPage<'_> {
                 let mid = self.mids.get(d).copied().unwrap_or(0.0);
                 value[self.entry(d)] = self.factors[d] * quantizer.value(code) + mid;
             }
-            for (row, x) in x.chunks_exact(depth).enumerate() {
-                out[row * stride + lane] += quantizer::dot(x, &value[..depth]);
+            for (row, x) in x.chunks_exact(row).enumerate() {
+                out[row * stride + lane] += quantizer::dot(&x[..depth], &value[..depth]);
             }
         }
     }
@@ -359,6 +375,11 @@ mod tests {
                     tile.set_depth(&mut whole, &segments, d, &codes);
                 }
                 assert_eq!(single, whole, "{segments:?}");
+                for d in 0..depth {
+                    let mut codes = vec![7u8; lanes];
+                    tile.get_depth(&single, &segments, d, &mut codes);
+                    assert!((0..lanes).all(|lane| codes[lane] == code(lane * depth + d)), "{segments:?} {d}");
+                }
                 for i in 0..lanes * depth {
                     assert_eq!(tile.get(&single, &segments, i / depth, i % depth), code(i), "{segments:?} {i}");
                 }

@@ -32,6 +32,17 @@ pub struct SealRows<'a> {
     pub last_exponents: &'a mut [u8],
     /// `[at.len()]`: the largest attention weight that recent queries gave each row; empty: unknown.
     pub attention: &'a [f32],
+    /// Where the rows are, for codecs that want to know (`PageCodec::wants_places`). `None`: unknown.
+    pub place: Option<RowPlaces<'a>>,
+}
+
+/// Where the rows of a page are.
+#[derive(Clone, Copy)]
+pub struct RowPlaces<'a> {
+    /// The KV head.
+    pub head: usize,
+    /// `[at.len()]`: the position for which each key was turned.
+    pub positions: &'a [i32],
 }
 
 /// Largest page of any recipe, in cells.
@@ -83,4 +94,27 @@ pub(crate) trait PageCodec: Debug + Send + Sync {
 
     /// Fills in what device code has to know of a page.
     fn describe(&self, desc: &mut SideDesc);
+
+    /// Whether sealing a page anew needs [`SealRows::place`] for its best result.
+    fn wants_places(&self) -> bool {
+        false
+    }
+
+    /// Of keys whose pages say something of the values of the same tokens: how values follow.
+    fn predictor(&self) -> Option<&dyn ValuePredictor> {
+        None
+    }
+}
+
+/// Values that the key page of the same tokens predicts, where that helps: the value page holds what is left.
+pub(crate) trait ValuePredictor {
+    /// Decides for the rows `at` of a sealed key page, notes it there, and leaves in `values`, `[at.len()][head_dim_v]`, what
+    /// the value page is to hold.
+    fn take(&self, header: &[u8], page: &mut [u8], at: &[u32], values: &mut [f32]);
+
+    /// Adds what a key page predicts of the value of one row.
+    fn add(&self, page: PageRef, row: usize, value: &mut [f32]);
+
+    /// Adds `sum_t p[row * page + t] * predicted[t]` to `out[row * head_dim_v + channel]`.
+    fn accumulate(&self, page: PageRef, p: &mut Probabilities, out: &mut [f32]);
 }

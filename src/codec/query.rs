@@ -43,6 +43,24 @@ pub(crate) struct Query {
     pub(crate) offset: Vec<f32>,
     /// `[row][group]`: exact sum of the coefficients, which mid-points multiply.
     pub(crate) sum: Vec<f32>,
+    pub(crate) framed: Framed,
+}
+
+/// Query rows on their way into the frame of a page, of codecs that have frames (`codec::aqua`).
+#[derive(Default, Debug)]
+pub(crate) struct Framed {
+    /// As they came.
+    pub(crate) rows: Vec<f32>,
+    /// Turned back to where the page is.
+    pub(crate) turned: Vec<f32>,
+    /// What meets the coefficients of keys.
+    pub(crate) coefficients: Vec<f32>,
+    /// Those of them that the page codes.
+    pub(crate) coded: Vec<f32>,
+    /// Scores with the bias.
+    pub(crate) scores: Vec<f32>,
+    /// What they are prepared for: position, KV head, number of coded coefficients.
+    pub(crate) place: Option<(i32, usize, usize)>,
 }
 
 impl Query {
@@ -193,6 +211,18 @@ pub(crate) struct Probabilities {
     pub(crate) offset: Vec<f32>,
     /// Rows that [`is_coarse`] names.
     pub(crate) coarse: Vec<usize>,
+    pub(crate) predicting: Predicting,
+}
+
+/// Scratch of a value predictor.
+#[derive(Default, Debug)]
+pub(crate) struct Predicting {
+    /// `[head_dim_k][page]`: decoded keys.
+    pub(crate) keys: Vec<f32>,
+    /// `[n_rows][page]`: the weights of values that are predicted.
+    pub(crate) weights: Vec<f32>,
+    /// `[n_rows][head_dim_k]`: sums of keys.
+    pub(crate) sums: Vec<f32>,
 }
 
 impl Probabilities {

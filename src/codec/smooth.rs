@@ -192,6 +192,7 @@ mod tests {
         let mut last: Vec<u8> = (0..dim as u8).map(|channel| channel % 3).collect();
         let expected = last.clone();
         let mut rows = SealRows {
+            place: None,
             at: &[5],
             rows: &mut coded,
             fresh: true,
@@ -219,6 +220,7 @@ mod tests {
         let smooth = Smooth { mean: true, factors: true };
         let mut part = vec![0u8; smooth.bytes(dim)];
         let mut rows = SealRows {
+            place: None,
             at: &at,
             rows: &mut coded,
             fresh: true,

@@ -12,7 +12,9 @@ pub(crate) use parse::METHODS;
 use std::fmt;
 
 use crate::codec::CodecParams;
+use crate::error::{Error, Result, Status};
 use crate::planner::{sequences_per_stream, PlannerConfig};
+use crate::profile::Profile;
 
 /// Cells in a page unless the recipe says otherwise.
 pub const DEFAULT_PAGE: usize = 128;
@@ -68,9 +70,34 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// The canonical specification: every key spelled out. Parsing it gives the same recipe.
+    /// The canonical specification: every key spelled out. Parsing it gives the same recipe, without the profile itself.
     pub fn spec(&self) -> String {
         self.to_string()
+    }
+
+    /// The file of the profile that this recipe wants, as it was named; `None`: it wants none.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::Recipe`] if it needs one and names none.
+    pub fn profile_path(&self) -> Result<Option<&str>> {
+        let CodecParams::Aqua(params) = &self.key else { return Ok(None) };
+        params.check_named()?;
+        Ok(Some(&params.path))
+    }
+
+    /// The recipe with the profile that it wants.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::Recipe`] if it wants none.
+    pub fn with_profile(&self, profile: &Profile) -> Result<Recipe> {
+        let mut recipe = self.clone();
+        let CodecParams::Aqua(params) = &mut recipe.key else {
+            return Err(Error::new(Status::Recipe, format!("{} takes no profile", self.method)));
+        };
+        params.profile = Some(profile.clone());
+        Ok(recipe)
     }
 
     /// The planner's part of this recipe, fitted or not, for a cache of `n_cells` cells in each of `n_streams` streams.

@@ -6,6 +6,7 @@ use std::fmt;
 use super::presets::{expand, is_off, items};
 use super::{help, Recipe, DEFAULT_PAGE, MIN_PAGE};
 use crate::codec::adaptive::{AdaptiveParams, MAX_OUTLIERS};
+use crate::codec::aqua::AquaParams;
 use crate::codec::channel::ChannelParams;
 use crate::codec::group::{GroupParams, GroupSize};
 use crate::codec::page::MAX_PAGE;
@@ -21,25 +22,31 @@ pub const METHODS: &[Method] = &[
         name: "skvq",
         about: "groups of channels per token with a residual window and sink tokens (SKVQ, arXiv 2405.06219)",
         defaults: skvq_defaults,
-        paper: skvq_paper,
+        paper: Some(skvq_paper),
     },
     Method {
         name: "kivi",
         about: "keys per channel, values per token (KIVI, arXiv 2402.02750)",
         defaults: kivi_defaults,
-        paper: kivi_paper,
+        paper: Some(kivi_paper),
     },
     Method {
         name: "ott",
         about: "kivi with tokens of small keys traced and kept exact (OTT, arXiv 2505.10938)",
         defaults: ott_defaults,
-        paper: ott_paper,
+        paper: Some(ott_paper),
     },
     Method {
         name: "qaq",
         about: "every token with a width of its own (QAQ, arXiv 2403.04643)",
         defaults: qaq_defaults,
-        paper: qaq_paper,
+        paper: Some(qaq_paper),
+    },
+    Method {
+        name: "aqua",
+        about: "kivi in a calibrated frame, values predicted from keys (AQUA-KV, arXiv 2501.19392)",
+        defaults: aqua_defaults,
+        paper: None,
     },
 ];
 
@@ -50,8 +57,8 @@ pub struct Method {
     /// One line for help texts.
     pub about: &'static str,
     defaults: fn() -> Recipe,
-    /// The published setting, which the word `paper` chooses.
-    paper: fn() -> Recipe,
+    /// The published setting, which the word `paper` chooses; `None`: it cannot run.
+    pub(crate) paper: Option<fn() -> Recipe>,
 }
 
 /// Most tokens a residual window may hold.
@@ -85,7 +92,9 @@ impl Recipe {
         items.sort_by_key(|item| if *item == "paper" { 0 } else { 2 - u8::from(sets_defaults(item)) });
         for item in items {
             if item == "paper" {
-                recipe = (method.paper)();
+                let paper =
+                    method.paper.ok_or_else(|| fail(format!("{name} has no published setting that can run")))?;
+                recipe = paper();
                 continue;
             }
             let (key, value) = item
@@ -113,7 +122,9 @@ fn known_keys(recipe: &Recipe) -> String {
     let text = recipe.to_string();
     let (_, items) = text.split_once(':').unwrap_or_default();
     let keys: Vec<&str> = items.split(',').filter_map(|item| Some(item.split_once('=')?.0)).collect();
-    format!("{} and the word 'paper'", keys.join(", "))
+    // Not among them as long as it is not given.
+    let profile = if recipe.profile_path().is_err() { ", profile" } else { "" };
+    format!("{}{profile} and the word 'paper'", keys.join(", "))
 }
 
 fn fail(text: String) -> Error {
@@ -249,6 +260,13 @@ fn qaq_paper() -> Recipe {
     Recipe { window: 5, sink_tokens: 0, key, value, ..qaq_defaults() }
 }
 
+/// What measures best at 2.2 to 2.3 bits.
+fn aqua_defaults() -> Recipe {
+    let channel = ChannelParams { bits: 2.25, adaptive: true, clip: Clip::Auto, refit: true, half: false };
+    let key = AquaParams { channel, bias: true, klt: true, predict: true, path: String::new(), profile: None };
+    Recipe { method: "aqua", key: CodecParams::Aqua(key), ..kivi_defaults() }
+}
+
 /// Sets one key. `Ok(false)`: there is no such key.
 fn set_key(recipe: &mut Recipe, key: &str, value: &str) -> Result<bool> {
     match key {
@@ -301,7 +319,9 @@ fn set_width(side: &mut CodecParams, key: &str, value: &str) -> Result<()> {
         CodecParams::Group(side) => {
             side.width = Width::parse(value).map_err(|e| fail(format!("{key}={value}: {e}")))?
         }
-        CodecParams::Channel(ChannelParams { bits, .. }) | CodecParams::Adaptive(AdaptiveParams { bits, .. }) => {
+        CodecParams::Channel(ChannelParams { bits, .. })
+        | CodecParams::Adaptive(AdaptiveParams { bits, .. })
+        | CodecParams::Aqua(AquaParams { channel: ChannelParams { bits, .. }, .. }) => {
             let number = value.parse::<f32>().ok().filter(|bits| (1.0..=4.0).contains(bits));
             *bits = number.ok_or_else(|| fail(format!("{key}={value}: use a number from 1 to 4")))?;
         }
@@ -336,6 +356,15 @@ fn set_side_key(side: &mut CodecParams, key: &str, value: &str) -> Result<bool> 
                     _ => return Err(fail(format!("meta={value}: use fp8 or fp16"))),
                 }
             }
+            _ => return Ok(false),
+        },
+        CodecParams::Aqua(side) => match key {
+            "clip" => side.channel.clip = Clip::parse(value)?,
+            "refit" => side.channel.refit = flag(key, value)?,
+            "bias" => side.bias = flag(key, value)?,
+            "klt" => side.klt = flag(key, value)?,
+            "predict" => side.predict = flag(key, value)?,
+            "profile" => side.path = value.to_owned(),
             _ => return Ok(false),
         },
         CodecParams::Adaptive(side) => match key {
@@ -409,13 +438,15 @@ pub(super) fn write_keys(f: &mut fmt::Formatter<'_>, recipe: &Recipe) -> fmt::Re
     for (name, side) in [("k", &recipe.key), (",v", &recipe.value)] {
         match side {
             CodecParams::Group(side) => write!(f, "{name}={}", side.width)?,
-            CodecParams::Channel(ChannelParams { bits, .. }) | CodecParams::Adaptive(AdaptiveParams { bits, .. }) => {
+            CodecParams::Channel(ChannelParams { bits, .. })
+            | CodecParams::Adaptive(AdaptiveParams { bits, .. })
+            | CodecParams::Aqua(AquaParams { channel: ChannelParams { bits, .. }, .. }) => {
                 write!(f, "{name}={bits}")?;
             }
         }
     }
     write_side(f, recipe, &recipe.key)?;
-    if let (CodecParams::Channel(_), CodecParams::Group(_)) = (&recipe.key, &recipe.value) {
+    if let (CodecParams::Channel(_) | CodecParams::Aqua(_), CodecParams::Group(_)) = (&recipe.key, &recipe.value) {
         write_side(f, recipe, &recipe.value)?;
     }
     write!(f, ",window={},sinks={},page={}", recipe.window, recipe.sink_tokens, recipe.page)?;
@@ -439,6 +470,12 @@ fn write_side(f: &mut fmt::Formatter<'_>, recipe: &Recipe, side: &CodecParams) -
         }
         CodecParams::Channel(side) => {
             write!(f, ",adaptive={},meta={}", bit(side.adaptive), if side.half { "fp16" } else { "fp8" })
+        }
+        CodecParams::Aqua(side) => {
+            if !side.path.is_empty() {
+                write!(f, ",profile={}", side.path)?;
+            }
+            write!(f, ",bias={},klt={},predict={}", bit(side.bias), bit(side.klt), bit(side.predict))
         }
         CodecParams::Adaptive(side) => {
             let AdaptiveParams { min_bits, outliers, clip, .. } = side;
@@ -471,6 +508,8 @@ mod tests {
             "qaq:paper",
             "qaq:bits=2.5,v=2,attn-window=64,attn-keys=1,outliers=1,min-bits=1,mean=0,symmetric=0,window=64",
             "qaq:bits=3,levels=normal",
+            "aqua",
+            "aqua:k=1.5,v=1.6,profile=some/model.kvq.gguf,bias=0,klt=0,predict=0",
         ] {
             let recipe = Recipe::parse(spec).unwrap();
             assert_eq!(Recipe::parse(&recipe.spec()).unwrap(), recipe, "{spec} -> {}", recipe.spec());
@@ -480,7 +519,7 @@ mod tests {
     #[test]
     fn errors_name_the_key_and_what_it_may_be() {
         for (spec, want) in [
-            ("turbo", "unknown recipe 'turbo'; known: on, 2, 3, 4, skvq, kivi, ott, qaq"),
+            ("turbo", "unknown recipe 'turbo'; known: on, 2, 3, 4, skvq, kivi, ott, qaq, aqua"),
             ("", "'' asks for no compressed cache"),
             ("none", "'none' asks for no compressed cache"),
             ("off:window=64", "unknown recipe 'off'"),
@@ -508,6 +547,9 @@ mod tests {
             ("qaq:levels=normal,symmetric=0,mean=0", "levels=normal lie about zero"),
             ("qaq:target=0.01", "target: all steps of a page would be multiplied by it"),
             ("qaq:outliers=3", "outliers=3: use a whole number from 0 to 2"),
+            ("aqua:paper", "aqua has no published setting that can run"),
+            ("aqua:adaptive=0", "aqua has no key 'adaptive'; it knows k, v, bias, klt, predict"),
+            ("kivi:profile=x", "kivi has no key 'profile'"),
             ("ott:outliers=17", "outliers=17: use a whole number from 0 to 16"),
             ("ott:pool=113", "pool=113: use a whole number from 0 to 112"),
         ] {

@@ -3,7 +3,7 @@
 
 use std::ffi::c_void;
 
-use super::layer::{recipes, Layer, Ubatch};
+use super::layer::{device_recipes, Layer, Ubatch};
 use super::random::Rng;
 use crate::attention::{attend, AttendArgs, Mask};
 use crate::cuda::attend::{enqueue, workspace_bytes, Workspace};
@@ -272,7 +272,7 @@ fn every_recipe_and_width() {
     let more = [&more[..], &["qaq:bits=3", "qaq:levels=normal", "qaq:outliers=2,symmetric=0,mean=0,smooth=0"]].concat();
     let more = [&more[..], &["qaq:bits=1.5,min-bits=1,levels=normal", "skvq:page=64", "kivi:k=3,page=256"]].concat();
     for lab in Lab::all() {
-        for spec in recipes(&more) {
+        for spec in device_recipes(&more) {
             compare(&lab, &spec, shape(2, 4, 128, 128), 640, UBATCHES, PLAIN);
         }
     }

@@ -4,7 +4,7 @@
 use half::f16;
 
 use super::device_store::{denominators, next_cells, spoil, Learns, Twin};
-use super::layer::{recipes, Layer, Ubatch};
+use super::layer::{device_recipes, Layer, Ubatch};
 use super::random::Rng;
 use crate::codec::page::Side;
 use crate::cuda::lab::Lab;
@@ -103,7 +103,7 @@ fn walk(lab: &Lab, spec: &str, shape: Shape, steps: usize) {
 #[test]
 fn rows_are_those_of_the_cpu() {
     for lab in Lab::all() {
-        for spec in recipes(&[
+        for spec in device_recipes(&[
             "skvq:k=1.6,v=1.6",
             "skvq:k=8,v=4,group=32",
             "skvq:page=64",

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use half::f16;
 
-use super::layer::{recipes, Layer, Ubatch, SCALE};
+use super::layer::{device_recipes, Layer, Ubatch, SCALE};
 use super::random::Rng;
 use crate::codec::page::Side;
 use crate::cuda::attend::Workspace;
@@ -385,7 +385,7 @@ fn owned(specs: &[&str]) -> Vec<String> {
 
 #[test]
 fn every_recipe() {
-    walk_all(&recipes(&[]), &[shape(2, 2, 128, 128)], 12);
+    walk_all(&device_recipes(&[]), &[shape(2, 2, 128, 128)], 12);
 }
 
 #[test]

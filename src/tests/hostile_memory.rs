@@ -14,7 +14,7 @@ use crate::rows::Rows;
 use crate::shape::Shape;
 use crate::shift::shift_head;
 use crate::simd::isa::{Isa, IsaToken};
-use crate::store::dequantize_head;
+use crate::store::{dequantize_head, dequantize_values};
 
 #[test]
 fn random_bytes_in_every_recipe() {
@@ -76,7 +76,8 @@ fn read_and_rewrite(layer: &mut Layer, n_cells: usize) {
     let shape = layout.shape();
     let mut rows = vec![0f32; n_cells * shape.head_dim_v as usize];
     let region = &values[..layout.head_bytes(Side::Value)];
-    dequantize_head(layout, Side::Value, region, &location, None, 0..n_cells, &mut rows).unwrap();
+    let regions = [&keys[..layout.head_bytes(Side::Key)], region];
+    dequantize_values(layout, regions, &location, 0..n_cells, &mut rows).unwrap();
     let mut rows = vec![0f32; n_cells * shape.head_dim_k as usize];
     let region = &mut keys[..layout.head_bytes(Side::Key)];
     dequantize_head(layout, Side::Key, region, &location, None, 0..n_cells, &mut rows).unwrap();
@@ -84,7 +85,7 @@ fn read_and_rewrite(layer: &mut Layer, n_cells: usize) {
     let moved: Vec<i32> = (0..n_cells).map(|cell| (cell % 7) as i32).collect();
     let shift = planner.clone().shift(0, &moved, &|_| true).unwrap();
     let rotation = Rotation::new(&[0.5; 16], false).unwrap();
-    shift_head(layout, region, &shift, &rotation).unwrap();
+    shift_head(layout, region, Some(&mut values[..layout.head_bytes(Side::Value)]), &shift, &rotation).unwrap();
 }
 
 /// Sizes that do not agree are refused, whether there is a mask or not.

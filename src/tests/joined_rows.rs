@@ -9,7 +9,6 @@ use crate::plan::{Plan, Seal};
 use crate::reference::nmse;
 use crate::shape::Shape;
 use crate::simd::isa::{Isa, IsaToken};
-use crate::store::dequantize_head;
 
 const PAGE: usize = 64;
 const N_CELLS: usize = 256;
@@ -57,9 +56,7 @@ fn errors(spec: &str, n_first: usize, n: usize) -> ([f64; 2], Vec<Seal>) {
     let location = layer.planner.locate(0).unwrap();
     assert!(location[..n].iter().all(|location| location.in_page()), "{spec}: {:?}", &location[..n]);
     let errors = [Side::Key, Side::Value].map(|side| {
-        let mut found = vec![0f32; n * dim as usize];
-        let memory = &layer.memory[side as usize];
-        dequantize_head(&layer.layout, side, memory, &location, None, 0..n, &mut found).unwrap();
+        let found = layer.decoded(side, &location, 0..n);
         let truth: Vec<f64> = rows[side as usize][..found.len()].iter().map(|x| f64::from(*x)).collect();
         nmse(&found, &truth)
     });

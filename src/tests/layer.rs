@@ -3,10 +3,12 @@
 
 use std::ops::Range;
 
+use super::profile;
 use super::random::Rng;
 use crate::attention::{attend, combine, AttendArgs, Mask};
 use crate::codec::page::Side;
 use crate::layout::Layout;
+use crate::location::Location;
 use crate::plan::{plan_len, Plan};
 use crate::planner::{Planner, Row};
 use crate::recent::Attended;
@@ -17,13 +19,20 @@ use crate::rows::Rows;
 use crate::shape::Shape;
 use crate::shift::shift_head;
 use crate::simd::isa::IsaToken;
-use crate::store::{store_head, StoreRows};
+use crate::store::{dequantize_head, dequantize_values, store_head, StoreRows};
 
 /// Every preset, every method with its defaults and its published setting, and `more`.
 pub(super) fn recipes(more: &[&str]) -> Vec<String> {
     let presets = PRESETS.iter().map(|preset| preset.name.to_string());
-    let methods = METHODS.iter().flat_map(|method| [method.name.into(), format!("{}:paper", method.name)]);
-    presets.chain(methods).chain(more.iter().map(|spec| spec.to_string())).collect()
+    let methods = METHODS.iter().map(|method| method.name.to_string());
+    let papers = METHODS.iter().filter(|method| method.paper.is_some()).map(|method| format!("{}:paper", method.name));
+    presets.chain(methods).chain(papers).chain(more.iter().map(|spec| spec.to_string())).collect()
+}
+
+/// Those of them that GPUs have kernels for.
+pub(super) fn device_recipes(more: &[&str]) -> Vec<String> {
+    let is_known = |spec: &String| matches!(Recipe::parse(spec).unwrap().profile_path(), Ok(None));
+    recipes(more).into_iter().filter(is_known).collect()
 }
 
 /// Queries, keys and values of an ubatch.
@@ -40,23 +49,25 @@ pub(super) struct Layer {
     /// Keys and values.
     pub(super) memory: [Vec<u8>; 2],
     live: Vec<bool>,
+    /// Of each cell's token.
+    positions: Vec<i32>,
     /// How keys turn when positions move.
     pub(super) rotation: Option<Rotation>,
 }
 
 impl Layer {
     pub(super) fn new(spec: &str, shape: Shape, n_cells: usize, token: IsaToken) -> Self {
-        let recipe = Recipe::parse(spec).unwrap();
+        let recipe = profile::parse(spec, shape);
         let planner = Planner::new(recipe.planner_config(n_cells, 1, 1)).unwrap();
         // Not one of the first layers, which may go without an outlier pool.
         let layout = Layout::with_isa(&recipe, shape, 3, n_cells, planner.n_slots(), token).unwrap();
         let memory = [vec![0; layout.k_bytes()], vec![0; layout.v_bytes()]];
-        Self { layout, planner, memory, live: vec![false; n_cells], rotation: None }
+        Self { layout, planner, memory, live: vec![false; n_cells], positions: vec![0; n_cells], rotation: None }
     }
 
     /// Whether the recipe allows this shape.
     pub(super) fn fits(spec: &str, shape: Shape) -> bool {
-        Layout::new(&Recipe::parse(spec).unwrap(), shape, 3, 64, 64).is_ok()
+        Layout::new(&profile::parse(spec, shape), shape, 3, 64, 64).is_ok()
     }
 
     /// Cells of a page of a recipe.
@@ -79,7 +90,10 @@ impl Layer {
         let mut ints = vec![0; plan_len(rows.len(), self.planner.n_slots(), n_cells, self.layout.page())];
         let live = &self.live;
         self.planner.plan(0, &rows, &|cell| live[cell], &mut ints).unwrap();
-        rows.iter().for_each(|row| self.live[row.cell as usize] = true);
+        for row in &rows {
+            self.live[row.cell as usize] = true;
+            self.positions[row.cell as usize] = row.pos;
+        }
         ints
     }
 
@@ -96,8 +110,12 @@ impl Layer {
         let live = &self.live;
         let moved: Vec<i32> = (0..live.len()).map(|cell| if live[cell] { distance(cell) } else { 0 }).collect();
         let shift = self.planner.shift(0, &moved, &|cell| live[cell]).unwrap();
-        for region in self.memory[0].chunks_exact_mut(self.layout.head_bytes(Side::Key)) {
-            shift_head(&self.layout, region, &shift, self.rotation.as_ref().unwrap()).unwrap();
+        self.positions.iter_mut().zip(&moved).for_each(|(pos, moved)| *pos += moved);
+        let [keys, values] = &mut self.memory;
+        let keys = keys.chunks_exact_mut(self.layout.head_bytes(Side::Key));
+        let values = values.chunks_exact_mut(self.layout.head_bytes(Side::Value));
+        for (region, values) in keys.zip(values) {
+            shift_head(&self.layout, region, Some(values), &shift, self.rotation.as_ref().unwrap()).unwrap();
         }
     }
 
@@ -162,7 +180,14 @@ impl Layer {
         let shape = self.layout.shape();
         let [q, k, v] = rows_of(&shape, ubatch);
         let attended = lse.map(|lse| Attended { lse, scale: SCALE });
-        let rows = StoreRows { k, v, q: with_q.then_some(q), attended, rotation: self.rotation.as_ref() };
+        let rows = StoreRows {
+            positions: Some(&self.positions),
+            k,
+            v,
+            q: with_q.then_some(q),
+            attended,
+            rotation: self.rotation.as_ref(),
+        };
         let plan = Plan::new(ints).unwrap();
         let [keys, values] = &mut self.memory;
         let keys = keys.chunks_exact_mut(self.layout.head_bytes(Side::Key));
@@ -170,6 +195,19 @@ impl Layer {
         for (head, (key, value)) in keys.zip(values).enumerate() {
             store_head(&self.layout, head, [key, value], &rows, &plan).unwrap();
         }
+    }
+
+    /// The decoded rows of one side of the first head.
+    pub(super) fn decoded(&self, side: Side, location: &[Location], cells: Range<usize>) -> Vec<f32> {
+        let layout = &self.layout;
+        let [keys, values] = [Side::Key, Side::Value].map(|of| &self.memory[of as usize][..layout.head_bytes(of)]);
+        let mut out = vec![0f32; cells.len() * layout.side(side).head_dim];
+        let rotation = self.rotation.as_ref();
+        match side {
+            Side::Key => dequantize_head(layout, side, keys, location, rotation, cells, &mut out).unwrap(),
+            Side::Value => dequantize_values(layout, [keys, values], location, cells, &mut out).unwrap(),
+        }
+        out
     }
 
     pub(super) fn rows<'a>(&self, ubatch: &'a Ubatch) -> [Rows<'a>; 3] {

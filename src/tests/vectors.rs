@@ -10,9 +10,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::codec::page::{PageCodec, PageRef, SealRows, Side};
+use super::profile;
+use crate::codec::page::{PageCodec, PageRef, RowPlaces, SealRows, Side};
 use crate::codec::{CodecInfo, REGISTRY};
 use crate::recipe::Recipe;
+use crate::shape::Shape;
 use crate::simd::isa::{Isa, IsaToken};
 
 /// One page: a recipe, a side of it, and a head size.
@@ -71,6 +73,13 @@ fn cases(codec: &str) -> Vec<Case> {
             add("qaq:paper".into(), &SIDES, 128);
             add("qaq:adaptive=0,page=256".into(), &SIDES, 160);
         }
+        "aqua" => {
+            add("aqua:k=2.5,page=64".into(), &SIDES[..1], 64);
+            for form in ["", ",klt=0", ",bias=0", ",predict=0"] {
+                add(format!("aqua:k=2.25{form}"), &SIDES[..1], 128);
+            }
+            add("aqua:k=1.5,page=256".into(), &SIDES[..1], 160);
+        }
         other => panic!("codec {other} has no golden vectors: give it an arm here"),
     }
     let of_few = cases
@@ -127,7 +136,10 @@ fn seal(codec: &dyn PageCodec, page: usize, case: &Case) -> Sealed {
         // An outlier token is kept elsewhere and has no part in the page's range.
         let exact: Vec<bool> = at.iter().map(|row| *row == 9).collect();
         let attention: Vec<f32> = at.iter().map(|row| (1 + row * 5 % 32) as f32 / 32.0).collect();
+        // All but every fifth row where the page says.
+        let positions: Vec<i32> = at.iter().map(|row| 1000 + *row as i32 + i32::from(row % 5 == 4)).collect();
         let mut rows = SealRows {
+            place: codec.wants_places().then_some(RowPlaces { head: 1, positions: &positions }),
             at: &at,
             rows: &mut chosen,
             fresh: !late,
@@ -142,9 +154,12 @@ fn seal(codec: &dyn PageCodec, page: usize, case: &Case) -> Sealed {
 }
 
 fn codec_of(case: &Case, token: IsaToken) -> (Arc<dyn PageCodec>, usize) {
+    let dim = case.dim as u32;
+    let shape = Shape { n_heads: 2, n_kv_heads: 2, head_dim_k: dim, head_dim_v: dim };
     let recipe = Recipe::parse(&case.spec).unwrap();
+    let recipe = recipe.with_profile(&profile::exact(shape)).unwrap_or(recipe);
     let side = if case.side == Side::Key { &recipe.key } else { &recipe.value };
-    (side.build(case.side, case.dim, recipe.page, token).unwrap(), recipe.page)
+    (side.build_layer(case.side, 0, shape, recipe.page, token).unwrap(), recipe.page)
 }
 
 /// A line of a file: which page, and what became of it.

@@ -125,6 +125,7 @@ fn outputs(layout: &Layout, rows: &[f32], p: &[f32]) -> Vec<f32> {
     let (mut header, mut bytes) = ([0u8; 4], vec![0u8; side.codec.page_bytes()]);
     let mut rows = rows.to_vec();
     let mut rows = SealRows {
+        place: None,
         at: &at,
         rows: &mut rows,
         fresh: true,

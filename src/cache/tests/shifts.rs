@@ -4,7 +4,7 @@ use super::*;
 use crate::store::dequantize_head;
 
 /// Every method and every published setting, with pages and windows that a short test reaches the end of.
-const RECIPES: [&str; 11] = [
+const RECIPES: [&str; 12] = [
     "skvq:k=8,v=8,page=64,window=16,sinks=2",
     "skvq:page=64,window=16",
     "skvq:k=2,v=2,page=64,window=16,sinks=0",
@@ -16,6 +16,7 @@ const RECIPES: [&str; 11] = [
     "ott:paper,skip-layers=0,page=64,window=16",
     "qaq:page=64,window=16",
     "qaq:paper,page=64,window=16",
+    "aqua:k=2.5,page=64,window=16",
 ];
 const ROPE: Rope = Rope { n_rot: 64, freq_base: 1e4, freq_scale: 1.0, interleaved: false };
 

@@ -26,6 +26,7 @@ use crate::recipe::presets::PRESETS;
 use crate::recipe::METHODS;
 use crate::rows::finite;
 use crate::store;
+use crate::tests::profile;
 
 const N_CELLS: usize = 320;
 const N_SEQS: usize = 4;
@@ -59,7 +60,8 @@ fn every_recipe_walks() {
 fn specs() -> Vec<String> {
     let of_method = METHODS.iter().flat_map(|method| {
         let pool = if method.name == "ott" { ",skip-layers=0" } else { "" };
-        ["", "paper,"].map(|preset| format!("{}:{preset}page=64,window=32{pool}", method.name))
+        let settings = if method.paper.is_some() { &["", "paper,"][..] } else { &[""] };
+        settings.iter().map(move |setting| format!("{}:{setting}page=64,window=32{pool}", method.name))
     });
     let more = [
         "skvq:k=8,v=8,page=64,window=0,sinks=0",
@@ -103,10 +105,10 @@ struct Walk {
 }
 
 fn walk(spec: &str, seed: u64, n_ops: usize) {
-    let recipe = Recipe::parse(spec).unwrap();
     // Published settings have groups of up to 128 channels.
     let dim = if spec.contains("paper") { 128 } else { 64 };
     let shape = Shape { n_heads: 2, n_kv_heads: 1, head_dim_k: dim, head_dim_v: dim };
+    let recipe = profile::parse(spec, shape);
     let rope = Rope { n_rot: 32, freq_base: 1e4, freq_scale: 1.0, interleaved: false };
     let params =
         CacheParams { shape, n_layers: 1, n_cells: N_CELLS, n_seq_max: N_SEQS, n_threads: 1, rope: Some(rope) };
@@ -404,6 +406,18 @@ impl Walk {
         pool::cells(Head::new(layout, side, region)).flatten().collect()
     }
 
+    /// The rows of some cells, as they are read.
+    fn decoded(&self, side: Side, location: &[Location], cells: std::ops::Range<usize>) -> Vec<f32> {
+        let [(layout, keys), (_, values)] = [Side::Key, Side::Value].map(|side| self.region(side));
+        let mut rows = vec![0f32; cells.len() * layout.side(side).head_dim];
+        let rotation = self.cache.rotation.as_ref();
+        match side {
+            Side::Key => store::dequantize_head(layout, side, keys, location, rotation, cells, &mut rows).unwrap(),
+            Side::Value => store::dequantize_values(layout, [keys, values], location, cells, &mut rows).unwrap(),
+        }
+        rows
+    }
+
     /// The only head of the only layer.
     fn region(&self, side: Side) -> (&crate::layout::Layout, &[u8]) {
         let layer = &self.cache.layers[0];
@@ -425,11 +439,9 @@ impl Walk {
         let rows: Vec<usize> = plan.row_cells().iter().map(|cell| *cell as usize).collect();
         let mut held: Vec<Vec<f32>> = Vec::new();
         for (side, new) in [(Side::Key, k), (Side::Value, v)] {
-            let (layout, region) = self.region(side);
+            let (layout, _) = self.region(side);
             let (dim, members) = (layout.side(side).head_dim, self.members(side));
-            let mut found = vec![0f32; N_CELLS * dim];
-            let rotation = self.cache.rotation.as_ref();
-            store::dequantize_head(layout, side, region, &location, rotation, 0..N_CELLS, &mut found).unwrap();
+            let mut found = self.decoded(side, &location, 0..N_CELLS);
             for (cell, token) in self.shadow.iter().enumerate() {
                 let (Some(token), false) = (token, rows.contains(&cell)) else { continue };
                 let is_exact = location[cell].slot().is_some() || members.contains(&cell);

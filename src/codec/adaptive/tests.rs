@@ -23,6 +23,7 @@ fn errors(spec: &str, side: Side, rows: &[f32], attention: &[f32]) -> Vec<f64> {
     let (mut header, mut bytes) = ([0u8; 4], vec![0u8; codec.page_bytes()]);
     let mut scratch = rows.to_vec();
     let mut sealed = SealRows {
+        place: None,
         at: &at,
         rows: &mut scratch,
         fresh: true,

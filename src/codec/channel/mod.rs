@@ -84,8 +84,29 @@ impl ChannelCodec {
                 format!("{} bits per key are not possible with a head size of {head_dim}: use 2, 3 or 4", params.bits);
             return Err(Error::new(Status::Recipe, what));
         }
-        let tile = MixedTile::new(page, head_dim, budget);
-        Ok(Self { params: params.clone(), head_dim, page, tile, kernels: kernels_of!(token) })
+        Ok(Self::with_budget(params, head_dim, page, budget, token))
+    }
+
+    /// The codec for `depth` channels, a multiple of 16, whose widths sum up to `budget` over the segments.
+    pub(crate) fn with_budget(
+        params: &ChannelParams,
+        depth: usize,
+        page: usize,
+        budget: usize,
+        token: IsaToken,
+    ) -> Self {
+        let tile = MixedTile::new(page, depth, budget);
+        Self { params: params.clone(), head_dim: depth, page, tile, kernels: kernels_of!(token) }
+    }
+
+    /// Values of a query row: kernels read them 32 at a time, and those behind the channels are zero.
+    pub(crate) fn query_dim(&self) -> usize {
+        self.head_dim.next_multiple_of(32)
+    }
+
+    /// Bytes of a page in use.
+    pub(crate) fn used_bytes(&self) -> usize {
+        self.order_offset() + if self.params.adaptive { self.head_dim } else { 0 }
     }
 
     fn number_bytes(&self) -> usize {
@@ -116,7 +137,7 @@ impl PageCodec for ChannelCodec {
     }
 
     fn page_bytes(&self) -> usize {
-        (self.order_offset() + if self.params.adaptive { self.head_dim } else { 0 }).next_multiple_of(64)
+        self.used_bytes().next_multiple_of(64)
     }
 
     fn seal(&self, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
@@ -128,9 +149,9 @@ impl PageCodec for ChannelCodec {
     }
 
     fn begin_query(&self, rows: &[f32], query: &mut Query) {
-        let group = self.head_dim;
+        let head_dim = self.query_dim();
         query.begin(rows);
-        query.prepare(&QueryForm { head_dim: self.head_dim, group, planes: 1, centre: 0.0, rotate: false });
+        query.prepare(&QueryForm { head_dim, group: head_dim, planes: 1, centre: 0.0, rotate: false });
     }
 
     fn scores(&self, page: PageRef, query: &mut Query, scores: &mut [f32]) {

@@ -25,6 +25,7 @@ fn round_trip(spec: &str, rows: &[f32], exact: &[bool], channel_weights: &[f32])
         &mut header,
         &mut bytes,
         &mut SealRows {
+            place: None,
             at: &at,
             rows: &mut scratch,
             fresh: true,

@@ -37,6 +37,7 @@ fn round_trip(spec: &str, offset: f32) -> (f64, f64) {
             &mut header,
             &mut bytes,
             &mut SealRows {
+                place: None,
                 at: &at,
                 rows: &mut rows,
                 fresh: true,

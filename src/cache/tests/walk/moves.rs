@@ -139,10 +139,7 @@ impl Walk {
             return SavedToken { held, rows: [Vec::new(), Vec::new()] };
         }
         let rows = [Side::Key, Side::Value].map(|side| {
-            let (layout, region) = self.region(side);
-            let mut row = vec![0f32; layout.side(side).head_dim];
-            let rotation = self.cache.rotation.as_ref();
-            store::dequantize_head(layout, side, region, location, rotation, cell..cell + 1, &mut row).unwrap();
+            let mut row = self.decoded(side, location, cell..cell + 1);
             let is_exact = location[cell].slot().is_some() || self.members(side).contains(&cell);
             let (truth, turns) = if side == Side::Key { (self.turned(&held), held.turns) } else { (held.v.clone(), 0) };
             self.check_row(&row, &truth, is_exact, turns, &format!("{side:?} of cell {cell} on its way"));
@@ -268,7 +265,10 @@ impl Walk {
         let of = |data, dim: u32| Rows { data, stride_token: dim as usize, stride_head: dim as usize };
         let (k, v) = (of(&k, shape.head_dim_k), of(&v, shape.head_dim_v));
         let rotation = self.cache.rotation.as_ref();
-        let store = StoreRows { k, v, q: None, attended: None, rotation };
+        let mut positions = cells.pos().to_vec();
+        planned.iter().for_each(|row| positions[row.cell as usize] = row.pos);
+        let positions = Some(&positions[..]);
+        let store = StoreRows { positions, k, v, q: None, attended: None, rotation };
         store_layer(&mut self.cache.layers[0], &store, &Plan::new(&ints).unwrap(), 1).unwrap();
         for (cell, token) in rows {
             self.put(cell, token.held);
