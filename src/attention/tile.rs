@@ -20,15 +20,6 @@ use crate::pool;
 use crate::rotation::Angles;
 use crate::simd::exact::{ExactRows, Logits, State};
 
-/// Query rows (tokens times query heads of a KV head) of a tile: enough to pay for unpacking a page, few enough that
-/// scores and outputs stay in the first-level cache.
-const TILE_ROWS: usize = 32;
-
-/// Query tokens of a tile.
-pub(super) fn tokens_per_tile(gqa_ratio: usize) -> usize {
-    (TILE_ROWS / gqa_ratio).max(1)
-}
-
 /// Buffers of a thread, kept from call to call so that the path allocates nothing.
 #[derive(Default)]
 pub(super) struct Workspace {
