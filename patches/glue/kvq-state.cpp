@@ -304,11 +304,11 @@ void llama_kvq_cache::state_write_all(kvq_state_writer & out) const {
 
 // everything of a stream that is saved, in its order
 void llama_kvq_cache::each_part(uint32_t n_pages,
-        const std::function<void(size_t, kvq_side, const std::vector<kvq_range> &)> & use) const {
+        const std::function<void(size_t, kvq_side, kvq_state_part, const std::vector<kvq_range> &)> & use) const {
     for (size_t i = 0; i < layouts.size(); ++i) {
         for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
             for (auto part : { KVQ_STATE_SLOTS, KVQ_STATE_PAGES }) {
-                use(i, side, kvq_state_ranges(layouts[i].get(), side, part, 0, n_pages));
+                use(i, side, part, kvq_state_ranges(layouts[i].get(), side, part, 0, n_pages));
             }
         }
     }
@@ -356,6 +356,26 @@ void llama_kvq_cache::read_planner(kvq_state_reader & in, uint32_t strm, kvq_pla
     }
 }
 
+void llama_kvq_cache::check_pools(const kvq_state_stream & stream) const {
+    std::unique_ptr<kvq_state_memory> memory; // of one layer
+
+    auto bytes = stream.bytes.begin();
+    each_part(stream.n_pages, [&](size_t i, kvq_side side, kvq_state_part part, const std::vector<kvq_range> & ranges) {
+        const auto * layout = layouts[i].get();
+        const auto   src    = bytes++;
+        if (part != KVQ_STATE_SLOTS || kvq_state_ranges(layout, side, KVQ_STATE_POOL, 0, 0).empty()) {
+            return;
+        }
+        if (side == KVQ_SIDE_K) {
+            memory = std::make_unique<kvq_state_memory>(layout);
+        }
+        kvq_state_set(memory->side[side], ranges, src->data());
+        if (side == KVQ_SIDE_V) {
+            kvq_state_call(kvq_pool_check(layout, memory->side[0], memory->side[1]), "the saved state is damaged");
+        }
+    });
+}
+
 kvq_state_stream llama_kvq_cache::read_stream(kvq_state_reader & in, uint32_t strm, kvq_planner * to) const {
     kvq_state_stream res;
 
@@ -375,9 +395,10 @@ kvq_state_stream llama_kvq_cache::read_stream(kvq_state_reader & in, uint32_t st
     const uint32_t page = kvq_recipe_page(recipe.get());
     res.n_pages = (last + page)/page;
 
-    each_part(res.n_pages, [&](size_t, kvq_side, const std::vector<kvq_range> & ranges) {
+    each_part(res.n_pages, [&](size_t, kvq_side, kvq_state_part, const std::vector<kvq_range> & ranges) {
         res.bytes.push_back(in.buffer(kvq_state_size(ranges)));
     });
+    check_pools(res);
     return res;
 }
 
@@ -388,7 +409,7 @@ void llama_kvq_cache::put_stream(uint32_t strm, const kvq_state_stream & stream)
     kv.v_heads[strm] = stream.head;
 
     auto bytes = stream.bytes.begin();
-    each_part(stream.n_pages, [&](size_t i, kvq_side side, const std::vector<kvq_range> & ranges) {
+    each_part(stream.n_pages, [&](size_t i, kvq_side side, kvq_state_part, const std::vector<kvq_range> & ranges) {
         const auto & layer = kv.layers[i];
         ggml_tensor * t = side == KVQ_SIDE_K ? layer.k_stream[strm] : layer.v_stream[strm];
         kvq_state_set(t, ranges, (bytes++)->data());

@@ -130,7 +130,7 @@ void kvq_state_write_cell(kvq_state_writer & out, const llama_kv_cells & cells, 
 void kvq_state_read_cell (kvq_state_reader & in,  kvq_state_cell & cell, bool has_ext, bool can_shift);
 void kvq_state_put_cell  (llama_kv_cells & cells, const kvq_state_cell & cell); // without sequences its cell is not used yet
 
-enum kvq_state_part {
+enum kvq_state_part : uint8_t {
     KVQ_STATE_SLOTS,
     KVQ_STATE_PAGES,
     KVQ_STATE_POOL, // part of the slots

@@ -70,12 +70,6 @@ pub(super) fn run(
     work.pooled.extend(
         pool::cells(key).map(|cell| cell.filter(|cell| is_in_page(args, *cell)).map_or(-1, |cell| cell as i32)),
     );
-    // A crafted state may name a member twice; the store removes the second one.
-    for i in 1..work.pooled.len() {
-        if work.pooled[..i].contains(&work.pooled[i]) {
-            work.pooled[i] = -1;
-        }
-    }
     for block in blocks(args, split, layout.pool_rows() > 0) {
         match block {
             Block::Page(page) => {
