@@ -63,7 +63,7 @@ bool operator==(const llama_kvq_node & a, const llama_kvq_node & b);
 // whether an observer (kvq-observe.h) has seen the layer, which is not to be stored then
 bool kvq_observe_store(const ggml_tensor * dst, const float * lse, const llama_kvq_node & node, int ith, int nth);
 
-// the kvq side of one llama_kv_cache
+// the kvq side of one llama_kv_cache; each part of it is a file: see ../README.md
 struct llama_kvq_cache : llama_kvq {
     llama_kvq_cache(llama_kv_cache & kv, const char * spec);
     ~llama_kvq_cache() override;

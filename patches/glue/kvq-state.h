@@ -4,7 +4,7 @@
 //
 //   header   magic, version, is_sequence, n_stream, n_cells, n_slots, page, has_ext, recipe, layout formats
 //   payload  whole cache: per stream cells, planner snapshot, bytes of slots and pages   (kvq-state.cpp)
-//            one sequence: its cells, pages without others' rows, its further rows        (kvq-state-seq.cpp)
+//            one sequence: its cells, pages without others' rows, its further rows        (kvq-state-seq.h)
 //   checksum of all of the above: kvq_checksum_add
 //
 // Rows of removed tokens, and in a sequence's state those of other sequences, are wiped from what is written.
