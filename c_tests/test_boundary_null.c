@@ -237,6 +237,10 @@ static void layer(kvq_layout *layout, kvq_planner *planner) {
 #undef WITHOUT
     CHECK_OK(kvq_store(layout, &store, 0, 1));
 
+    CHECK_OK(kvq_pool_check(layout, k_mem, v_mem));
+    CHECK_INVALID(kvq_pool_check(NULL, k_mem, v_mem));
+    CHECK_INVALID(kvq_pool_check(layout, NULL, v_mem));
+    CHECK_INVALID(kvq_pool_check(layout, k_mem, NULL));
     const uint32_t no_cell = 0;
     const uint32_t far_cell = 1u << 30;
     CHECK_INVALID(kvq_pool_adopt(layout, k_mem, v_mem, k_mem, v_mem, &no_cell, &far_cell, 1));

@@ -28,7 +28,7 @@
 
 
 // Rises with every change to a function or struct of this header. Compare it with kvq_abi_version() at start.
-#define KVQ_ABI_VERSION 8
+#define KVQ_ABI_VERSION 9
 
 // Smallest supported head size.
 #define KVQ_MIN_HEAD_DIM 64
@@ -765,6 +765,11 @@ kvq_status kvq_pool_adopt(const kvq_layout *layout,
                           const uint32_t *from,
                           const uint32_t *to,
                           uint32_t n);
+
+// Refuses memory whose outlier pools name a cell twice, as only a crafted state brings it: kvq_attend would count that
+// token twice. For bytes of kvq_layout_slot_ranges that come from outside the process, before they are attended to;
+// kvq_pool_adopt takes such a member once. KVQ_STATUS_FORMAT if so.
+kvq_status kvq_pool_check(const kvq_layout *layout, const uint8_t *k_mem, const uint8_t *v_mem);
 
 // Wipes what the memory of one stream still holds of rows that `location` does not name, so that a copy of it can be
 // given away: slots, the outlier pool and the rows of pages. `location` is as kvq_planner_locate gives it; write

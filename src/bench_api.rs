@@ -79,7 +79,7 @@ impl PageBench {
 
 /// The kernels that do not depend on a codec, with a softmax state.
 pub struct ExactBench {
-    kernels: &'static Kernels,
+    kernels: &'static dyn Kernels,
     state: State,
     slopes: Vec<f32>,
     mask_row: Vec<u32>,
@@ -95,18 +95,18 @@ impl ExactBench {
 
     pub fn scores(&self, q: &[f32], rows: &[f32], dim: usize, out: &mut [f32]) {
         let n = rows.len() / dim;
-        (self.kernels.exact_scores)(q, ExactRows { data: rows, n, dim }, out, n);
+        self.kernels.exact_scores(q, ExactRows { data: rows, n, dim }, out, n);
     }
 
     pub fn accumulate(&self, p: &[f32], rows: &[f32], dim: usize, acc: &mut [f32]) {
         let n = rows.len() / dim;
-        (self.kernels.exact_accumulate)(p, n, ExactRows { data: rows, n, dim }, acc);
+        self.kernels.exact_accumulate(p, n, ExactRows { data: rows, n, dim }, acc);
     }
 
     /// Softmax without a mask of `scores`, `[n_rows][columns]`, in place.
     pub fn softmax(&mut self, scores: &mut [f32], columns: usize) {
         let logits =
             Logits { softcap: 0.0, slopes: &self.slopes, mask_row: &self.mask_row, mask: &[], mask_is_zero: true };
-        (self.kernels.softmax)(scores, columns, &logits, &mut self.state);
+        self.kernels.softmax(scores, columns, &logits, &mut self.state);
     }
 }

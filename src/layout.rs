@@ -190,7 +190,7 @@ impl Layout {
         self.n_cells.div_ceil(self.page)
     }
 
-    pub(crate) fn kernels(&self) -> &'static Kernels {
+    pub(crate) fn kernels(&self) -> &'static dyn Kernels {
         kernels(self.token)
     }
 

@@ -12,6 +12,7 @@
 
 use std::ops::Range;
 
+use crate::error::{Error, Result, Status};
 use crate::head::{Head, HeadMut};
 use crate::plan::{Plan, View, CELLS_PER_WORD};
 use crate::recipe::PoolParams;
@@ -35,6 +36,20 @@ pub(crate) fn find(head: Head, cell: usize) -> Option<usize> {
 pub(crate) fn set_cell(head: &mut HeadMut, row: usize, cell: Option<usize>) {
     let stored = cell.map_or(0, |cell| cell as u32 + 1);
     head.pool_table_mut()[4 * row..][..4].copy_from_slice(&stored.to_le_bytes());
+}
+
+/// Refuses a pool that names a cell twice, as only a crafted state brings it: attention relies on reading each row once.
+///
+/// # Errors
+///
+/// [`Status::Format`]
+pub(crate) fn check(head: Head) -> Result<()> {
+    let mut members: Vec<usize> = cells(head).flatten().collect();
+    members.sort_unstable();
+    match members.windows(2).find(|two| two[0] == two[1]) {
+        Some(two) => Err(Error::new(Status::Format, format!("an outlier pool names cell {} twice", two[0]))),
+        None => Ok(()),
+    }
 }
 
 /// Removes the members whose cells hold no token any more, or another one, and those that a crafted state names a second time.

@@ -56,13 +56,14 @@ struct kvq_state_stream;
 struct kvq_state_choice;
 struct kvq_state_cell;
 enum kvq_cell_use : uint8_t;
+enum kvq_state_part : uint8_t;
 
 bool operator==(const llama_kvq_node & a, const llama_kvq_node & b);
 
 // whether an observer (kvq-observe.h) has seen the layer, which is not to be stored then
 bool kvq_observe_store(const ggml_tensor * dst, const float * lse, const llama_kvq_node & node, int ith, int nth);
 
-// the kvq side of one llama_kv_cache
+// the kvq side of one llama_kv_cache; each part of it is a file: see ../README.md
 struct llama_kvq_cache : llama_kvq {
     llama_kvq_cache(llama_kv_cache & kv, const char * spec);
     ~llama_kvq_cache() override;
@@ -160,9 +161,10 @@ private:
     // steps of the whole cache
     void read_header(kvq_state_reader & in, bool is_seq) const;
     void each_part(uint32_t n_pages,
-            const std::function<void(size_t, kvq_side, const std::vector<kvq_range> &)> & use) const;
+            const std::function<void(size_t, kvq_side, kvq_state_part, const std::vector<kvq_range> &)> & use) const;
     kvq_state_cell read_cell(kvq_state_reader & in, uint32_t strm, int64_t last) const;
     void read_planner(kvq_state_reader & in, uint32_t strm, kvq_planner * to, const std::vector<kvq_state_cell> & cells) const;
+    void check_pools(const kvq_state_stream & stream) const; // no cell twice: attention relies on it
     kvq_state_stream read_stream(kvq_state_reader & in, uint32_t strm, kvq_planner * to) const;
     void put_stream(uint32_t strm, const kvq_state_stream & stream);
 

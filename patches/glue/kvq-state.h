@@ -4,7 +4,7 @@
 //
 //   header   magic, version, is_sequence, n_stream, n_cells, n_slots, page, has_ext, recipe, layout formats
 //   payload  whole cache: per stream cells, planner snapshot, bytes of slots and pages   (kvq-state.cpp)
-//            one sequence: its cells, pages without others' rows, its further rows        (kvq-state-seq.cpp)
+//            one sequence: its cells, pages without others' rows, its further rows        (kvq-state-seq.h)
 //   checksum of all of the above: kvq_checksum_add
 //
 // Rows of removed tokens, and in a sequence's state those of other sequences, are wiped from what is written.
@@ -130,7 +130,7 @@ void kvq_state_write_cell(kvq_state_writer & out, const llama_kv_cells & cells, 
 void kvq_state_read_cell (kvq_state_reader & in,  kvq_state_cell & cell, bool has_ext, bool can_shift);
 void kvq_state_put_cell  (llama_kv_cells & cells, const kvq_state_cell & cell); // without sequences its cell is not used yet
 
-enum kvq_state_part {
+enum kvq_state_part : uint8_t {
     KVQ_STATE_SLOTS,
     KVQ_STATE_PAGES,
     KVQ_STATE_POOL, // part of the slots

@@ -20,7 +20,11 @@ set(KVQ_GLUE_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/kvq-profile.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-shift.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-state.cpp
-    ${CMAKE_CURRENT_LIST_DIR}/kvq-state-seq.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kvq-state-io.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kvq-state-seq-place.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kvq-state-seq-read.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kvq-state-seq-restore.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kvq-state-seq-write.cpp
 )
 
 set_source_files_properties(${KVQ_GLUE_SOURCES} PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)

@@ -36,7 +36,7 @@ pub fn attend(
 ) -> Result<()> {
     args.check(layout)?;
     let n_kv_heads = layout.shape().n_kv_heads as usize;
-    let per_tile = tile::tokens_per_tile(layout.shape().gqa_ratio());
+    let per_tile = partial::tokens_per_tile(layout.shape().gqa_ratio());
     let n_tiles = args.n_tokens.div_ceil(per_tile);
     let n_items = n_kv_heads * n_tiles * args.n_splits;
     tile::with_workspace(|work| {

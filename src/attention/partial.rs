@@ -1,9 +1,17 @@
-//! Splitting attention over the cells and merging the parts.
+//! How attention is cut up, into tiles of query rows and splits over the cells, and how the parts of a row are merged.
 #![forbid(unsafe_code)]
 
-use super::tile::tokens_per_tile;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
+
+/// Query rows (tokens times query heads of a KV head) of a tile: enough to pay for unpacking a page, few enough that
+/// scores and outputs stay in the first-level cache.
+const TILE_ROWS: usize = 32;
+
+/// Query tokens of a tile.
+pub(super) fn tokens_per_tile(gqa_ratio: usize) -> usize {
+    (TILE_ROWS / gqa_ratio).max(1)
+}
 
 /// Number of splits over the cells that keeps `n_threads` threads busy with `n_tokens` query tokens.
 pub fn n_splits(layout: &Layout, n_tokens: usize, n_threads: usize) -> usize {

@@ -20,15 +20,6 @@ use crate::pool;
 use crate::rotation::Angles;
 use crate::simd::exact::{ExactRows, Logits, State};
 
-/// Query rows (tokens times query heads of a KV head) of a tile: enough to pay for unpacking a page, few enough that
-/// scores and outputs stay in the first-level cache.
-const TILE_ROWS: usize = 32;
-
-/// Query tokens of a tile.
-pub(super) fn tokens_per_tile(gqa_ratio: usize) -> usize {
-    (TILE_ROWS / gqa_ratio).max(1)
-}
-
 /// Buffers of a thread, kept from call to call so that the path allocates nothing.
 #[derive(Default)]
 pub(super) struct Workspace {
@@ -79,12 +70,6 @@ pub(super) fn run(
     work.pooled.extend(
         pool::cells(key).map(|cell| cell.filter(|cell| is_in_page(args, *cell)).map_or(-1, |cell| cell as i32)),
     );
-    // A crafted state may name a member twice; the store removes the second one.
-    for i in 1..work.pooled.len() {
-        if work.pooled[..i].contains(&work.pooled[i]) {
-            work.pooled[i] = -1;
-        }
-    }
     for block in blocks(args, split, layout.pool_rows() > 0) {
         match block {
             Block::Page(page) => {
@@ -105,14 +90,14 @@ pub(super) fn run(
                 let cells = slot_cells(args, first);
                 exact_block(layout, args, cells, tokens.clone(), work, |side, n, work| {
                     let head = if side == Side::Key { key } else { value };
-                    (layout.kernels().f16_to_f32)(head.slots(first, n), &mut work.exact);
+                    layout.kernels().f16_to_f32(head.slots(first, n), &mut work.exact);
                 });
             }
             Block::Pool => {
                 let cells = std::mem::take(&mut work.pooled);
                 exact_block(layout, args, &cells, tokens.clone(), work, |side, n, work| {
                     let head = if side == Side::Key { key } else { value };
-                    (layout.kernels().f16_to_f32)(head.pool_rows(n), &mut work.exact);
+                    layout.kernels().f16_to_f32(head.pool_rows(n), &mut work.exact);
                 });
                 work.pooled = cells;
             }
@@ -123,7 +108,7 @@ pub(super) fn run(
                     let (rows, dim) =
                         if side == Side::Key { (k, key.layout.head_dim) } else { (v, value.layout.head_dim) };
                     for (i, out) in work.exact.chunks_exact_mut(dim).take(n).enumerate() {
-                        (layout.kernels().copy_finite)(rows.row(first + i, head, dim), out);
+                        layout.kernels().copy_finite(rows.row(first + i, head, dim), out);
                     }
                 });
             }
@@ -221,7 +206,7 @@ fn softmax(layout: &Layout, args: &AttendArgs, visible: Visible, columns: usize,
         mask_is_zero: visible == Visible::All,
     };
     let n = work.slopes.len() * columns;
-    (layout.kernels().softmax)(&mut work.probabilities.p[..n], columns, &logits, &mut work.state);
+    layout.kernels().softmax(&mut work.probabilities.p[..n], columns, &logits, &mut work.state);
 }
 
 /// Attends a block of exact rows; `load` fills `work.exact` with the keys or values of the first so many of them.
@@ -246,11 +231,11 @@ fn exact_block(
         let rows = ExactRows { data: &work.exact, n, dim };
         if side == Side::Key {
             work.probabilities.p.fill(0.0);
-            (layout.kernels().exact_scores)(&work.q, rows, &mut work.probabilities.p, columns);
+            layout.kernels().exact_scores(&work.q, rows, &mut work.probabilities.p, columns);
             softmax(layout, args, visible, columns, work);
         } else {
             let p = &work.probabilities;
-            (layout.kernels().exact_accumulate)(&p.p, columns, rows, &mut work.state.exact);
+            layout.kernels().exact_accumulate(&p.p, columns, rows, &mut work.state.exact);
         }
     }
 }

@@ -26,8 +26,10 @@ use super::{Cache, Layer, STREAM};
 use crate::codec::page::Side;
 use crate::erase::erase_head;
 use crate::error::{Error, Result, Status};
+use crate::head::Head;
 use crate::location::Location;
 use crate::planner::Planner;
+use crate::pool;
 
 const MAGIC: &[u8; 8] = b"kvqcache";
 const VERSION: u32 = 3;
@@ -152,12 +154,29 @@ impl Cache {
         let cells = Cells::from_parts(pos.collect(), seqs.collect(), self.params.n_seq_max)?;
         let planner_len = usize::try_from(reader.u64()?).unwrap_or(usize::MAX);
         let planner = self.parse_planner(reader.take(planner_len)?, &cells)?;
-        let memories =
+        let memories: Vec<SavedMemory> =
             self.memories().map(|memory| SavedMemory::parse(&mut reader, memory.len())).collect::<Result<_>>()?;
+        self.check_pools(&memories)?;
         if reader.bytes.len() != CHECKSUM_BYTES {
             return Err(malformed("the state has bytes that belong to nothing"));
         }
         Ok(State { cells, planner, memories })
+    }
+
+    fn check_pools(&self, memories: &[SavedMemory]) -> Result<()> {
+        let mut memory = Vec::new();
+        for (Layer { layout, .. }, saved) in self.layers.iter().zip(memories.chunks_exact(2)) {
+            if layout.pool_rows() == 0 {
+                continue;
+            }
+            for (side, saved) in [Side::Key, Side::Value].into_iter().zip(saved) {
+                let bytes = layout.head_bytes(side);
+                memory.resize(bytes * layout.shape().n_kv_heads as usize, 0);
+                saved.restore(&mut memory);
+                memory.chunks_exact(bytes).try_for_each(|region| pool::check(Head::new(layout, side, region)))?;
+            }
+        }
+        Ok(())
     }
 
     fn parse_planner(&self, bytes: &[u8], cells: &Cells) -> Result<Planner> {

@@ -161,7 +161,7 @@ impl Calibration {
         Ok(())
     }
 
-    fn observe_head(&self, seen: &Observation, head: usize, kernels: &Kernels, samples: &mut Samples) {
+    fn observe_head(&self, seen: &Observation, head: usize, kernels: &dyn Kernels, samples: &mut Samples) {
         let (k, v, n) = (self.shape.head_dim_k as usize, self.shape.head_dim_v as usize, seen.n_tokens);
         let gather = |rows: &Rows, dim: usize| -> Vec<f32> {
             // Kernels read whole pages.
@@ -186,7 +186,7 @@ impl Calibration {
     }
 
     /// Adds what all queries that come late enough make of the tokens of a page.
-    fn weigh_page(&self, seen: &Observation, first: usize, head: usize, kernels: &Kernels, text: &mut Text) {
+    fn weigh_page(&self, seen: &Observation, first: usize, head: usize, kernels: &dyn Kernels, text: &mut Text) {
         let (k, v) = (self.shape.head_dim_k as usize, self.shape.head_dim_v as usize);
         let (gqa, heads) = (self.shape.gqa_ratio(), self.shape.n_heads as usize);
         let mut angles = Angles::default();
@@ -204,13 +204,13 @@ impl Calibration {
             };
             gather(&mut queries, &seen.q, k);
             gather(&mut outs, &seen.out, v);
-            (kernels.exact_scores)(
+            kernels.exact_scores(
                 &queries,
                 ExactRows { data: &text.keys[first * k..][..PAGE * k], n: PAGE, dim: k },
                 &mut scores,
                 PAGE,
             );
-            (kernels.exact_scores)(
+            kernels.exact_scores(
                 &outs,
                 ExactRows { data: &text.values[first * v..][..PAGE * v], n: PAGE, dim: v },
                 &mut products,

@@ -7,7 +7,7 @@ use super::{check, check_part, guard, product, shared, slice, slice_mut};
 use crate::codec::page::Side;
 use crate::erase::erase_head;
 use crate::error::{Error, Result, Status};
-use crate::head::HeadMut;
+use crate::head::{Head, HeadMut};
 use crate::layout::Layout;
 use crate::location::Location;
 use crate::plan::Plan;
@@ -229,6 +229,28 @@ pub unsafe extern "C" fn kvq_pool_adopt(
                 let region = unsafe { head_region(layout, side, head, memory) }?;
                 pool::adopt(&mut HeadMut::new(layout, side, region), saved, from, to);
             }
+        }
+        Ok(())
+    })
+}
+
+/// Refuses memory whose outlier pools name a cell twice, as only a crafted state brings it: kvq_attend would count that
+/// token twice. For bytes of kvq_layout_slot_ranges that come from outside the process, before they are attended to;
+/// kvq_pool_adopt takes such a member once. KVQ_STATUS_FORMAT if so.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_pool_check(layout: *const kvq_layout, k_mem: *const u8, v_mem: *const u8) -> Status {
+    guard(|| {
+        // SAFETY: a live layout, as the header requires.
+        let layout = unsafe { &shared(layout, "layout")?.layout };
+        let heads = layout.shape().n_kv_heads as usize;
+        check(k_mem, "k_mem")?;
+        check(v_mem, "v_mem")?;
+        for (side, memory) in [(Side::Key, k_mem), (Side::Value, v_mem)] {
+            // SAFETY: the memory holds a region per head, as the header requires.
+            let memory = unsafe { slice(memory, heads * layout.head_bytes(side), memory_name(side)) }?;
+            memory
+                .chunks_exact(layout.head_bytes(side))
+                .try_for_each(|region| pool::check(Head::new(layout, side, region)))?;
         }
         Ok(())
     })

@@ -1,10 +1,7 @@
 //! The two 8-bit number formats of page metadata. Both are scaled by a power of two that the page's header holds.
 #![deny(unsafe_code)]
 
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx2;
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx512;
+pub(crate) mod vector;
 
 /// Largest finite E4M3 value.
 pub const E4M3_MAX: f32 = 448.0;

@@ -6,9 +6,10 @@
 #![deny(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) mod avx2;
+mod avx2;
 #[cfg(target_arch = "x86_64")]
-pub(crate) mod avx512;
+mod avx512;
+pub(crate) mod vector;
 
 use super::quantizer::{self, Quantizer};
 use super::tile::{LANE_BLOCK, QUAD};

@@ -1,6 +1,8 @@
 //! The table of kernels that do not depend on a codec: exact rows, softmax, conversions.
 #![forbid(unsafe_code)]
 
+use std::fmt;
+
 /// A block of exact rows `[n][dim]`, finite, with room behind them: `data` holds a multiple of 16 rows.
 #[derive(Clone, Copy)]
 pub(crate) struct ExactRows<'a> {
@@ -37,16 +39,16 @@ pub(crate) struct Logits<'a> {
     pub(crate) mask_is_zero: bool,
 }
 
-/// One row of the table of kernels that do not depend on a codec.
-pub(crate) struct Kernels {
+/// The table of kernels that do not depend on a codec, for one instruction set.
+pub(crate) trait Kernels: fmt::Debug + Send + Sync {
     /// `scores[row * columns + i] = <q[row], rows[i]>`, `q` being `[n_q][dim]`.
-    pub(crate) exact_scores: fn(q: &[f32], rows: ExactRows, scores: &mut [f32], columns: usize),
+    fn exact_scores(&self, q: &[f32], rows: ExactRows, scores: &mut [f32], columns: usize);
     /// `acc[row * dim + c] += sum_i p[row * columns + i] * rows[i][c]`.
-    pub(crate) exact_accumulate: fn(p: &[f32], columns: usize, rows: ExactRows, acc: &mut [f32]),
+    fn exact_accumulate(&self, p: &[f32], columns: usize, rows: ExactRows, acc: &mut [f32]);
     /// Turns scores `[n_rows][columns]` into weights in place and updates the state.
-    pub(crate) softmax: fn(scores: &mut [f32], columns: usize, logits: &Logits, state: &mut State),
+    fn softmax(&self, scores: &mut [f32], columns: usize, logits: &Logits, state: &mut State);
     /// Little-endian half precision to single precision; what is not finite as [`finite`](crate::rows::finite) says.
-    pub(crate) f16_to_f32: fn(&[u8], &mut [f32]),
+    fn f16_to_f32(&self, from: &[u8], to: &mut [f32]);
     /// Copies a row, with what is not finite as [`finite`](crate::rows::finite) says.
-    pub(crate) copy_finite: fn(&[f32], &mut [f32]),
+    fn copy_finite(&self, from: &[f32], to: &mut [f32]);
 }

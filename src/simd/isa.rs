@@ -85,39 +85,26 @@ pub enum IsaToken {
     Avx512(Avx512),
 }
 
-/// The table of kernels for a token, out of the caller's modules `scalar`, `avx2` and `avx512`: the one place that knows which
-/// instruction sets there are.
+/// What has no proof to carry: plain Rust runs everywhere.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scalar;
+
+/// The table of kernels for a token, out of what implements `$table` for all instruction sets: the one place that knows which
+/// there are. The proof goes into the table, so that whoever has the table has the proof; neither has a size, and nothing is
+/// allocated.
 macro_rules! kernels_of {
-    ($token:expr) => {
-        match $token {
+    ($token:expr => $table:ty) => {{
+        let table: &'static $table = match $token {
             #[cfg(target_arch = "x86_64")]
-            $crate::simd::isa::IsaToken::Avx2(proof) => avx2::kernels(proof),
+            $crate::simd::isa::IsaToken::Avx2(proof) => Box::leak(Box::new(proof)),
             #[cfg(target_arch = "x86_64")]
-            $crate::simd::isa::IsaToken::Avx512(proof) => avx512::kernels(proof),
-            _ => &scalar::KERNELS,
-        }
-    };
+            $crate::simd::isa::IsaToken::Avx512(proof) => Box::leak(Box::new(proof)),
+            _ => &$crate::simd::isa::Scalar,
+        };
+        table
+    }};
 }
 pub(crate) use kernels_of;
-
-/// Defines `kernels`: the table of an instruction set for whoever proves that the CPU has it. Fields that are not named are the
-/// scalar ones.
-macro_rules! feature_table {
-    ($proof:ty => $table:ty { $($field:ident: $kernel:ident($($arg:ident),*),)* }) => {
-        /// The table, given the proof that this CPU can run it.
-        pub(super) fn kernels(_: $proof) -> &'static $table {
-            type Table = $table;
-            #[allow(clippy::needless_update)]
-            static TABLE: Table = Table {
-                // SAFETY: the table is only handed out against the proof that the CPU has the kernels' features.
-                $($field: |$($arg),*| unsafe { $kernel($($arg),*) },)*
-                ..scalar::KERNELS
-            };
-            &TABLE
-        }
-    };
-}
-pub(crate) use feature_table;
 
 impl IsaToken {
     /// The token of an instruction set, if this CPU has it.

@@ -2,7 +2,9 @@
 
 pub(crate) mod exact;
 pub mod isa;
+mod loops;
 pub(crate) mod scalar;
+pub(crate) mod vector;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
@@ -13,6 +15,6 @@ use exact::Kernels;
 use isa::IsaToken;
 
 /// The kernels of an instruction set.
-pub(crate) fn kernels(token: IsaToken) -> &'static Kernels {
-    isa::kernels_of!(token)
+pub(crate) fn kernels(token: IsaToken) -> &'static dyn Kernels {
+    isa::kernels_of!(token => dyn Kernels)
 }

@@ -4,6 +4,8 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::*;
+use crate::head::HeadMut;
+use crate::pool;
 
 pub(super) fn small() -> CacheParams {
     let shape = Shape { n_heads: 2, n_kv_heads: 1, head_dim_k: 64, head_dim_v: 64 };
@@ -99,7 +101,7 @@ fn memory_of(cache: &Cache) -> Vec<Vec<u8>> {
         Ok(())
     };
     cache.for_each_live_memory(&mut keep).unwrap();
-    crate::head::HeadMut::new(layout, Side::Key, &mut memories[0]).learned_mut().fill(0);
+    HeadMut::new(layout, Side::Key, &mut memories[0]).learned_mut().fill(0);
     memories
 }
 
@@ -295,4 +297,34 @@ fn use_whatever_it_holds(cache: &mut Cache, case: u64) {
     }
     cache.keep(1).unwrap();
     saved(cache);
+}
+
+/// Attention relies on a pool that names each cell once.
+#[test]
+fn a_state_whose_pool_names_a_cell_twice_is_refused() {
+    let (spec, params) =
+        ("ott:page=64,window=16,sinks=1,outliers=3,pool=4", CacheParams { n_layers: 3, n_cells: 256, ..small() });
+    for side in [Side::Key, Side::Value] {
+        let mut cache = cache_of(spec, &params);
+        step(&mut cache, 1, 0, 200).unwrap();
+        let sound = saved(&cache);
+        let Layer { layout, k, v } = &mut cache.layers[2];
+        let memory = if side == Side::Key { k.bytes_mut() } else { v.bytes_mut() };
+        let mut head = HeadMut::new(layout, side, memory);
+        let members: Vec<_> = pool::cells(head.as_ref()).collect();
+        let first = members.iter().flatten().next().copied();
+        let free = members.iter().position(Option::is_none).expect("the pool has room");
+        assert!(first.is_some());
+        pool::set_cell(&mut head, free, first);
+        let crafted = saved(&cache);
+        assert_ne!(crafted, sound);
+
+        let mut target = filled(spec, &params);
+        let before = saved(&target);
+        let error = target.load_memory(&crafted).unwrap_err();
+        assert_eq!(error.status(), Status::Format);
+        assert!(error.message().contains("names cell"), "{}", error.message());
+        assert_eq!(saved(&target), before);
+        target.load_memory(&sound).unwrap();
+    }
 }

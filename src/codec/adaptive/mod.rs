@@ -8,11 +8,7 @@
 
 mod bounds;
 pub(crate) mod scalar;
-
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx2;
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx512;
+mod vector;
 
 #[cfg(test)]
 mod tests;
@@ -90,7 +86,7 @@ pub struct AdaptiveCodec {
     pub(crate) page: usize,
     /// Sum of the widths of the segments.
     pub(crate) budget: usize,
-    kernels: &'static Kernels<AdaptiveCodec>,
+    kernels: &'static dyn Kernels<AdaptiveCodec>,
 }
 
 impl AdaptiveCodec {
@@ -103,7 +99,8 @@ impl AdaptiveCodec {
         let mut params = params.clone();
         params.mean &= side == Side::Key;
         params.smooth &= side == Side::Key;
-        let mut codec = Self { params, side, head_dim, page, budget: 0, kernels: kernels_of!(token) };
+        let mut codec =
+            Self { params, side, head_dim, page, budget: 0, kernels: kernels_of!(token => dyn Kernels<AdaptiveCodec>) };
         let n = codec.n_segments();
         // An even number fills all words of a mixed tile.
         let unit = if side == Side::Key { 1 } else { 2 };
@@ -204,7 +201,7 @@ impl PageCodec for AdaptiveCodec {
     }
 
     fn seal(&self, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
-        (self.kernels.seal)(self, header, page, rows);
+        self.kernels.seal(self, header, page, rows);
     }
 
     fn decode(&self, page: PageRef, row: usize, out: &mut [f32]) {
@@ -216,25 +213,25 @@ impl PageCodec for AdaptiveCodec {
     fn begin_query(&self, rows: &[f32], query: &mut Query) {
         query.begin(rows);
         if !self.params.smooth {
-            (self.kernels.prepare)(query, &self.query_form());
+            self.kernels.prepare(query, &self.query_form());
         }
     }
 
     fn scores(&self, page: PageRef, query: &mut Query, scores: &mut [f32]) {
         let exponents = self.smooth().exponents(self.smooth_part(page), self.head_dim);
         if query.set_exponents(exponents) {
-            (self.kernels.prepare)(query, &self.query_form());
+            self.kernels.prepare(query, &self.query_form());
         }
-        (self.kernels.scores)(self, page, query, scores);
+        self.kernels.scores(self, page, query, scores);
     }
 
     fn accumulate(&self, page: PageRef, p: &mut Probabilities, acc: &mut [f32]) {
-        (self.kernels.accumulate)(self, page, p, acc);
+        self.kernels.accumulate(self, page, p, acc);
     }
 
     fn untransform(&self, row: &mut [f32]) {
         if self.params.rotate {
-            (self.kernels.untransform)(row);
+            self.kernels.untransform(row);
         }
     }
 

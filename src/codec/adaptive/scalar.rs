@@ -14,16 +14,23 @@ use crate::codec::page::{Side, MAX_PAGE};
 use crate::codec::quantizer::{self, sum};
 use crate::codec::tile::LANE_BLOCK;
 use crate::shape::MAX_HEAD_DIM;
+use crate::simd::isa::Scalar;
 
 const MAX_DIM: usize = MAX_HEAD_DIM as usize;
 
-pub(super) const KERNELS: Kernels<AdaptiveCodec> = Kernels {
-    seal: |codec, header, page, rows| seal(codec, header, page, rows),
-    prepare: |query, form| query.prepare(form),
-    untransform: |row| hadamard::rotate(row),
-    scores: |codec, page, query, out| scores(codec, page, query, out, |page, x, out, n| page.add_products(x, out, n)),
-    accumulate: |codec, page, p, acc| accumulate(codec, page, p, acc, |page, x, out, n| page.add_products(x, out, n)),
-};
+impl Kernels<AdaptiveCodec> for Scalar {
+    fn seal(&self, codec: &AdaptiveCodec, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
+        seal(codec, header, page, rows);
+    }
+
+    fn scores(&self, codec: &AdaptiveCodec, page: PageRef, query: &Query, out: &mut [f32]) {
+        scores(codec, page, query, out, |page, x, out, n| page.add_products(x, out, n));
+    }
+
+    fn accumulate(&self, codec: &AdaptiveCodec, page: PageRef, p: &mut Probabilities, acc: &mut [f32]) {
+        accumulate(codec, page, p, acc, |page, x, out, n| page.add_products(x, out, n));
+    }
+}
 
 /// Which tokens have how many bits, and in which order they lie.
 struct Order {

@@ -124,7 +124,7 @@ impl Frame {
         place: Place,
         turned: &mut [f32],
         coefficients: &mut Vec<f32>,
-        kernels: &Kernels,
+        kernels: &dyn Kernels,
     ) {
         let (head, dim, angles) = (self.head(place), self.dim_k, self.angles(place));
         turned.chunks_exact_mut(dim).for_each(|row| self.rotation.turn_back(row, &angles));
@@ -134,7 +134,7 @@ impl Frame {
             return;
         }
         coefficients.resize(turned.len(), 0.0);
-        (kernels.exact_accumulate)(turned, dim, ExactRows { data: &head.inverse, n: dim, dim }, coefficients);
+        kernels.exact_accumulate(turned, dim, ExactRows { data: &head.inverse, n: dim, dim }, coefficients);
     }
 }
 

@@ -11,13 +11,8 @@
 #![deny(unsafe_code)]
 
 mod frame;
+mod kernels;
 mod predict;
-mod scalar;
-
-#[cfg(target_arch = "x86_64")]
-mod avx2;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
 
 #[cfg(test)]
 mod tests;
@@ -316,7 +311,7 @@ impl PageCodec for AquaCodec {
         if place.biased && !bias.is_empty() {
             of_bias.resize(turned.len() / dim * self.page, 0.0);
             let rows = ExactRows { data: bias, n: self.page, dim };
-            (kernels(self.token).exact_scores)(turned, rows, of_bias, self.page);
+            kernels(self.token).exact_scores(turned, rows, of_bias, self.page);
             scores.iter_mut().zip(&*of_bias).for_each(|(score, of_bias)| *score += of_bias);
         }
     }

@@ -1,10 +1,8 @@
 //! Values that are predicted from keys: `v ~ W z + b`, `z` being what the token's key decodes to in the page's frame.
 #![forbid(unsafe_code)]
 
-use super::scalar;
+use super::kernels::Kernels;
 use super::AquaCodec;
-#[cfg(target_arch = "x86_64")]
-use super::{avx2, avx512};
 use crate::codec::channel::ChannelCodec;
 use crate::codec::page::{PageRef, ValuePredictor};
 use crate::codec::quantizer::{dot, sum};
@@ -31,7 +29,7 @@ impl AquaCodec {
 
 /// Decodes what a page codes, `out[coefficient][row]`.
 pub(super) fn decode_page(codec: &AquaCodec, inner: &ChannelCodec, page: PageRef, out: &mut [f32]) {
-    (kernels_of!(codec.token).decode_page)(inner, page, out);
+    kernels_of!(codec.token => dyn Kernels).decode_page(inner, page, out);
 }
 
 impl ValuePredictor for AquaCodec {
@@ -80,10 +78,10 @@ impl ValuePredictor for AquaCodec {
         sums.resize(n_rows * dim_k, 0.0);
         // Weights are to channels what queries are to keys.
         let channels = ExactRows { data: keys, n: dim_k, dim: self.page };
-        (kernels(self.token).exact_scores)(weights, channels, sums, dim_k);
+        kernels(self.token).exact_scores(weights, channels, sums, dim_k);
         let head = self.frame.head(place);
         let matrix = ExactRows { data: &head.by_key, n: dim_k, dim: dim_v };
-        (kernels(self.token).exact_accumulate)(sums, dim_k, matrix, out);
+        kernels(self.token).exact_accumulate(sums, dim_k, matrix, out);
         for (weights, out) in weights.chunks_exact(self.page).zip(out.chunks_exact_mut(dim_v)) {
             let weight = sum(weights, |weight| weight);
             out.iter_mut().zip(&head.offset).for_each(|(out, b)| *out += weight * b);

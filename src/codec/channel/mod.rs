@@ -7,11 +7,7 @@
 #![deny(unsafe_code)]
 
 pub(crate) mod scalar;
-
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx2;
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx512;
+mod vector;
 
 #[cfg(test)]
 mod tests;
@@ -66,7 +62,7 @@ pub struct ChannelCodec {
     pub(crate) head_dim: usize,
     pub(crate) page: usize,
     pub(crate) tile: MixedTile,
-    kernels: &'static Kernels<ChannelCodec>,
+    kernels: &'static dyn Kernels<ChannelCodec>,
 }
 
 impl ChannelCodec {
@@ -96,7 +92,8 @@ impl ChannelCodec {
         token: IsaToken,
     ) -> Self {
         let tile = MixedTile::new(page, depth, budget);
-        Self { params: params.clone(), head_dim: depth, page, tile, kernels: kernels_of!(token) }
+        let kernels = kernels_of!(token => dyn Kernels<ChannelCodec>);
+        Self { params: params.clone(), head_dim: depth, page, tile, kernels }
     }
 
     /// Values of a query row: kernels read them 32 at a time, and those behind the channels are zero.
@@ -141,7 +138,7 @@ impl PageCodec for ChannelCodec {
     }
 
     fn seal(&self, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
-        (self.kernels.seal)(self, header, page, rows);
+        self.kernels.seal(self, header, page, rows);
     }
 
     fn decode(&self, page: PageRef, row: usize, out: &mut [f32]) {
@@ -155,7 +152,7 @@ impl PageCodec for ChannelCodec {
     }
 
     fn scores(&self, page: PageRef, query: &mut Query, scores: &mut [f32]) {
-        (self.kernels.scores)(self, page, query, scores);
+        self.kernels.scores(self, page, query, scores);
     }
 
     fn accumulate(&self, _page: PageRef, _p: &mut Probabilities, _acc: &mut [f32]) {

@@ -4,23 +4,30 @@
 
 use half::f16;
 
-use super::{ChannelCodec, PageRef, Query, SealRows};
+use super::{ChannelCodec, PageRef, Probabilities, Query, SealRows};
 use crate::codec::float8::{e4m3_base, e4m3_decode, e4m3_encode, inverse_power, power};
 use crate::codec::kernels::Kernels;
 use crate::codec::mixed::{self, MixedPage, Segments, SEGMENT};
 use crate::codec::page::MAX_PAGE;
 use crate::codec::quantizer::without_sign_of_zero;
 use crate::shape::MAX_HEAD_DIM;
+use crate::simd::isa::Scalar;
 
 const MAX_DIM: usize = MAX_HEAD_DIM as usize;
 
-pub(super) const KERNELS: Kernels<ChannelCodec> = Kernels {
-    seal: |codec, header, page, rows| seal(codec, header, page, rows),
-    prepare: |query, form| query.prepare(form),
-    untransform: |_| {},
-    scores: |codec, page, query, out| scores(codec, page, query, out, |page, x, out, n| page.add_products(x, out, n)),
-    accumulate: |_, _, _, _| unreachable!("values are not quantized per channel"),
-};
+impl Kernels<ChannelCodec> for Scalar {
+    fn seal(&self, codec: &ChannelCodec, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
+        seal(codec, header, page, rows);
+    }
+
+    fn scores(&self, codec: &ChannelCodec, page: PageRef, query: &Query, out: &mut [f32]) {
+        scores(codec, page, query, out, |page, x, out, n| page.add_products(x, out, n));
+    }
+
+    fn accumulate(&self, _codec: &ChannelCodec, _page: PageRef, _p: &mut Probabilities, _acc: &mut [f32]) {
+        unreachable!("values are not quantized per channel");
+    }
+}
 
 /// A number for each channel, or for each place of the depth.
 type PerChannel = [f32; MAX_DIM];

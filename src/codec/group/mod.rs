@@ -7,11 +7,7 @@
 #![deny(unsafe_code)]
 
 pub(crate) mod scalar;
-
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx2;
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx512;
+mod vector;
 
 #[cfg(test)]
 pub(super) mod tests;
@@ -111,7 +107,7 @@ pub struct GroupCodec {
     pub(crate) group: usize,
     pub(crate) n_groups: usize,
     pub(crate) tile: Tile,
-    kernels: &'static Kernels<GroupCodec>,
+    kernels: &'static dyn Kernels<GroupCodec>,
 }
 
 impl GroupCodec {
@@ -137,7 +133,16 @@ impl GroupCodec {
         params.mean &= side == Side::Key;
         params.smooth &= side == Side::Key;
         let n_groups = head_dim / group;
-        Ok(Self { params, side, head_dim, page, group, n_groups, tile, kernels: kernels_of!(token) })
+        Ok(Self {
+            params,
+            side,
+            head_dim,
+            page,
+            group,
+            n_groups,
+            tile,
+            kernels: kernels_of!(token => dyn Kernels<GroupCodec>),
+        })
     }
 
     pub(crate) fn steps_offset(&self) -> usize {
@@ -198,7 +203,7 @@ impl PageCodec for GroupCodec {
     }
 
     fn seal(&self, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
-        (self.kernels.seal)(self, header, page, rows);
+        self.kernels.seal(self, header, page, rows);
     }
 
     fn decode(&self, page: PageRef, row: usize, out: &mut [f32]) {
@@ -210,25 +215,25 @@ impl PageCodec for GroupCodec {
     fn begin_query(&self, rows: &[f32], query: &mut Query) {
         query.begin(rows);
         if !self.params.smooth {
-            (self.kernels.prepare)(query, &self.query_form());
+            self.kernels.prepare(query, &self.query_form());
         }
     }
 
     fn scores(&self, page: PageRef, query: &mut Query, scores: &mut [f32]) {
         let exponents = self.smooth().exponents(self.smooth_part(page), self.head_dim);
         if query.set_exponents(exponents) {
-            (self.kernels.prepare)(query, &self.query_form());
+            self.kernels.prepare(query, &self.query_form());
         }
-        (self.kernels.scores)(self, page, query, scores);
+        self.kernels.scores(self, page, query, scores);
     }
 
     fn accumulate(&self, page: PageRef, p: &mut Probabilities, acc: &mut [f32]) {
-        (self.kernels.accumulate)(self, page, p, acc);
+        self.kernels.accumulate(self, page, p, acc);
     }
 
     fn untransform(&self, row: &mut [f32]) {
         if self.params.rotate {
-            (self.kernels.untransform)(row);
+            self.kernels.untransform(row);
         }
     }
 

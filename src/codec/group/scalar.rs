@@ -8,14 +8,21 @@ use crate::codec::kernels::Kernels;
 use crate::codec::page::{PageCodec, Side};
 use crate::codec::quantizer::{dot, Quantizer};
 use crate::shape::MAX_HEAD_DIM;
+use crate::simd::isa::Scalar;
 
-pub(super) const KERNELS: Kernels<GroupCodec> = Kernels {
-    seal: |codec, header, page, rows| seal(codec, header, page, rows),
-    prepare: |query, form| query.prepare(form),
-    untransform: |row| hadamard::rotate(row),
-    scores,
-    accumulate,
-};
+impl Kernels<GroupCodec> for Scalar {
+    fn seal(&self, codec: &GroupCodec, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
+        seal(codec, header, page, rows);
+    }
+
+    fn scores(&self, codec: &GroupCodec, page: PageRef, query: &Query, out: &mut [f32]) {
+        scores(codec, page, query, out);
+    }
+
+    fn accumulate(&self, codec: &GroupCodec, page: PageRef, p: &mut Probabilities, acc: &mut [f32]) {
+        accumulate(codec, page, p, acc);
+    }
+}
 
 /// Encodes rows into a page; see [`GroupCodec::seal`].
 #[inline(always)]

@@ -3,11 +3,15 @@
 
 use std::arch::x86_64::*;
 
+use super::vector::MixedVector;
 use super::{listed, MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH, NMSE, SEGMENT, SEGMENT_QUADS};
 use crate::codec::quantizer::NORMAL_LEVELS;
 use crate::codec::query::{allowed, is_coarse, REST};
-use crate::codec::tile::avx2::{add_quad, field, load_codes, Coefficients, Sums, MAX_ROWS, STRIP};
-use crate::simd::avx2::{load, prefetch_next, reduce_add, reduce_max, store};
+use crate::codec::tile::avx2::{add_quad, field, load_codes, Sums, MAX_ROWS, STRIP};
+use crate::codec::tile::vector::{Codes, Coefficients};
+use crate::simd::avx2::{gather, load, load_bytes, prefetch_next, reduce_add, reduce_max, store};
+use crate::simd::isa::Avx2;
+use crate::simd::vector::{by_instructions, Vector};
 
 /// Calls a kernel with the kind of levels and the number of rows as constants.
 macro_rules! by_levels_and_rows {
@@ -24,11 +28,36 @@ macro_rules! by_levels_and_rows {
         }
     };
 }
-pub(crate) use by_levels_and_rows;
+
+impl MixedVector for Avx2 {
+    #[inline(always)]
+    fn mixed_dot<const NORMAL: bool, const R: usize>(
+        self,
+        tile: &MixedTile,
+        segments: &Segments,
+        codes: Codes,
+        strip: usize,
+        coefficients: Coefficients,
+    ) -> Sums<R> {
+        // SAFETY: the token proves that the CPU has the instructions.
+        unsafe { dot::<NORMAL, R>(tile, segments, codes.bytes, strip, coefficients) }
+    }
+
+    #[inline(always)]
+    fn permute<const B: usize>(self, x: &[f32], index: __m256i) -> __m256 {
+        self.gather(x, index)
+    }
+
+    by_instructions! {
+        fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) = {
+            add_products(page, x, out, stride)
+        };
+    }
+}
 
 /// [`MixedPage::add_products`] on the codes as they are, with coefficients rounded to int8.
 #[target_feature(enable = "avx2,fma")]
-pub(crate) fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) {
+fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) {
     let depth = page.factors.len();
     for (group, x) in x.chunks(MAX_ROWS * depth).enumerate() {
         let out = &mut out[group * MAX_ROWS * stride..];
@@ -116,7 +145,7 @@ fn round<const IS_REST: bool>(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> R
     let mut scaled = [0f32; MAX_DEPTH];
     let (mut max, mut mid) = (_mm256_setzero_ps(), _mm256_setzero_ps());
     for d in (0..depth).step_by(8) {
-        let x = if page.order.is_empty() { load(x, d) } else { gather(x, &page.order[d..d + 8]) };
+        let x = if page.order.is_empty() { load(x, d) } else { gather(x, load_bytes(page.order, d)) };
         if !page.mids.is_empty() {
             mid = _mm256_fmadd_ps(x, load(page.mids, d), mid);
         }
@@ -166,18 +195,6 @@ fn round<const IS_REST: bool>(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> R
     }
 }
 
-/// Eight entries of a row.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn gather(x: &[f32], order: &[u8]) -> __m256 {
-    let order = &order[..8];
-    // SAFETY: the slice holds eight bytes.
-    let index = _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(order.as_ptr().cast()) });
-    let index = _mm256_min_epu32(index, _mm256_set1_epi32(x.len() as i32 - 1));
-    // SAFETY: every index is below the length of `x`.
-    unsafe { _mm256_i32gather_ps::<4>(x.as_ptr(), index) }
-}
-
 /// Quads whose products are added in 16 bits before they are widened: `2 * 127 * 15` each, or `2 * 127 * 126`.
 const fn flush(normal: bool) -> usize {
     if normal {
@@ -190,7 +207,7 @@ const fn flush(normal: bool) -> usize {
 /// Dot products of the lanes of strip `strip` with `R` coefficient rows, which are in the order of the depth.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(crate) fn dot<const NORMAL: bool, const R: usize>(
+fn dot<const NORMAL: bool, const R: usize>(
     tile: &MixedTile,
     segments: &Segments,
     bytes: &[u8],

@@ -3,12 +3,16 @@
 
 use std::arch::x86_64::*;
 
+use super::vector::MixedVector;
 use super::{listed, MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH, NMSE, SEGMENT, SEGMENT_QUADS};
 use crate::codec::quantizer::NORMAL_LEVELS;
 use crate::codec::query::{allowed, is_coarse, REST};
-use crate::codec::tile::avx512::{add_quad, field, Codes, Coefficients, Sums, MAX_ROWS};
+use crate::codec::tile::avx512::{add_quad, field, Sums, MAX_ROWS};
+use crate::codec::tile::vector::{Codes, Coefficients};
 use crate::codec::tile::LANE_BLOCK;
 use crate::simd::avx512::{load, load_bytes, pack_bytes, store, store_bytes};
+use crate::simd::isa::Avx512;
+use crate::simd::vector::by_instructions;
 
 /// Calls a kernel with the kind of levels and the number of rows as constants.
 macro_rules! by_levels_and_rows {
@@ -32,11 +36,32 @@ macro_rules! by_levels_and_rows {
         }
     };
 }
-pub(crate) use by_levels_and_rows;
+
+impl MixedVector for Avx512 {
+    #[inline(always)]
+    fn mixed_dot<const NORMAL: bool, const R: usize>(
+        self,
+        tile: &MixedTile,
+        segments: &Segments,
+        codes: Codes,
+        strip: usize,
+        coefficients: Coefficients,
+    ) -> Sums<R> {
+        // SAFETY: the token proves that the CPU has the instructions.
+        unsafe { dot::<NORMAL, R>(tile, segments, codes, strip, coefficients) }
+    }
+
+    by_instructions! {
+        fn permute<const B: usize>(x: &[f32], index: __m512i) -> __m512 = permute::<B>(x, index);
+        fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) = {
+            add_products(page, x, out, stride)
+        };
+    }
+}
 
 /// [`MixedPage::add_products`] on the codes as they are, with coefficients rounded to int8.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(crate) fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) {
+fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) {
     let depth = page.factors.len();
     for (group, x) in x.chunks(MAX_ROWS * depth).enumerate() {
         let out = &mut out[group * MAX_ROWS * stride..];
@@ -95,7 +120,7 @@ fn add<const NORMAL: bool, const R: usize, const IS_REST: bool>(
     let offset: [__m512; R] = std::array::from_fn(|i| _mm512_set1_ps(rounded[i].offset));
     let codes = Codes::new(page.codes, page.page_bytes, prefetch);
     for block in 0..page.tile.lanes / LANE_BLOCK {
-        let coefficients = Coefficients { int8, stride: stride_int8 };
+        let coefficients = Coefficients { bytes: int8, stride: stride_int8 };
         let sums = dot::<NORMAL, R>(page.tile, &page.segments, codes, block, coefficients);
         for row in 0..R {
             for half in 0..2 {
@@ -204,7 +229,7 @@ fn round<const B: usize, const IS_REST: bool>(
 /// Sixteen entries of a row of `32 * B`; any value for an index beyond it.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(crate) fn permute<const B: usize>(x: &[f32], index: __m512i) -> __m512 {
+fn permute<const B: usize>(x: &[f32], index: __m512i) -> __m512 {
     let x = &x[..32 * B];
     let block = _mm512_srli_epi32::<5>(index);
     let mut found = _mm512_permutex2var_ps(load(x, 0), index, load(x, 16));
@@ -228,7 +253,7 @@ fn normal_levels(codes: [__m512i; 2], bits: usize) -> [__m512i; 2] {
 /// Dot products of the lanes of block `block` with `R` coefficient rows, which are in the order of the depth.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(crate) fn dot<const NORMAL: bool, const R: usize>(
+fn dot<const NORMAL: bool, const R: usize>(
     tile: &MixedTile,
     segments: &Segments,
     codes: Codes,
@@ -237,7 +262,7 @@ pub(crate) fn dot<const NORMAL: bool, const R: usize>(
 ) -> Sums<R> {
     let [four, three, two, one] = segments.0;
     let n = four + three + two + one;
-    assert!(n == tile.n_segments() && (R - 1) * coefficients.stride + n * SEGMENT <= coefficients.int8.len());
+    assert!(n == tile.n_segments() && (R - 1) * coefficients.stride + n * SEGMENT <= coefficients.bytes.len());
     let base = codes.part(block * tile.block_bytes(), tile.block_bytes());
     let mut sums = [[_mm512_setzero_si512(); 2]; R];
     let (mask4, mask2, mask1) = (_mm512_set1_epi8(15), _mm512_set1_epi8(3), _mm512_set1_epi8(1));

@@ -8,8 +8,12 @@
 
 use std::arch::x86_64::*;
 
+use super::vector::{planes, Codes, Coefficients, TileVector};
 use super::{Tile, QUAD};
 use crate::codec::query::PLANE;
+use crate::simd::avx2::prefetch_next;
+use crate::simd::isa::Avx2;
+use crate::simd::vector::by_instructions;
 
 /// Query rows that one pass over the codes serves: with two vectors of lanes, eight of the sixteen registers are sums.
 pub(crate) const MAX_ROWS: usize = 4;
@@ -19,13 +23,48 @@ pub(crate) const STRIP: usize = 16;
 /// Sums of one strip of lanes for `R` rows, 32 or 16 bits each: `[row][half of the strip]`.
 pub(crate) type Sums<const R: usize> = [[__m256i; 2]; R];
 
-/// Rows of coefficients, `stride` bytes apart: int8, or for codes of 8 bits int16 with the two middle ones of each quad
-/// swapped, so that a 32-bit word holds what the even or the odd bytes of a quad are multiplied by. `UNSIGNED`: uint8 instead
-/// of int8, of which weights, having no sign, get a unit half as large.
-#[derive(Clone, Copy)]
-pub(crate) struct Coefficients<'a, const UNSIGNED: bool = false> {
-    pub(crate) bytes: &'a [i8],
-    pub(crate) stride: usize,
+impl TileVector for Avx2 {
+    const MAX_ROWS: usize = MAX_ROWS;
+    /// int16, with the two middle ones of each quad swapped, so that a 32-bit word holds what the even or the odd bytes of a quad
+    /// are multiplied by.
+    const PLANE_ROWS: usize = 1;
+
+    #[inline(always)]
+    fn dot<const W: u8, const R: usize, const UNSIGNED: bool>(
+        self,
+        tile: &Tile,
+        codes: Codes,
+        strip: usize,
+        coefficients: Coefficients<UNSIGNED>,
+    ) -> Sums<R> {
+        // SAFETY: the token proves that the CPU has the instructions.
+        unsafe { dot::<W, R, UNSIGNED>(tile, codes.bytes, strip, coefficients) }
+    }
+
+    #[inline(always)]
+    fn take_planes<'a>(self, planes: &'a [i8], rows: usize, room: &'a mut [i8]) -> &'a [i8] {
+        let row = planes.len() / rows;
+        for (planes, room) in planes.chunks_exact(row).zip(room.chunks_exact_mut(row)) {
+            // SAFETY: the token proves that the CPU has the instructions.
+            unsafe { join_planes(planes, room) };
+        }
+        &room[..planes.len()]
+    }
+
+    by_instructions! {
+        fn store_planes(row: &mut [i8], at: usize, x: [__m256i; 4]) = {
+            put_pairs(&mut row[2 * at..], pack_pair(x[0], x[1]));
+            put_pairs(&mut row[2 * at + 32..], pack_pair(x[2], x[3]));
+        };
+    }
+
+    #[inline(always)]
+    fn ask_part(self, page: &[u8], part: usize, parts: usize) {
+        prefetch_next::<_MM_HINT_T1>(page, page.len(), part, parts);
+    }
+
+    #[inline(always)]
+    fn ask_behind(self, _page: &[u8], _from: usize) {}
 }
 
 impl<const UNSIGNED: bool> Coefficients<'_, UNSIGNED> {
@@ -41,15 +80,6 @@ impl<const UNSIGNED: bool> Coefficients<'_, UNSIGNED> {
         _mm256_set1_epi32(unsafe {
             self.bytes.as_ptr().add(row * self.stride + word * 4).cast::<i32>().read_unaligned()
         })
-    }
-}
-
-/// Bytes of a coefficient.
-pub(crate) const fn planes(width: u8) -> usize {
-    if width == 8 {
-        2
-    } else {
-        1
     }
 }
 
@@ -88,7 +118,7 @@ pub(crate) fn field(words: [__m256i; 2], index: usize, bits: usize) -> [__m256i;
 /// Dot products of the lanes of a strip of a tile with `R` rows of coefficients of the tile's depth.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(crate) fn dot<const W: u8, const R: usize, const UNSIGNED: bool>(
+fn dot<const W: u8, const R: usize, const UNSIGNED: bool>(
     tile: &Tile,
     bytes: &[u8],
     strip: usize,
@@ -297,10 +327,10 @@ unsafe fn add_tail<const R: usize, const U: bool>(
     }
 }
 
-/// Turns the high and the low plane of a row into 16-bit coefficients as [`Coefficients`] has them.
+/// Turns the high and the low plane of a row into 16-bit coefficients as [`TileVector::PLANE_ROWS`] says.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(crate) fn join_planes(planes: &[i8], pairs: &mut [i8]) {
+fn join_planes(planes: &[i8], pairs: &mut [i8]) {
     let (high, low) = planes.split_at(planes.len() / 2);
     for (i, (high, low)) in high.chunks_exact(16).zip(low.chunks_exact(16)).enumerate() {
         // SAFETY: the chunks hold sixteen bytes.
@@ -310,47 +340,34 @@ pub(crate) fn join_planes(planes: &[i8], pairs: &mut [i8]) {
     }
 }
 
-/// Stores sixteen 16-bit coefficients as [`Coefficients`] has them.
+/// Sixteen integers in 16 bits each, in order.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(crate) fn put_pairs(to: &mut [i8], x: __m256i) {
+fn pack_pair(a: __m256i, b: __m256i) -> __m256i {
+    _mm256_permute4x64_epi64::<0xd8>(_mm256_packs_epi32(a, b))
+}
+
+/// Stores sixteen 16-bit coefficients as [`TileVector::PLANE_ROWS`] says.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn put_pairs(to: &mut [i8], x: __m256i) {
     let to = &mut to[..32];
     let x = _mm256_shufflehi_epi16::<0xd8>(_mm256_shufflelo_epi16::<0xd8>(x));
     // SAFETY: the slice holds 32 bytes.
     unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), x) };
 }
 
-/// Calls a kernel with the width and the number of rows as constants.
-macro_rules! by_width_and_rows {
-    ($width:expr, $rows:expr, $call:ident $args:tt) => {
-        match $width {
-            Width::Ternary => by_width_and_rows!(@rows 1, $rows, $call $args),
-            Width::Bits2 => by_width_and_rows!(@rows 2, $rows, $call $args),
-            Width::Bits3 => by_width_and_rows!(@rows 3, $rows, $call $args),
-            Width::Bits4 => by_width_and_rows!(@rows 4, $rows, $call $args),
-            Width::Bits8 => by_width_and_rows!(@rows 8, $rows, $call $args),
-        }
-    };
-    (@rows $w:literal, $rows:expr, $call:ident $args:tt) => {
-        match $rows {
-            1 => $call::<$w, 1> $args,
-            2 => $call::<$w, 2> $args,
-            3 => $call::<$w, 3> $args,
-            _ => $call::<$w, 4> $args,
-        }
-    };
-}
-pub(crate) use by_width_and_rows;
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::tile::vector::by_width_and_rows;
     use crate::codec::tile::Width;
     use crate::simd::isa::{Isa, IsaToken};
+    use crate::simd::vector::Vector;
 
     /// Compares all strips with sums over single codes, for coefficients that the kernels may be given: with a sign, and
     /// where codes leave room for it, of twice the size without.
-    fn check<const W: u8, const R: usize>(tile: &Tile, bytes: &[u8], c: &[Vec<i32>]) {
+    fn check<V, const W: u8, const R: usize>(_: V, tile: &Tile, bytes: &[u8], c: &[Vec<i32>]) {
         check_signs::<W, R, false>(tile, bytes, c);
         if W != 8 {
             let c: Vec<Vec<i32>> = c.iter().map(|c| c.iter().map(|c| c + 128).collect()).collect();
@@ -381,9 +398,9 @@ mod tests {
 
     #[test]
     fn sums_are_exact_up_to_the_largest_codes_and_coefficients() {
-        if IsaToken::new(Isa::Avx2).is_none() {
+        let Some(IsaToken::Avx2(v)) = IsaToken::new(Isa::Avx2) else {
             return;
-        }
+        };
         for width in Width::ALL {
             let (levels, top) = (width.levels() as usize, if width == Width::Bits8 { 127 * PLANE } else { 127 });
             for (lanes, depth) in [(32, 32), (64, 64), (96, 128), (64, 160), (32, 256)] {
@@ -401,7 +418,7 @@ mod tests {
                     };
                     let c: Vec<Vec<i32>> = (0..4).map(|row| (0..depth as i32).map(|d| c(row, d)).collect()).collect();
                     for rows in 1..=4 {
-                        by_width_and_rows!(width, rows, check(&tile, &bytes, &c[..rows]));
+                        by_width_and_rows!(v: Avx2, width, rows, check(&tile, &bytes, &c[..rows]));
                     }
                 }
             }

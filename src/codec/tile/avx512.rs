@@ -3,8 +3,13 @@
 
 use std::arch::x86_64::*;
 
+use super::vector::{Codes, Coefficients, TileVector};
 use super::{Tile, QUAD};
 use crate::codec::query::PLANE;
+use crate::simd::avx2::prefetch_next_from;
+use crate::simd::avx512::{pack_bytes, store_bytes};
+use crate::simd::isa::Avx512;
+use crate::simd::vector::by_instructions;
 
 /// Coefficient rows that one pass over the codes serves: as many accumulators as registers allow.
 pub(crate) const MAX_ROWS: usize = 8;
@@ -12,12 +17,38 @@ pub(crate) const MAX_ROWS: usize = 8;
 /// Sums of one lane block for `R` coefficient rows: `[row][half of the block]`, sixteen lanes each.
 pub(crate) type Sums<const R: usize> = [[__m512i; 2]; R];
 
-/// `R` rows of coefficients of a byte, `stride` apart: int8 or, `UNSIGNED`, uint8, of which weights, having no sign, get a
-/// unit half as large. Codes of 8 bits need their own eighth bit, so their coefficients are int8.
-#[derive(Clone, Copy)]
-pub(crate) struct Coefficients<'a, const UNSIGNED: bool = false> {
-    pub(crate) int8: &'a [i8],
-    pub(crate) stride: usize,
+impl TileVector for Avx512 {
+    const MAX_ROWS: usize = MAX_ROWS;
+    const PLANE_ROWS: usize = 2;
+
+    #[inline(always)]
+    fn dot<const W: u8, const R: usize, const UNSIGNED: bool>(
+        self,
+        tile: &Tile,
+        codes: Codes,
+        strip: usize,
+        coefficients: Coefficients<UNSIGNED>,
+    ) -> Sums<R> {
+        // SAFETY: the token proves that the CPU has the instructions.
+        unsafe { dot::<W, R, UNSIGNED>(tile, codes, strip, coefficients) }
+    }
+
+    #[inline(always)]
+    fn take_planes<'a>(self, planes: &'a [i8], _rows: usize, _room: &'a mut [i8]) -> &'a [i8] {
+        planes
+    }
+
+    by_instructions! {
+        fn store_planes(row: &mut [i8], at: usize, x: [__m512i; 4]) = store_planes(row, at, x);
+    }
+
+    #[inline(always)]
+    fn ask_part(self, _page: &[u8], _part: usize, _parts: usize) {}
+
+    #[inline(always)]
+    fn ask_behind(self, page: &[u8], from: usize) {
+        prefetch_next_from(page, from);
+    }
 }
 
 impl<const UNSIGNED: bool> Coefficients<'_, UNSIGNED> {
@@ -25,34 +56,21 @@ impl<const UNSIGNED: bool> Coefficients<'_, UNSIGNED> {
     ///
     /// # Safety
     ///
-    /// `row * stride + 4 * quad + 4 <= int8.len()`, which `dot` checks once for its last row and quad.
+    /// `row * stride + 4 * quad + 4 <= bytes.len()`, which `dot` checks once for its last row and quad.
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn quad(&self, row: usize, quad: usize) -> __m512i {
         // SAFETY: within the slice, by this function's contract.
         _mm512_set1_epi32(unsafe {
-            self.int8.as_ptr().add(row * self.stride + quad * QUAD).cast::<i32>().read_unaligned()
+            self.bytes.as_ptr().add(row * self.stride + quad * QUAD).cast::<i32>().read_unaligned()
         })
     }
 }
 
-/// Packed codes with the distance to those that are wanted soon, which are asked for as these are read: a burst of
-/// requests at the start of a page would wait for free line buffers. Into the second level, since on its way to the first
-/// a line holds one of the few buffers that loads need (measured in docs/notes.md).
-#[derive(Clone, Copy)]
-pub(crate) struct Codes<'a> {
-    bytes: &'a [u8],
-    /// Bytes from here to the same place of the page that is asked for; 0: none.
-    ahead: usize,
-}
-
-impl<'a> Codes<'a> {
-    /// Codes of a page of `page_bytes`. With `ask` the page after the next is asked for.
-    pub(crate) fn new(bytes: &'a [u8], page_bytes: usize, ask: bool) -> Self {
-        Codes { bytes, ahead: if ask { 2 * page_bytes } else { 0 } }
-    }
-
-    /// The 128 bytes at `at`.
+impl Codes<'_> {
+    /// The 128 bytes at `at`. What is wanted soon is asked for as these are read: a burst of requests at the start of a page
+    /// would wait for free line buffers. Into the second level, since on its way to the first a line holds one of the few
+    /// buffers that loads need (measured in docs/notes.md).
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(crate) fn load(&self, at: usize) -> [__m512i; 2] {
@@ -64,11 +82,6 @@ impl<'a> Codes<'a> {
             _mm_prefetch::<_MM_HINT_T1>(second.wrapping_add(self.ahead).cast());
             [_mm512_loadu_si512(first.cast()), _mm512_loadu_si512(second.cast())]
         }
-    }
-
-    /// A part of them.
-    pub(crate) fn part(&self, at: usize, len: usize) -> Self {
-        Codes { bytes: &self.bytes[at..at + len], ahead: self.ahead }
     }
 }
 
@@ -107,14 +120,14 @@ pub(crate) fn field(words: [__m512i; 2], index: usize, mask: __m512i, bits: usiz
 /// Dot products of the lanes of block `block` of a tile with `R` coefficient rows of the tile's depth.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
-pub(crate) fn dot<const W: u8, const R: usize, const UNSIGNED: bool>(
+fn dot<const W: u8, const R: usize, const UNSIGNED: bool>(
     tile: &Tile,
     codes: Codes,
     block: usize,
     coefficients: Coefficients<UNSIGNED>,
 ) -> Sums<R> {
     let quads = tile.depth() / QUAD;
-    assert!((R - 1) * coefficients.stride + tile.depth() <= coefficients.int8.len());
+    assert!((R - 1) * coefficients.stride + tile.depth() <= coefficients.bytes.len());
     let base = codes.part(block * tile.block_bytes(), tile.block_bytes());
     let mut sums = [[_mm512_setzero_si512(); 2]; R];
     // SAFETY: every quad below is less than `quads`, and the assertion above covers the last quad of the last row.
@@ -272,39 +285,13 @@ unsafe fn dot_tail<const R: usize, const U: bool>(
     }
 }
 
-/// The sums of row `i` as floats; with two planes, the high one weighs [`PLANE`].
+/// Stores the high and the low plane of coefficients.
 #[inline]
-#[target_feature(enable = "avx512f")]
-pub(crate) fn float_sum<const R: usize>(sums: &Sums<R>, i: usize, half: usize, planes: usize) -> __m512 {
-    if planes == 1 {
-        return _mm512_cvtepi32_ps(sums[i][half]);
-    }
-    let (high, low) = (_mm512_cvtepi32_ps(sums[2 * i][half]), _mm512_cvtepi32_ps(sums[2 * i + 1][half]));
-    _mm512_fmadd_ps(high, _mm512_set1_ps(PLANE as f32), low)
+#[target_feature(enable = "avx512f,avx512bw")]
+fn store_planes(row: &mut [i8], at: usize, x: [__m512i; 4]) {
+    let high = x.map(|x| _mm512_srai_epi32::<7>(_mm512_add_epi32(x, _mm512_set1_epi32(PLANE / 2))));
+    let low = std::array::from_fn(|i| _mm512_sub_epi32(x[i], _mm512_slli_epi32::<7>(high[i])));
+    let (high_plane, low_plane) = row.split_at_mut(row.len() / 2);
+    store_bytes(high_plane, at, pack_bytes(high));
+    store_bytes(low_plane, at, pack_bytes(low));
 }
-
-/// Calls a kernel with the width and the number of rows as constants.
-macro_rules! by_width_and_rows {
-    ($width:expr, $rows:expr, $call:ident ( $($arg:expr),* )) => {
-        match $width {
-            Width::Ternary => by_width_and_rows!(@rows 1, $rows, $call($($arg),*)),
-            Width::Bits2 => by_width_and_rows!(@rows 2, $rows, $call($($arg),*)),
-            Width::Bits3 => by_width_and_rows!(@rows 3, $rows, $call($($arg),*)),
-            Width::Bits4 => by_width_and_rows!(@rows 4, $rows, $call($($arg),*)),
-            Width::Bits8 => by_width_and_rows!(@rows 8, $rows, $call($($arg),*)),
-        }
-    };
-    (@rows $w:literal, $rows:expr, $call:ident ( $($arg:expr),* )) => {
-        match $rows {
-            1 => $call::<$w, 1>($($arg),*),
-            2 => $call::<$w, 2>($($arg),*),
-            3 => $call::<$w, 3>($($arg),*),
-            4 => $call::<$w, 4>($($arg),*),
-            5 => $call::<$w, 5>($($arg),*),
-            6 => $call::<$w, 6>($($arg),*),
-            7 => $call::<$w, 7>($($arg),*),
-            _ => $call::<$w, 8>($($arg),*),
-        }
-    };
-}
-pub(crate) use by_width_and_rows;
