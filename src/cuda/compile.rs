@@ -106,7 +106,7 @@ pub fn with_nvcc() {
 pub fn for_emulation() {
     println!("cargo:rerun-if-env-changed=CXX");
     let cxx = env::var_os("CXX").unwrap_or("g++".into());
-    let (out, mut objects) = (out_dir(), Vec::new());
+    let (out, mut objects, mut running) = (out_dir(), Vec::new(), Vec::new());
     for source in sources().into_iter().chain([source_dir().join("emulate.cpp")]) {
         let object = out.join(format!("{}.emulated.o", stem(&source)));
         let mut command = Command::new(&cxx);
@@ -122,8 +122,15 @@ pub fn for_emulation() {
             "-DKVQ_EMULATE",
         ]);
         command.args(["-ffp-contract=off", "-mf16c", "-fno-exceptions", "-I"]).arg(&out).arg("-I").arg(source_dir());
-        run(command.arg("-c").arg(&source).arg("-o").arg(&object));
+        command.arg("-c").arg(&source).arg("-o").arg(&object);
+        // All at once: one of them takes as long as the others.
+        let child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        running.push((command, child));
         objects.push(object);
+    }
+    for (command, mut child) in running {
+        let status = child.wait().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        assert!(status.success(), "{command:?} failed: {status}");
     }
     let library = out.join("libkvq_emulated.so");
     run(Command::new(&cxx).arg("-shared").args(&objects).arg("-o").arg(&library));
