@@ -4,7 +4,7 @@ use std::ffi::c_char;
 use std::ops::Range;
 
 use super::recipe::{kvq_recipe, write_text};
-use super::{guard, guard_or, output, release, shared, slice_mut};
+use super::{check, guard, guard_or, output, release, shared, slice_mut};
 use crate::codec::page::Side;
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
@@ -230,5 +230,28 @@ fn side_of(side: kvq_side) -> Result<Side> {
         KVQ_SIDE_K => Ok(Side::Key),
         KVQ_SIDE_V => Ok(Side::Value),
         other => Err(Error::invalid(format!("side {other}: use KVQ_SIDE_K or KVQ_SIDE_V"))),
+    }
+}
+
+/// The region of a head.
+///
+/// # Safety
+/// `memory` is NULL or the memory of `side`, and nobody else uses the region of `head` during `'a`.
+pub(super) unsafe fn head_region<'a>(
+    layout: &Layout,
+    side: Side,
+    head: usize,
+    memory: *mut u8,
+) -> Result<&'a mut [u8]> {
+    let bytes = layout.head_bytes(side);
+    check(memory, memory_name(side))?;
+    // SAFETY: the region of a head lies inside the memory of its side, by the definition of the layout.
+    unsafe { slice_mut(memory.add(head * bytes), bytes, memory_name(side)) }
+}
+
+pub(super) fn memory_name(side: Side) -> &'static str {
+    match side {
+        Side::Key => "k_mem",
+        Side::Value => "v_mem",
     }
 }

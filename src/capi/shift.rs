@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use super::layout::kvq_layout;
+use super::layout::{head_region, kvq_layout};
 use super::planner::{kvq_is_live_fn, kvq_planner};
 use super::{check_part, exclusive, guard, output, release, shared, slice};
 use crate::codec::page::Side;
@@ -136,12 +136,12 @@ pub unsafe extern "C" fn kvq_shift_keys(
         super::check(k_mem.cast_const(), "k_mem")?;
         for head in (part as usize..layout.shape().n_kv_heads as usize).step_by(n_parts as usize) {
             // SAFETY: the memory holds a region per head, as the header requires, and only this part touches these.
-            let region = unsafe { super::store::head_region(layout, Side::Key, head, k_mem) }?;
+            let region = unsafe { head_region(layout, Side::Key, head, k_mem) }?;
             let values = if layout.predictor().is_none() || v_mem.is_null() {
                 None
             } else {
                 // SAFETY: as for the keys.
-                Some(unsafe { super::store::head_region(layout, Side::Value, head, v_mem) }?)
+                Some(unsafe { head_region(layout, Side::Value, head, v_mem) }?)
             };
             shift_head(layout, region, values, shift, rotation)?;
         }

@@ -1,7 +1,7 @@
 //! Writing and reading the memory of one layer.
 
 use super::attention::{optional, rotation, rows};
-use super::layout::kvq_layout;
+use super::layout::{head_region, kvq_layout, memory_name};
 use super::shift::kvq_rotation;
 use super::{check, check_part, guard, product, shared, slice, slice_mut};
 use crate::codec::page::Side;
@@ -307,27 +307,6 @@ fn read_rows(
         }
     }
     Ok(())
-}
-
-/// # Safety
-/// `memory` is NULL or the memory of `side`, and nobody else uses the region of `head` during `'a`.
-pub(super) unsafe fn head_region<'a>(
-    layout: &Layout,
-    side: Side,
-    head: usize,
-    memory: *mut u8,
-) -> Result<&'a mut [u8]> {
-    let bytes = layout.head_bytes(side);
-    check(memory, memory_name(side))?;
-    // SAFETY: the region of a head lies inside the memory of its side, by the definition of the layout.
-    unsafe { slice_mut(memory.add(head * bytes), bytes, memory_name(side)) }
-}
-
-fn memory_name(side: Side) -> &'static str {
-    match side {
-        Side::Key => "k_mem",
-        Side::Value => "v_mem",
-    }
 }
 
 /// KV heads and head size of a side.
