@@ -153,9 +153,7 @@ impl SealedPage {
             to.iter_mut().for_each(|x| *x = finite(*x));
         }
     }
-}
 
-impl SealedPage {
     /// Gathers values that keys predict while their page is as it was.
     fn gather_predicted(&mut self, layout: &Layout, heads: &[HeadMut; 2], current: &Rows, index: usize) {
         let Some(predictor) = layout.predictor() else { return };

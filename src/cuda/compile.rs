@@ -9,7 +9,7 @@
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 
 const ARCHS: &str = "75 80 86 89 90 100 120";
 
@@ -124,19 +124,25 @@ pub fn for_emulation() {
         command.args(["-ffp-contract=off", "-mf16c", "-fno-exceptions", "-I"]).arg(&out).arg("-I").arg(source_dir());
         command.arg("-c").arg(&source).arg("-o").arg(&object);
         // All at once: one of them takes as long as the others.
-        let child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        let child = start(&mut command);
         running.push((command, child));
         objects.push(object);
     }
-    for (command, mut child) in running {
-        let status = child.wait().unwrap_or_else(|e| panic!("{command:?}: {e}"));
-        assert!(status.success(), "{command:?} failed: {status}");
-    }
+    running.into_iter().for_each(|(command, child)| finish(&command, child));
     let library = out.join("libkvq_emulated.so");
     run(Command::new(&cxx).arg("-shared").args(&objects).arg("-o").arg(&library));
 }
 
 fn run(command: &mut Command) {
-    let status = command.status().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let child = start(command);
+    finish(command, child);
+}
+
+fn start(command: &mut Command) -> Child {
+    command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"))
+}
+
+fn finish(command: &Command, mut child: Child) {
+    let status = child.wait().unwrap_or_else(|e| panic!("{command:?}: {e}"));
     assert!(status.success(), "{command:?} failed: {status}");
 }
