@@ -10,7 +10,8 @@ pub const STORE_THREADS: u32 = 512;
 /// Shared memory of such a block, without its rows.
 pub const STORE_SCRATCH_BYTES: u32 = 20 << 10;
 
-/// Of [`StoreParams::phases`]: what is known of queries and tokens is brought up to date.
+/// Of [`StoreParams::phases`]: what is known of queries and tokens is brought up to date, and the outlier pool is filled where
+/// several blocks seal pages.
 pub const STORE_LEARN: u32 = 1;
 /// Of [`StoreParams::phases`]: pages are sealed.
 pub const STORE_SEAL: u32 = 2;
