@@ -24,24 +24,26 @@ static void null_is_refused(void) {
     CHECK_OK(kvq_layout_new(recipe, &shape, 0, 64, 16, &layout));
     CHECK_INVALID(kvq_device_new(NULL, &device));
     CHECK_INVALID(kvq_device_new("cuda:0", NULL));
-    CHECK_INVALID(kvq_attend_workspace(NULL, NULL, 1, 64, &bytes));
-    CHECK_INVALID(kvq_attend_workspace(layout, NULL, 1, 64, &bytes));
-    CHECK_INVALID(kvq_store_workspace(layout, NULL, 1, &bytes));
-    CHECK_INVALID(kvq_attend_enqueue(NULL, layout, &attend, workspace, 512, NULL));
-    CHECK_INVALID(kvq_store_enqueue(NULL, layout, &store, workspace, 512, NULL));
-    CHECK_INVALID(kvq_dequantize_enqueue(NULL, layout, &attend, workspace, NULL, NULL));
+    CHECK_INVALID(kvq_attend_workspace(NULL, NULL, 1, 1, 64, &bytes));
+    CHECK_INVALID(kvq_attend_workspace(layout, NULL, 1, 1, 64, &bytes));
+    CHECK_INVALID(kvq_store_workspace(layout, NULL, 1, 1, &bytes));
+    CHECK_INVALID(kvq_attend_enqueue(NULL, layout, &attend, NULL, workspace, 512, NULL));
+    CHECK_INVALID(kvq_store_enqueue(NULL, layout, &store, NULL, workspace, 512, NULL));
+    CHECK_INVALID(kvq_dequantize_enqueue(NULL, layout, &attend, NULL, workspace, NULL, NULL));
     CHECK(device == NULL && bytes == 77);
     if (kvq_device_new("cuda:0", &device) == KVQ_STATUS_OK) {
-        CHECK_INVALID(kvq_attend_workspace(NULL, device, 1, 64, &bytes));
-        CHECK_INVALID(kvq_attend_workspace(layout, device, 1, 64, NULL));
-        CHECK_INVALID(kvq_attend_workspace(layout, device, 0, 64, &bytes));
+        CHECK_INVALID(kvq_attend_workspace(NULL, device, 1, 1, 64, &bytes));
+        CHECK_INVALID(kvq_attend_workspace(layout, device, 1, 1, 64, NULL));
+        CHECK_INVALID(kvq_attend_workspace(layout, device, 0, 1, 64, &bytes));
+        CHECK_INVALID(kvq_attend_workspace(layout, device, 1, 0, 64, &bytes));
+        CHECK_INVALID(kvq_store_workspace(layout, device, 1, 0, &bytes));
         CHECK(bytes == 77);
-        CHECK_INVALID(kvq_attend_enqueue(device, NULL, &attend, workspace, 512, NULL));
-        CHECK_INVALID(kvq_attend_enqueue(device, layout, NULL, workspace, 512, NULL));
-        CHECK_INVALID(kvq_attend_enqueue(device, layout, &attend, NULL, 512, NULL));
-        CHECK_INVALID(kvq_attend_enqueue(device, layout, &attend, workspace, 512, NULL));
-        CHECK_INVALID(kvq_dequantize_enqueue(device, layout, NULL, workspace, NULL, NULL));
-        CHECK_INVALID(kvq_dequantize_enqueue(device, layout, &attend, workspace, NULL, NULL));
+        CHECK_INVALID(kvq_attend_enqueue(device, NULL, &attend, NULL, workspace, 512, NULL));
+        CHECK_INVALID(kvq_attend_enqueue(device, layout, NULL, NULL, workspace, 512, NULL));
+        CHECK_INVALID(kvq_attend_enqueue(device, layout, &attend, NULL, NULL, 512, NULL));
+        CHECK_INVALID(kvq_attend_enqueue(device, layout, &attend, NULL, workspace, 512, NULL));
+        CHECK_INVALID(kvq_dequantize_enqueue(device, layout, NULL, NULL, workspace, NULL, NULL));
+        CHECK_INVALID(kvq_dequantize_enqueue(device, layout, &attend, NULL, workspace, NULL, NULL));
     } else {
         printf("skipped with a device: %s\n", kvq_last_error());
     }

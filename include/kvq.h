@@ -28,7 +28,7 @@
 
 
 // Rises with every change to a function or struct of this header. Compare it with kvq_abi_version() at start.
-#define KVQ_ABI_VERSION 9
+#define KVQ_ABI_VERSION 10
 
 // Smallest supported head size.
 #define KVQ_MIN_HEAD_DIM 64
@@ -397,6 +397,22 @@ typedef struct {
     const float *sink_logits;
 } kvq_cache_attend_options;
 
+// Streams of a layer that one call serves, all with the same number of tokens: what its arguments name is the first one's,
+// and here is how far it is from one to the next. Rows, queries, outputs and softmax denominators of the streams follow each
+// other, so that n_tokens more of them belong to the next stream. NULL stands for a single stream.
+typedef struct {
+    // Streams, 1 or more.
+    uint32_t n_streams;
+    // Bytes between their key memories, a multiple of 64, and at least what a layer takes.
+    size_t k_stride;
+    // Bytes between their value memories, alike.
+    size_t v_stride;
+    // Integers between their plans, at least plan_len.
+    size_t plan_stride;
+    // Elements between their masks; 0: all have the same. Not read where there is no mask.
+    size_t mask_stride;
+} kvq_streams;
+
 // Keys.
 #define KVQ_SIDE_K 0
 
@@ -493,6 +509,9 @@ size_t kvq_layout_k_bytes(const kvq_layout *layout);
 
 // The same for the value memory.
 size_t kvq_layout_v_bytes(const kvq_layout *layout);
+
+// The shape that a layout was made for. All zeros if `layout` is NULL.
+kvq_shape kvq_layout_shape(const kvq_layout *layout);
 
 // Tokens back that the store step weighs a row's attention by, for which it reads `lse` of kvq_store_args; 0: it does
 // not need it. 0 if `layout` is NULL.
@@ -876,16 +895,17 @@ kvq_status kvq_device_new(const char *name, kvq_device **out);
 // Frees a device once everything enqueued with it has finished. NULL is ignored.
 void kvq_device_free(kvq_device *device);
 
-// Bytes of device memory that kvq_attend_enqueue needs as workspace for `n_tokens` query rows and `n_kv` columns of the
-// mask. Zero it once when it is made (256-byte aligned): every call leaves it ready for the next one, of any layer for
+// Bytes of device memory that kvq_attend_enqueue needs as workspace for `n_streams` streams with `n_tokens` query rows
+// each and `n_kv` columns of the mask. Zero it once when it is made (256-byte aligned): every call leaves it ready for the next one, of any layer for
 // which it is large enough. Calls that may run at the same time need a workspace each.
 kvq_status kvq_attend_workspace(const kvq_layout *layout,
                                 const kvq_device *device,
                                 uint32_t n_tokens,
+                                uint32_t n_streams,
                                 uint32_t n_kv,
                                 size_t *bytes);
 
-// Enqueues kvq_attend for a layer whose memory is on `device`, on a CUDA stream (a cudaStream_t or CUstream; NULL: the
+// Enqueues kvq_attend for the streams of a layer whose memory is on `device`, on a CUDA stream (a cudaStream_t or CUstream; NULL: the
 // default stream). Every pointer in `args` but `rotation` is a device pointer, `plan` included, and `n_splits` is 1:
 // the result is final. With a rotation the kernels that read turned pages are taken, which are slow: leave it NULL
 // until positions have moved. The host reads nothing of them, allocates nothing and does not wait, so the call can be
@@ -896,32 +916,39 @@ kvq_status kvq_attend_workspace(const kvq_layout *layout,
 kvq_status kvq_attend_enqueue(const kvq_device *device,
                               const kvq_layout *layout,
                               const kvq_attend_args *args,
+                              const kvq_streams *streams,
                               void *workspace,
                               size_t workspace_bytes,
                               void *stream);
 
-// Bytes of device memory that kvq_store_enqueue needs as workspace, for any number of rows up to `n_tokens`. What is in
-// it does not matter, so it cannot be one of kvq_attend_enqueue. Calls that may run at the same time need a workspace
-// each.
-kvq_status kvq_store_workspace(const kvq_layout *layout, const kvq_device *device, uint32_t n_tokens, size_t *bytes);
+// Bytes of device memory that kvq_store_enqueue needs as workspace for `n_streams` streams, each with any number of rows
+// up to `n_tokens`. What is in it does not matter, so it cannot be one of kvq_attend_enqueue. Calls that may run at the
+// same time need a workspace each.
+kvq_status kvq_store_workspace(const kvq_layout *layout,
+                               const kvq_device *device,
+                               uint32_t n_tokens,
+                               uint32_t n_streams,
+                               size_t *bytes);
 
 // Enqueues kvq_store of all heads for a layer whose memory is on `device`; pointers, plan and stream as for
 // kvq_attend_enqueue, after which it is enqueued on the same stream. The bytes are those that kvq_store makes.
 kvq_status kvq_store_enqueue(const kvq_device *device,
                              const kvq_layout *layout,
                              const kvq_store_args *args,
+                             const kvq_streams *streams,
                              void *workspace,
                              size_t workspace_bytes,
                              void *stream);
 
 // Enqueues the decoding of what kvq_attend_enqueue with the same `args` would read, for an attention that knows nothing
-// of pages: rows of cells 0 to n_kv - 1 as FP16, `k_out` [n_kv_heads][n_kv][head_dim_k] and `v_out`
-// [n_kv_heads][n_kv][head_dim_v] on the device, either of which may be NULL. Cells that no query may see get zeros or
+// of pages: rows of cells 0 to n_kv - 1 as FP16, `k_out` [n_streams][n_kv_heads][n_kv][head_dim_k] and `v_out`
+// [n_streams][n_kv_heads][n_kv][head_dim_v] on the device, either of which may be NULL. Cells that no query may see get zeros or
 // some finite row. Of `args`, queries, mask, output and what belongs to them are not looked at. Pays where there are
 // many query rows.
 kvq_status kvq_dequantize_enqueue(const kvq_device *device,
                                   const kvq_layout *layout,
                                   const kvq_attend_args *args,
+                                  const kvq_streams *streams,
                                   void *k_out,
                                   void *v_out,
                                   void *stream);

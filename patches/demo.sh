@@ -4,7 +4,7 @@
 #   patches/demo.sh [MODEL [TEXT]]     MODEL: a GGUF file, or smollm2, gemma3, qwen05, qwen15, which are fetched
 #                                      (patches/models.py); default: the small model and text in models/
 #
-#   KVQ_RECIPES="skvq:k=4,v=4 ..."   recipes, separated by blanks
+#   KVQ_RECIPES="on 2 skvq:k=4,v=4"   recipes, separated by blanks
 #   KVQ_CHUNKS=6                     chunks of text that are scored; 2 for a model that is fetched
 #   KVQ_DEPTH=4096                   tokens in the cache when speed is measured
 #
@@ -16,7 +16,7 @@ set -euo pipefail
 model=${1:-$root/models/tiny-12m-q8_0.gguf}
 chunks=${KVQ_CHUNKS:-6}
 text=${2:-$root/models/amazon-excerpt.txt}
-read -r -a recipes <<<"${KVQ_RECIPES:-skvq:k=4,v=4 skvq:k=3,v=3 skvq:k=3,v=2 skvq:k=2,v=2 kivi:k=2.25 ott:k=2.25 qaq:bits=2.25}"
+read -r -a recipes <<<"${KVQ_RECIPES:-on 2 4 skvq kivi:k=2.25 ott:k=2.25 qaq:bits=2.25}"
 # named MODEL: it is one of the table in models.py.
 named() { grep -q -F "    \"$1\": Model(" "$root/patches/models.py"; }
 if [ ! -f "$model" ]; then

@@ -198,25 +198,39 @@ static void kvq_node_gpu_values(ggml_tensor *, int, int, void *) {
     GGML_ABORT("kvq: the CPU was to decode values in GPU memory");
 }
 
+static kvq_streams streams_of(const ggml_tensor * k_mem, const ggml_tensor * v_mem, const ggml_tensor * plan,
+        const ggml_tensor * mask) {
+    kvq_streams streams = {};
+
+    streams.n_streams   = plan->ne[2];
+    streams.k_stride    = k_mem->nb[1];
+    streams.v_stride    = v_mem->nb[1];
+    streams.plan_stride = plan->nb[2]/sizeof(int32_t);
+    streams.mask_stride = mask ? mask->nb[3]/mask->nb[0] : 0;
+
+    return streams;
+}
+
 // Without a stream everything is enqueued already, as part of a CUDA graph. So the arguments must depend on nothing but the
 // node and its sources, which are the same then.
 static void kvq_launch_attend(ggml_tensor * dst, void * stream, void * userdata) {
     const auto & node = *(const llama_kvq_node *) userdata;
 
-    for (int64_t s = 0; stream && s < dst->src[4]->ne[2]; ++s) {
-        const auto args = attend_args(dst, 1, s, node);
-        llama_kvq_must(kvq_attend_enqueue(node.device, node.layout, &args, node.attend_space->data,
+    if (stream) {
+        const auto args    = attend_args(dst, 1, 0, node);
+        const auto streams = streams_of(dst->src[1], dst->src[2], dst->src[4], dst->src[3]);
+        llama_kvq_must(kvq_attend_enqueue(node.device, node.layout, &args, &streams, node.attend_space->data,
                     ggml_nbytes(node.attend_space), stream), "attend");
     }
 }
 
 // sources as of kvq_node_attend; dst: [head_dim, n_kv, n_head_kv, n_stream], F16
 static void kvq_launch_rows(ggml_tensor * dst, void * stream, const llama_kvq_node & node, bool is_key) {
-    for (int64_t s = 0; stream && s < dst->src[4]->ne[2]; ++s) {
-        const auto args = attend_args(dst, 1, s, node);
-        void * rows = (char *) dst->data + s*dst->nb[3];
-        llama_kvq_must(kvq_dequantize_enqueue(node.device, node.layout, &args, is_key ? rows : nullptr,
-                    is_key ? nullptr : rows, stream), "decode");
+    if (stream) {
+        const auto args    = attend_args(dst, 1, 0, node);
+        const auto streams = streams_of(dst->src[1], dst->src[2], dst->src[4], nullptr);
+        llama_kvq_must(kvq_dequantize_enqueue(node.device, node.layout, &args, &streams, is_key ? dst->data : nullptr,
+                    is_key ? nullptr : dst->data, stream), "decode");
     }
 }
 
@@ -231,9 +245,10 @@ static void kvq_launch_values(ggml_tensor * dst, void * stream, void * userdata)
 static void kvq_launch_store(ggml_tensor * dst, void * stream, void * userdata) {
     const auto & node = *(const llama_kvq_node *) userdata;
 
-    for (int64_t s = 0; stream && s < dst->src[2]->ne[2]; ++s) {
-        const auto args = store_args(dst, s, node);
-        llama_kvq_must(kvq_store_enqueue(node.device, node.layout, &args, node.store_space->data,
+    if (stream) {
+        const auto args    = store_args(dst, 0, node);
+        const auto streams = streams_of(dst->src[0], dst->src[1], dst->src[2], nullptr);
+        llama_kvq_must(kvq_store_enqueue(node.device, node.layout, &args, &streams, node.store_space->data,
                     ggml_nbytes(node.store_space), stream), "store");
     }
 
@@ -364,7 +379,7 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
         node.rotation = has_moved ? node.rotation : &unmoved;
 
         gpu->find_backend(graph.sched);
-        reserve_space(*gpu, layout, n_tokens, kq_mask->ne[0]);
+        reserve_space(*gpu, layout, n_tokens, n_stream, kq_mask->ne[0]);
         node.device       = gpu->device;
         node.attend_space = gpu->attend_space;
         node.store_space  = gpu->store_space;

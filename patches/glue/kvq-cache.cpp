@@ -135,7 +135,7 @@ ggml_tensor * llama_kvq_cache::new_k(ggml_context * ctx, ggml_backend_buffer_typ
     rotations.emplace_back();
 
     if (gpu) {
-        needed_space(*gpu, layouts.back().get(), 1, kv.get_size()); // refuses what it has no kernels for
+        needed_space(*gpu, layouts.back().get(), 1, 1, kv.get_size()); // refuses what it has no kernels for
     }
 
     return ggml_new_tensor_3d(ctx, GGML_TYPE_I8, kvq_layout_k_bytes(layouts.back().get()), 1, kv.n_stream);

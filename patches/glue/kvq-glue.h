@@ -115,9 +115,10 @@ private:
         size_t attend;
         size_t store;
     };
-    space needed_space(const kvq_gpu & gpu, const kvq_layout * layout, uint32_t n_tokens, uint32_t n_kv) const;
+    space needed_space(const kvq_gpu & gpu, const kvq_layout * layout, uint32_t n_tokens, uint32_t n_stream,
+            uint32_t n_kv) const;
 
-    void reserve_space(kvq_gpu & gpu, const kvq_layout * layout, uint32_t n_tokens, uint32_t n_kv);
+    void reserve_space(kvq_gpu & gpu, const kvq_layout * layout, uint32_t n_tokens, uint32_t n_stream, uint32_t n_kv);
     void grow_space(const kvq_gpu & gpu, ggml_tensor *& space, size_t size);
 
     // waits for the GPUs: before the host looks at their memory

@@ -69,17 +69,18 @@ kvq_gpu * llama_kvq_cache::gpu_of(ggml_backend_buffer_type_t buft, uint32_t il) 
 }
 
 llama_kvq_cache::space llama_kvq_cache::needed_space(const kvq_gpu & gpu, const kvq_layout * layout,
-        uint32_t n_tokens, uint32_t n_kv) const {
+        uint32_t n_tokens, uint32_t n_stream, uint32_t n_kv) const {
     space size = {};
-    if (kvq_attend_workspace(layout, gpu.device, n_tokens, n_kv, &size.attend) != 0 ||
-        kvq_store_workspace (layout, gpu.device, n_tokens, &size.store) != 0) {
+    if (kvq_attend_workspace(layout, gpu.device, n_tokens, n_stream, n_kv, &size.attend) != 0 ||
+        kvq_store_workspace (layout, gpu.device, n_tokens, n_stream, &size.store) != 0) {
         throw std::runtime_error(format("kvq: --kvq %s: %s; or %s", spec().c_str(), kvq_last_error(), KVQ_ELSEWHERE));
     }
     return size;
 }
 
-void llama_kvq_cache::reserve_space(kvq_gpu & gpu, const kvq_layout * layout, uint32_t n_tokens, uint32_t n_kv) {
-    const auto size = needed_space(gpu, layout, n_tokens, n_kv);
+void llama_kvq_cache::reserve_space(kvq_gpu & gpu, const kvq_layout * layout, uint32_t n_tokens, uint32_t n_stream,
+        uint32_t n_kv) {
+    const auto size = needed_space(gpu, layout, n_tokens, n_stream, n_kv);
 
     grow_space(gpu, gpu.attend_space, size.attend);
     grow_space(gpu, gpu.store_space,  size.store);

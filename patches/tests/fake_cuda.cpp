@@ -437,52 +437,80 @@ extern "C" void kvq_device_free(kvq_device * device) {
     delete device;
 }
 
-extern "C" kvq_status kvq_attend_workspace(const kvq_layout *, const kvq_device *, uint32_t n_tokens, uint32_t,
-        size_t * bytes) {
-    *bytes = SPACE*n_tokens;
+extern "C" kvq_status kvq_attend_workspace(const kvq_layout *, const kvq_device *, uint32_t n_tokens, uint32_t n_streams,
+        uint32_t, size_t * bytes) {
+    *bytes = SPACE*n_tokens*n_streams;
     return KVQ_STATUS_OK;
 }
 
-extern "C" kvq_status kvq_store_workspace(const kvq_layout *, const kvq_device *, uint32_t n_tokens, size_t * bytes) {
-    *bytes = SPACE*n_tokens;
+extern "C" kvq_status kvq_store_workspace(const kvq_layout *, const kvq_device *, uint32_t n_tokens, uint32_t n_streams,
+        size_t * bytes) {
+    *bytes = SPACE*n_tokens*n_streams;
     return KVQ_STATUS_OK;
 }
 
 extern "C" kvq_status kvq_attend_enqueue(const kvq_device * device, const kvq_layout * layout, const kvq_attend_args * given,
-        void * space, size_t size, void * stream) {
-    ((fake_stream *) stream)->enqueued.push_back([=, args = *given, on = device->device] {
+        const kvq_streams * streams, void * space, size_t size, void * stream) {
+    ((fake_stream *) stream)->enqueued.push_back([=, first = *given, of = *streams, on = device->device] {
+        auto args = first; // graphs run it again
         MUST(args.n_splits == 1);
-        must_be_on(on, args.q,     sizeof(float));
-        must_be_on(on, args.k_mem, kvq_layout_k_bytes(layout));
-        must_be_on(on, args.v_mem, kvq_layout_v_bytes(layout));
-        must_be_on(on, args.plan,  args.plan_len*sizeof(int32_t));
-        must_be_on(on, args.mask,  args.n_kv*(args.mask_is_f16 ? 2 : 4));
-        must_be_on(on, args.out,   sizeof(float));
-        must_be_on(on, args.lse,   sizeof(float));
-        check_space(on, space, size, args.n_tokens);
-        MUST(kvq_attend(layout, &args, 0, 1) == KVQ_STATUS_OK);
+        check_space(on, space, size, of.n_streams*args.n_tokens);
+        for (uint32_t i = 0; i < of.n_streams; ++i) {
+            must_be_on(on, args.q,     sizeof(float));
+            must_be_on(on, args.k_mem, kvq_layout_k_bytes(layout));
+            must_be_on(on, args.v_mem, kvq_layout_v_bytes(layout));
+            must_be_on(on, args.plan,  args.plan_len*sizeof(int32_t));
+            must_be_on(on, args.mask,  args.n_kv*(args.mask_is_f16 ? 2 : 4));
+            must_be_on(on, args.out,   sizeof(float));
+            must_be_on(on, args.lse,   sizeof(float));
+            MUST(kvq_attend(layout, &args, 0, 1) == KVQ_STATUS_OK);
+
+            const kvq_shape shape = kvq_layout_shape(layout);
+            args.q += args.n_tokens*args.q_stride_token;
+            if (args.k_cur) {
+                args.k_cur += args.n_tokens*args.k_stride_token;
+                args.v_cur += args.n_tokens*args.v_stride_token;
+            }
+            args.k_mem += of.k_stride;
+            args.v_mem += of.v_stride;
+            args.plan  += of.plan_stride;
+            args.mask   = (const char *) args.mask + of.mask_stride*(args.mask_is_f16 ? 2 : 4);
+            args.out   += args.n_tokens*shape.n_heads*shape.head_dim_v;
+            args.lse   += args.n_tokens*shape.n_heads;
+        }
     });
     return KVQ_STATUS_OK;
 }
 
-extern "C" kvq_status kvq_dequantize_enqueue(const kvq_device *, const kvq_layout *, const kvq_attend_args *, void *, void *,
-        void *) {
+extern "C" kvq_status kvq_dequantize_enqueue(const kvq_device *, const kvq_layout *, const kvq_attend_args *,
+        const kvq_streams *, void *, void *, void *) {
     MUST(!"decoded for an attention that this backend does not have");
     return KVQ_STATUS_UNSUPPORTED;
 }
 
 extern "C" kvq_status kvq_store_enqueue(const kvq_device * device, const kvq_layout * layout, const kvq_store_args * given,
-        void * space, size_t size, void * stream) {
-    ((fake_stream *) stream)->enqueued.push_back([=, args = *given, on = device->device] {
-        must_be_on(on, args.k_cur, sizeof(float));
-        must_be_on(on, args.v_cur, sizeof(float));
-        must_be_on(on, args.k_mem, kvq_layout_k_bytes(layout));
-        must_be_on(on, args.v_mem, kvq_layout_v_bytes(layout));
-        must_be_on(on, args.plan,  args.plan_len*sizeof(int32_t));
-        must_be_on(on, args.q,     sizeof(float));
-        must_be_on(on, args.lse,   sizeof(float));
-        check_space(on, space, size, args.n_tokens);
-        MUST(kvq_store(layout, &args, 0, 1) == KVQ_STATUS_OK);
+        const kvq_streams * streams, void * space, size_t size, void * stream) {
+    ((fake_stream *) stream)->enqueued.push_back([=, first = *given, of = *streams, on = device->device] {
+        auto args = first; // graphs run it again
+        check_space(on, space, size, of.n_streams*args.n_tokens);
+        for (uint32_t i = 0; i < of.n_streams; ++i) {
+            must_be_on(on, args.k_cur, sizeof(float));
+            must_be_on(on, args.v_cur, sizeof(float));
+            must_be_on(on, args.k_mem, kvq_layout_k_bytes(layout));
+            must_be_on(on, args.v_mem, kvq_layout_v_bytes(layout));
+            must_be_on(on, args.plan,  args.plan_len*sizeof(int32_t));
+            must_be_on(on, args.q,     sizeof(float));
+            must_be_on(on, args.lse,   sizeof(float));
+            MUST(kvq_store(layout, &args, 0, 1) == KVQ_STATUS_OK);
+
+            args.k_cur += args.n_tokens*args.k_stride_token;
+            args.v_cur += args.n_tokens*args.v_stride_token;
+            args.q     += args.n_tokens*args.q_stride_token;
+            args.lse   += args.n_tokens*kvq_layout_shape(layout).n_heads;
+            args.k_mem += of.k_stride;
+            args.v_mem += of.v_stride;
+            args.plan  += of.plan_stride;
+        }
     });
     return KVQ_STATUS_OK;
 }

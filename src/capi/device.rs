@@ -7,9 +7,9 @@ use super::layout::kvq_layout;
 use super::shift::kvq_rotation;
 use super::store::kvq_store_args;
 use super::{check, guard, output, release, shared};
-use crate::cuda::attend::{self, Workspace};
-use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc, RotationDesc, StoreParams};
-use crate::cuda::{dequantize, store, Device};
+use crate::cuda::attend::{self, Size, Workspace};
+use crate::cuda::desc::{AttendCall, RotationDesc, StoreCall, StreamDesc};
+use crate::cuda::{dequantize, store, Call, Device};
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
 
@@ -18,6 +18,24 @@ use crate::layout::Layout;
 /// It never changes after kvq_device_new, so threads may share it. It outlives every call that is enqueued with it.
 pub struct kvq_device {
     device: Device,
+}
+
+/// Streams of a layer that one call serves, all with the same number of tokens: what its arguments name is the first one's,
+/// and here is how far it is from one to the next. Rows, queries, outputs and softmax denominators of the streams follow each
+/// other, so that n_tokens more of them belong to the next stream. NULL stands for a single stream.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct kvq_streams {
+    /// Streams, 1 or more.
+    pub n_streams: u32,
+    /// Bytes between their key memories, a multiple of 64, and at least what a layer takes.
+    pub k_stride: usize,
+    /// Bytes between their value memories, alike.
+    pub v_stride: usize,
+    /// Integers between their plans, at least plan_len.
+    pub plan_stride: usize,
+    /// Elements between their masks; 0: all have the same. Not read where there is no mask.
+    pub mask_stride: usize,
 }
 
 /// Opens a device: "cuda:0" is the first that the CUDA driver lists, with its primary context, which the CUDA runtime
@@ -46,14 +64,15 @@ pub unsafe extern "C" fn kvq_device_free(device: *mut kvq_device) {
     });
 }
 
-/// Bytes of device memory that kvq_attend_enqueue needs as workspace for `n_tokens` query rows and `n_kv` columns of the
-/// mask. Zero it once when it is made (256-byte aligned): every call leaves it ready for the next one, of any layer for
+/// Bytes of device memory that kvq_attend_enqueue needs as workspace for `n_streams` streams with `n_tokens` query rows
+/// each and `n_kv` columns of the mask. Zero it once when it is made (256-byte aligned): every call leaves it ready for the next one, of any layer for
 /// which it is large enough. Calls that may run at the same time need a workspace each.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_attend_workspace(
     layout: *const kvq_layout,
     device: *const kvq_device,
     n_tokens: u32,
+    n_streams: u32,
     n_kv: u32,
     bytes: *mut usize,
 ) -> Status {
@@ -61,12 +80,13 @@ pub unsafe extern "C" fn kvq_attend_workspace(
         // SAFETY: live objects and room for a size, as the header requires.
         let (layout, device, bytes) =
             unsafe { (shared(layout, "layout")?, shared(device, "device")?, output(bytes, "bytes")?) };
-        bytes.write(attend::workspace_bytes(&device.device, on_device(layout)?, n_tokens, n_kv)?);
+        let size = Size { n_tokens, n_streams, n_kv };
+        bytes.write(attend::workspace_bytes(&device.device, on_device(layout)?, size)?);
         Ok(())
     })
 }
 
-/// Enqueues kvq_attend for a layer whose memory is on `device`, on a CUDA stream (a cudaStream_t or CUstream; NULL: the
+/// Enqueues kvq_attend for the streams of a layer whose memory is on `device`, on a CUDA stream (a cudaStream_t or CUstream; NULL: the
 /// default stream). Every pointer in `args` but `rotation` is a device pointer, `plan` included, and `n_splits` is 1:
 /// the result is final. With a rotation the kernels that read turned pages are taken, which are slow: leave it NULL
 /// until positions have moved. The host reads nothing of them, allocates nothing and does not wait, so the call can be
@@ -79,6 +99,7 @@ pub unsafe extern "C" fn kvq_attend_enqueue(
     device: *const kvq_device,
     layout: *const kvq_layout,
     args: *const kvq_attend_args,
+    streams: *const kvq_streams,
     workspace: *mut c_void,
     workspace_bytes: usize,
     stream: *mut c_void,
@@ -88,30 +109,38 @@ pub unsafe extern "C" fn kvq_attend_enqueue(
         let (device, layout, args) =
             unsafe { (shared(device, "device")?, shared(layout, "layout")?, shared(args, "args")?) };
         check_workspace(workspace, "workspace")?;
-        let mut params = attend_params(args)?;
-        // SAFETY: rotation is NULL or a live rotation, on the host, as the header requires.
-        params.rotation = unsafe { describe(args.rotation, on_device(layout)?) }?;
+        let layout = on_device(layout)?;
+        let mut call = attend_call(args)?;
+        // SAFETY: both are NULL or live, on the host, as the header requires.
+        let (rotation, n_streams) = unsafe {
+            (describe(args.rotation, layout)?, streams_of(streams, layout, args.plan_len, &mut call.streams)?)
+        };
+        let call = Call { call, rotation, n_streams, plan_len: args.plan_len };
         let workspace = Workspace { memory: workspace, bytes: workspace_bytes };
         // SAFETY: device memory of the sizes that the header gives.
-        unsafe { attend::enqueue(&device.device, on_device(layout)?, params, args.plan_len, workspace, stream) }
+        unsafe { attend::enqueue(&device.device, layout, call, workspace, stream) }
     })
 }
 
-/// Bytes of device memory that kvq_store_enqueue needs as workspace, for any number of rows up to `n_tokens`. What is in
-/// it does not matter, so it cannot be one of kvq_attend_enqueue. Calls that may run at the same time need a workspace
-/// each.
+/// Bytes of device memory that kvq_store_enqueue needs as workspace for `n_streams` streams, each with any number of rows
+/// up to `n_tokens`. What is in it does not matter, so it cannot be one of kvq_attend_enqueue. Calls that may run at the
+/// same time need a workspace each.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_store_workspace(
     layout: *const kvq_layout,
     device: *const kvq_device,
     n_tokens: u32,
+    n_streams: u32,
     bytes: *mut usize,
 ) -> Status {
     guard(|| {
         // SAFETY: live objects and room for a size, as the header requires.
         let (layout, device, bytes) =
             unsafe { (shared(layout, "layout")?, shared(device, "device")?, output(bytes, "bytes")?) };
-        bytes.write(store::workspace_bytes(&device.device, on_device(layout)?, n_tokens));
+        if n_streams == 0 {
+            return Err(Error::invalid("n_streams is 0: a call is for one stream at least"));
+        }
+        bytes.write(store::workspace_bytes(&device.device, on_device(layout)?, n_tokens, n_streams));
         Ok(())
     })
 }
@@ -123,6 +152,7 @@ pub unsafe extern "C" fn kvq_store_enqueue(
     device: *const kvq_device,
     layout: *const kvq_layout,
     args: *const kvq_store_args,
+    streams: *const kvq_streams,
     workspace: *mut c_void,
     workspace_bytes: usize,
     stream: *mut c_void,
@@ -132,12 +162,16 @@ pub unsafe extern "C" fn kvq_store_enqueue(
         let (device, layout, args) =
             unsafe { (shared(device, "device")?, shared(layout, "layout")?, shared(args, "args")?) };
         check_workspace(workspace, "workspace")?;
-        let mut params = store_params(args)?;
-        // SAFETY: rotation is NULL or a live rotation, on the host, as the header requires.
-        params.rotation = unsafe { describe(args.rotation, on_device(layout)?) }?;
+        let layout = on_device(layout)?;
+        let mut call = store_call(args)?;
+        // SAFETY: both are NULL or live, on the host, as the header requires.
+        let (rotation, n_streams) = unsafe {
+            (describe(args.rotation, layout)?, streams_of(streams, layout, args.plan_len, &mut call.streams)?)
+        };
+        let call = Call { call, rotation, n_streams, plan_len: args.plan_len };
         let workspace = Workspace { memory: workspace, bytes: workspace_bytes };
         // SAFETY: device memory of the sizes that the header gives.
-        unsafe { store::enqueue(&device.device, on_device(layout)?, params, args.plan_len, workspace, stream) }
+        unsafe { store::enqueue(&device.device, layout, call, workspace, stream) }
     })
 }
 
@@ -162,8 +196,39 @@ unsafe fn describe(rotation: *const kvq_rotation, layout: &Layout) -> Result<Rot
     Ok(rotation.describe())
 }
 
+/// The number of streams; writes down how far they are from each other.
+///
+/// # Safety
+/// `streams` is NULL or names one that nobody changes meanwhile.
+unsafe fn streams_of(
+    streams: *const kvq_streams,
+    layout: &Layout,
+    plan_len: usize,
+    desc: &mut StreamDesc,
+) -> Result<u32> {
+    if streams.is_null() {
+        return Ok(1);
+    }
+    // SAFETY: as the caller vouches.
+    let kvq_streams { n_streams, k_stride, v_stride, plan_stride, mask_stride } =
+        *unsafe { shared(streams, "streams") }?;
+    let needs = [
+        ("k_stride", k_stride, layout.k_bytes(), 64),
+        ("v_stride", v_stride, layout.v_bytes(), 64),
+        ("plan_stride", plan_stride, plan_len, 1),
+    ];
+    for (name, stride, least, multiple) in needs {
+        if n_streams != 1 && (stride < least || !stride.is_multiple_of(multiple)) {
+            return Err(Error::invalid(format!("{name} is {stride}: a stream has {least}, in steps of {multiple}")));
+        }
+    }
+    (desc.k, desc.v) = (k_stride as u64, v_stride as u64);
+    (desc.plan, desc.mask) = (plan_stride as u64, mask_stride as u64);
+    Ok(n_streams)
+}
+
 /// What can be seen of the arguments without following a pointer.
-fn store_params(args: &kvq_store_args) -> Result<StoreParams> {
+fn store_call(args: &kvq_store_args) -> Result<StoreCall> {
     check(args.plan, "plan")?;
     check_memory(args.k_mem, args.v_mem)?;
     if args.n_tokens > 0 {
@@ -175,9 +240,7 @@ fn store_params(args: &kvq_store_args) -> Result<StoreParams> {
             check(rows, name)?;
         }
     }
-    Ok(StoreParams {
-        layer: LayerDesc::default(),
-        plan_at: PlanDesc::default(),
+    Ok(StoreCall {
         k_cur: args.k_cur,
         k_stride_token: args.k_stride_token as u64,
         k_stride_head: args.k_stride_head as u64,
@@ -201,7 +264,7 @@ fn store_params(args: &kvq_store_args) -> Result<StoreParams> {
         n_value_blocks: 0,
         scale: args.scale,
         n_tokens: args.n_tokens,
-        rotation: RotationDesc::default(),
+        streams: StreamDesc::default(),
     })
 }
 
@@ -224,8 +287,8 @@ fn check_workspace(workspace: *mut c_void, name: &str) -> Result<()> {
 }
 
 /// Enqueues the decoding of what kvq_attend_enqueue with the same `args` would read, for an attention that knows nothing
-/// of pages: rows of cells 0 to n_kv - 1 as FP16, `k_out` [n_kv_heads][n_kv][head_dim_k] and `v_out`
-/// [n_kv_heads][n_kv][head_dim_v] on the device, either of which may be NULL. Cells that no query may see get zeros or
+/// of pages: rows of cells 0 to n_kv - 1 as FP16, `k_out` [n_streams][n_kv_heads][n_kv][head_dim_k] and `v_out`
+/// [n_streams][n_kv_heads][n_kv][head_dim_v] on the device, either of which may be NULL. Cells that no query may see get zeros or
 /// some finite row. Of `args`, queries, mask, output and what belongs to them are not looked at. Pays where there are
 /// many query rows.
 #[no_mangle]
@@ -233,6 +296,7 @@ pub unsafe extern "C" fn kvq_dequantize_enqueue(
     device: *const kvq_device,
     layout: *const kvq_layout,
     args: *const kvq_attend_args,
+    streams: *const kvq_streams,
     k_out: *mut c_void,
     v_out: *mut c_void,
     stream: *mut c_void,
@@ -241,28 +305,23 @@ pub unsafe extern "C" fn kvq_dequantize_enqueue(
         // SAFETY: live objects and arguments that nobody changes during the call, as the header requires.
         let (device, layout, args) =
             unsafe { (shared(device, "device")?, shared(layout, "layout")?, shared(args, "args")?) };
-        let mut read = read_params(args)?;
-        // SAFETY: rotation is NULL or a live rotation, on the host, as the header requires.
-        read.rotation = unsafe { describe(args.rotation, on_device(layout)?) }?;
+        let layout = on_device(layout)?;
+        let mut read = read_call(args)?;
+        // SAFETY: both are NULL or live, on the host, as the header requires.
+        let (rotation, n_streams) = unsafe {
+            (describe(args.rotation, layout)?, streams_of(streams, layout, args.plan_len, &mut read.streams)?)
+        };
         if k_out.is_null() && v_out.is_null() {
             return Err(Error::invalid("k_out and v_out are both NULL: there is nothing to decode"));
         }
+        let read = Call { call: read, rotation, n_streams, plan_len: args.plan_len };
         // SAFETY: device memory of the sizes that the header gives.
-        unsafe {
-            dequantize::enqueue(
-                &device.device,
-                on_device(layout)?,
-                read,
-                args.plan_len,
-                [k_out.cast(), v_out.cast()],
-                stream,
-            )
-        }
+        unsafe { dequantize::enqueue(&device.device, layout, read, [k_out.cast(), v_out.cast()], stream) }
     })
 }
 
 /// What can be seen of the arguments without following a pointer.
-fn attend_params(args: &kvq_attend_args) -> Result<AttendParams> {
+fn attend_call(args: &kvq_attend_args) -> Result<AttendCall> {
     check(args.q, "q")?;
     check(args.out, "out")?;
     if !args.sink_logits.is_null() {
@@ -274,11 +333,11 @@ fn attend_params(args: &kvq_attend_args) -> Result<AttendParams> {
     if args.mask_is_f16 > 1 {
         return Err(Error::invalid(format!("mask_is_f16 is {}: use 0 or 1", args.mask_is_f16)));
     }
-    read_params(args)
+    read_call(args)
 }
 
 /// The same for what is read of the cache.
-fn read_params(args: &kvq_attend_args) -> Result<AttendParams> {
+fn read_call(args: &kvq_attend_args) -> Result<AttendCall> {
     check(args.plan, "plan")?;
     check_memory(args.k_mem, args.v_mem)?;
     if args.k_cur.is_null() != args.v_cur.is_null() {
@@ -289,9 +348,7 @@ fn read_params(args: &kvq_attend_args) -> Result<AttendParams> {
             check(rows, name)?;
         }
     }
-    Ok(AttendParams {
-        layer: LayerDesc::default(),
-        plan_at: PlanDesc::default(),
+    Ok(AttendCall {
         q: args.q,
         q_stride_token: args.q_stride_token as u64,
         q_stride_head: args.q_stride_head as u64,
@@ -324,7 +381,7 @@ fn read_params(args: &kvq_attend_args) -> Result<AttendParams> {
         shared_warp: 0,
         coefficient_bytes: 0,
         weight_bytes: 0,
-        rotation: RotationDesc::default(),
+        streams: StreamDesc::default(),
     })
 }
 
@@ -344,8 +401,8 @@ mod tests {
         let mut bytes = 77;
         // SAFETY: live objects and room for a size.
         let (attend, store, said) = unsafe {
-            let attend = kvq_attend_workspace(&layout, &device, 1, 64, &mut bytes);
-            let store = kvq_store_workspace(&layout, &device, 1, &mut bytes);
+            let attend = kvq_attend_workspace(&layout, &device, 1, 1, 64, &mut bytes);
+            let store = kvq_store_workspace(&layout, &device, 1, 1, &mut bytes);
             (attend, store, CStr::from_ptr(kvq_last_error()).to_str().unwrap())
         };
         assert_eq!((attend, store, bytes), (Status::Unsupported, Status::Unsupported, 77));
@@ -363,7 +420,7 @@ mod tests {
         (args.k_mem, args.v_mem, args.plan) = (memory, memory, memory.cast());
         // SAFETY: live objects; it is refused before any other pointer is followed.
         let (status, said) = unsafe {
-            let status = kvq_dequantize_enqueue(&device, &layout, &args, none, none, none);
+            let status = kvq_dequantize_enqueue(&device, &layout, &args, std::ptr::null(), none, none, none);
             (status, CStr::from_ptr(kvq_last_error()).to_str().unwrap())
         };
         assert_eq!(status, Status::InvalidArgument);

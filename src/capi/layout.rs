@@ -65,6 +65,14 @@ pub unsafe extern "C" fn kvq_layout_v_bytes(layout: *const kvq_layout) -> usize 
     guard_or(0, || Ok(unsafe { shared(layout, "layout") }?.layout.v_bytes()))
 }
 
+/// The shape that a layout was made for. All zeros if `layout` is NULL.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_layout_shape(layout: *const kvq_layout) -> Shape {
+    let none = Shape { n_heads: 0, n_kv_heads: 0, head_dim_k: 0, head_dim_v: 0 };
+    // SAFETY: layout is NULL or a live layout.
+    guard_or(none, || Ok(unsafe { shared(layout, "layout") }?.layout.shape()))
+}
+
 /// Tokens back that the store step weighs a row's attention by, for which it reads `lse` of kvq_store_args; 0: it does
 /// not need it. 0 if `layout` is NULL.
 #[no_mangle]

@@ -2,8 +2,8 @@
 
 use std::ffi::c_void;
 
-use super::desc::{AttendParams, LayerDesc, SideDesc, CODEC_CHANNEL, CODEC_GROUP};
-use super::{plan_of, Device, Launch, Limits};
+use super::desc::{AttendCall, AttendParams, LayerDesc, SideDesc, ABSENT, CODEC_CHANNEL, CODEC_GROUP};
+use super::{plan_of, Call, Device, Launch, Limits};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::plan::View;
@@ -23,7 +23,7 @@ pub(super) struct Kernel {
     pub(super) block: fn(&LayerDesc, &Kernel, n_pieces: u32, Limits) -> Option<Block>,
 }
 
-/// Threads of a block and what they share; see the last fields of [`AttendParams`].
+/// Threads of a block and what they share; see the last fields of [`AttendCall`].
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Block {
     n_warps: u32,
@@ -102,38 +102,48 @@ fn is_known(layer: &LayerDesc, keys: [u32; 2], width_v: u32) -> bool {
         && layer.v.width == width_v
 }
 
-/// Most warps of a block of a fast kernel, and the fewest that are worth it.
-const FAST_WARPS: std::ops::RangeInclusive<u32> = 4..=12;
-
-/// Warps of a block with less than 256 pieces of work.
+/// The fewest warps of a block of a fast kernel that are worth it.
+const LEAST_WARPS: u32 = 4;
+/// Most of them, for four query rows; the registers of eight leave room for [`FEW_WARPS`].
+const MOST_WARPS: u32 = 12;
+/// Warps of a block with less than [`MANY_PIECES`] pieces of work.
 const FEW_WARPS: u32 = 8;
+/// More warps start later, and pay from so many pieces on.
+const MANY_PIECES: u32 = 48;
 
 /// See `attend_fast.cuh`.
 fn fast_block(layer: &LayerDesc, kernel: &Kernel, n_pieces: u32, limits: Limits) -> Option<Block> {
     let rows = kernel.tile_rows;
-    // Rows of coefficients start four banks apart.
-    let padded = |bytes: u32| bytes.next_multiple_of(128) + 16;
+    // Columns of B, two for a query row, start half of all banks apart.
+    let padded = |bytes: u32| bytes.next_multiple_of(128) + 64;
     let coefficients = match layer.k.width {
-        2 if layer.k.head_dim.is_multiple_of(64) => layer.k.head_dim * 2,
-        4 => layer.k.head_dim * 2,
+        2 if layer.k.head_dim.is_multiple_of(64) => layer.k.head_dim,
+        4 => layer.k.head_dim,
         // Each word may be read bit by bit.
-        _ => layer.k.tile_words.next_multiple_of(4) * 64,
+        _ => layer.k.tile_words.next_multiple_of(4) * 32,
     };
-    let (coefficient_bytes, weight_bytes) = (padded(coefficients), padded(if layer.v.width == 3 { 512 } else { 256 }));
+    let weights = layer.page * if layer.v.width == 3 { 2 } else { 1 };
+    let (coefficient_bytes, weight_bytes) = (padded(coefficients), padded(weights));
     let page = |side: &SideDesc| side.page_bytes.next_multiple_of(128);
+    // Of keys whose pages have no factors of their own, all warps have the same coefficients.
+    let (of_block, of_warp) = match layer.k.codec == CODEC_GROUP && layer.k.exponents == ABSENT {
+        true => (coefficient_bytes, weight_bytes),
+        false => (0, coefficient_bytes + weight_bytes),
+    };
+    // What exact rows add up to lies where a page's will be, what a warp leaves at last from its first page on.
     let outputs = rows * layer.v.head_dim * 4;
-    let shared_warp = (page(&layer.k) + page(&layer.v) + rows * (coefficient_bytes + weight_bytes)).max(outputs);
+    let shared_warp = page(&layer.k) + page(&layer.v) + (2 * rows * of_warp).max(outputs);
     let dim = layer.k.head_dim;
-    let states = |n_warps: u32| 4 * (3 * rows + n_warps * rows * 4 + 1 + layer.pool_rows);
-    let shared_warps = rows * (4 * dim.max(layer.v.head_dim) + 2 * (dim + 8)) + states(*FAST_WARPS.end());
+    let states = |n_warps: u32| 4 * (5 * rows + n_warps * rows * 3 + 2 + layer.pool_rows);
+    let shared_warps = rows * (4 * dim.max(layer.v.head_dim) + 2 * (dim + 8)) + states(MOST_WARPS);
+    let shared_warps = shared_warps.next_multiple_of(128) + 2 * rows * of_block;
     let mut block = Block { n_warps: 0, shared_warps, shared_warp, coefficient_bytes, weight_bytes };
     block.shared_warps = block.shared_warps.next_multiple_of(128);
     block.shared_warp = block.shared_warp.next_multiple_of(128);
     let room = limits.shared_bytes.saturating_sub(block.shared_warps) / block.shared_warp;
-    // More of them start later, and pay where there is much to do.
-    let most = if n_pieces < 256 { FEW_WARPS } else { *FAST_WARPS.end() };
-    block.n_warps = n_pieces.clamp(*FAST_WARPS.start(), most).min(room);
-    (room >= *FAST_WARPS.start()).then_some(block)
+    let most = if n_pieces < MANY_PIECES || rows > 4 { FEW_WARPS } else { MOST_WARPS };
+    block.n_warps = n_pieces.clamp(LEAST_WARPS, most).min(room);
+    (room >= LEAST_WARPS).then_some(block)
 }
 
 /// Exact rows that are one piece of work.
@@ -154,39 +164,57 @@ const TICKET_BYTES: usize = 1 << 15;
 /// How a call is cut into blocks.
 struct Cut {
     kernel: &'static Kernel,
+    n_streams: u32,
+    /// Of a stream.
     n_tiles: u32,
     n_splits: u32,
     block: Block,
 }
 
 impl Cut {
-    fn new(device: &Device, layer: &LayerDesc, n_tokens: u32, n_kv: u32, turned: bool) -> Result<Self> {
+    fn new(device: &Device, layer: &LayerDesc, size: Size, turned: bool) -> Result<Self> {
+        let Size { n_tokens, n_streams, n_kv } = size;
+        if n_streams == 0 {
+            return Err(Error::invalid("n_streams is 0: a call is for one stream at least"));
+        }
         let rows = n_tokens
             .checked_mul(layer.gqa_ratio)
             .filter(|rows| *rows > 0)
             .ok_or_else(|| Error::invalid(format!("{n_tokens} query tokens are not possible")))?;
         let cuts = KERNELS.iter().filter(|kernel| (kernel.fits)(layer) && (kernel.reads_turned || !turned));
-        let cuts = cuts.filter_map(|kernel| Self::with(kernel, device.limits(), layer, rows, n_kv));
+        let cuts = cuts.filter_map(|kernel| Self::with(kernel, device.limits(), layer, [rows, n_streams], n_kv));
         cuts.min_by_key(|cut| cut.n_tiles)
             .ok_or_else(|| super::unsupported("no kernel of this build attends such a layer on this device"))
     }
 
-    fn with(kernel: &'static Kernel, limits: Limits, layer: &LayerDesc, rows: u32, n_kv: u32) -> Option<Self> {
+    fn with(
+        kernel: &'static Kernel,
+        limits: Limits,
+        layer: &LayerDesc,
+        [rows, n_streams]: [u32; 2],
+        n_kv: u32,
+    ) -> Option<Self> {
         let n_tiles = rows.div_ceil(kernel.tile_rows);
+        let n_heads = layer.n_kv_heads * n_streams;
         let n_pieces = n_cells_seen(layer, n_kv).div_ceil(layer.page) + layer.n_slots.div_ceil(EXACT_ROWS) + 1;
-        let wanted = limits.n_multiprocessors * kernel.blocks_per_multiprocessor / (n_tiles * layer.n_kv_heads).max(1);
+        let wanted = limits.n_multiprocessors * kernel.blocks_per_multiprocessor / (n_tiles * n_heads).max(1);
         let n_splits = wanted.clamp(1, n_pieces.min(MAX_SPLITS));
-        debug_assert!(n_splits == 1 || (n_tiles * layer.n_kv_heads) as usize * 4 <= TICKET_BYTES);
+        debug_assert!(n_splits == 1 || (n_tiles * n_heads) as usize * 4 <= TICKET_BYTES);
         let block = (kernel.block)(layer, kernel, n_pieces.div_ceil(n_splits), limits)?;
-        Some(Self { kernel, n_tiles, n_splits, block })
+        Some(Self { kernel, n_streams, n_tiles, n_splits, block })
     }
 
-    fn workspace_bytes(&self, layer: &LayerDesc) -> usize {
+    /// Floats that the blocks of a stream leave each other.
+    fn partial_floats(&self, layer: &LayerDesc) -> usize {
         let states = match self.n_splits {
             1 => 0,
             n_splits => self.n_tiles as usize * layer.n_kv_heads as usize * n_splits as usize,
         };
-        TICKET_BYTES + states * self.kernel.tile_rows as usize * (layer.v.head_dim as usize + 2) * 4
+        states * self.kernel.tile_rows as usize * (layer.v.head_dim as usize + 2)
+    }
+
+    fn workspace_bytes(&self, layer: &LayerDesc) -> usize {
+        TICKET_BYTES + self.n_streams as usize * self.partial_floats(layer) * 4
     }
 }
 
@@ -194,10 +222,20 @@ fn n_cells_seen(layer: &LayerDesc, n_kv: u32) -> u32 {
     n_kv.min(layer.n_cells)
 }
 
-/// Bytes of workspace for a call with so many query tokens and columns of the mask.
-pub(crate) fn workspace_bytes(device: &Device, layout: &Layout, n_tokens: u32, n_kv: u32) -> Result<usize> {
+/// What decides how a call is cut.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Size {
+    /// Query tokens of a stream.
+    pub(crate) n_tokens: u32,
+    pub(crate) n_streams: u32,
+    /// Columns of a mask.
+    pub(crate) n_kv: u32,
+}
+
+/// Bytes of workspace for a call.
+pub(crate) fn workspace_bytes(device: &Device, layout: &Layout, size: Size) -> Result<usize> {
     let layer = layout.describe();
-    let bytes = |turned| Ok(Cut::new(device, &layer, n_tokens, n_kv, turned)?.workspace_bytes(&layer));
+    let bytes = |turned| Ok(Cut::new(device, &layer, size, turned)?.workspace_bytes(&layer));
     Ok(usize::max(bytes(false)?, bytes(true)?))
 }
 
@@ -208,7 +246,7 @@ pub(crate) struct Workspace {
     pub(crate) bytes: usize,
 }
 
-/// Enqueues the attention of one layer and stream. `params.layer` and what the workspace holds are filled in here.
+/// Enqueues the attention of one layer.
 ///
 /// # Safety
 /// Every pointer is NULL where that is allowed or names device memory of the size that kvq_attend_args gives; the workspace
@@ -216,15 +254,15 @@ pub(crate) struct Workspace {
 pub(crate) unsafe fn enqueue(
     device: &Device,
     layout: &Layout,
-    mut params: AttendParams,
-    given_plan_len: usize,
+    given: Call<AttendCall>,
     workspace: Workspace,
     stream: *mut c_void,
 ) -> Result<()> {
     let layer = layout.describe();
-    let turned = params.rotation.n_pairs > 0;
-    let cut = Cut::new(device, &layer, params.n_tokens, params.n_kv, turned)?;
-    params.plan_at = plan_of(layout, params.n_tokens, given_plan_len)?;
+    let Call { mut call, rotation, n_streams, plan_len } = given;
+    let size = Size { n_tokens: call.n_tokens, n_streams, n_kv: call.n_kv };
+    let cut = Cut::new(device, &layer, size, rotation.n_pairs > 0)?;
+    let plan_at = plan_of(layout, call.n_tokens, plan_len)?;
     let bytes = cut.workspace_bytes(&layer);
     if workspace.bytes < bytes {
         return Err(Error::new(
@@ -232,19 +270,20 @@ pub(crate) unsafe fn enqueue(
             format!("the workspace has {} bytes, {bytes} are needed: see kvq_attend_workspace", workspace.bytes),
         ));
     }
-    params.layer = layer;
-    params.tickets = workspace.memory.cast();
-    params.partial = workspace.memory.cast::<u8>().wrapping_add(TICKET_BYTES).cast();
-    params.n_splits = cut.n_splits;
-    params.view = if params.k_cur.is_null() { View::After } else { View::Before } as u32;
+    call.tickets = workspace.memory.cast();
+    call.partial = workspace.memory.cast::<u8>().wrapping_add(TICKET_BYTES).cast();
+    call.streams.partial = cut.partial_floats(&layer) as u64;
+    call.n_splits = cut.n_splits;
+    call.view = if call.k_cur.is_null() { View::After } else { View::Before } as u32;
     let Block { n_warps, shared_warps, shared_warp, coefficient_bytes, weight_bytes } = cut.block;
-    (params.n_warps, params.shared_warps, params.shared_warp) = (n_warps, shared_warps, shared_warp);
-    (params.coefficient_bytes, params.weight_bytes) = (coefficient_bytes, weight_bytes);
+    (call.n_warps, call.shared_warps, call.shared_warp) = (n_warps, shared_warps, shared_warp);
+    (call.coefficient_bytes, call.weight_bytes) = (coefficient_bytes, weight_bytes);
     let launch = Launch {
-        blocks: [layer.n_kv_heads * cut.n_tiles, cut.n_splits],
+        blocks: [layer.n_kv_heads * cut.n_tiles, cut.n_splits, n_streams],
         threads: 32 * cut.block.n_warps,
         shared_bytes: cut.block.shared_bytes(),
     };
+    let mut params = AttendParams { call, layer, plan_at, rotation };
     // SAFETY: the kernel takes an AttendParams; the caller answers for the pointers in it.
     unsafe { device.runner.launch(cut.kernel.name, launch, (&raw mut params).cast(), stream) }
 }

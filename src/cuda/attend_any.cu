@@ -38,7 +38,7 @@ template <int ROWS> struct Shared {
 };
 
 template <int ROWS> struct Attend {
-    const AttendParams &p;
+    const AttendStep &p;
     const LayerDesc &layer;
     const Tile tile;
     Shared<ROWS> s;
@@ -51,7 +51,7 @@ template <int ROWS> struct Attend {
     Turns turns = {};     // of a page
     uint32_t chosen = 0;  // the one scored now; turns.n: rows that have not moved
 
-    __device__ Attend(const AttendParams &params, float *shared)
+    __device__ Attend(const AttendStep &params, float *shared)
         : p(params), layer(params.layer), tile(Tile::of_block(params, ROWS)),
           s(shared, max(layer.k.head_dim, layer.v.head_dim), max(layer.page, 128u)),
           k_region(p.k_mem + tile.head * layer.k.head_bytes), v_region(p.v_mem + tile.head * layer.v.head_bytes),
@@ -450,10 +450,11 @@ template <int ROWS> struct Attend {
     __device__ void run() {
         load_query();
         const Pieces pieces = Pieces::of(p);
+        const uint32_t n_pages = pages_of(p);
         uint32_t i = tile.split;
-        for (; i < pieces.pages; i += p.n_splits) attend_page(i);
+        for (; i < n_pages; i += p.n_splits) attend_page(i);
         unrotate();
-        for (; i < pieces.pages + pieces.exact(); i += p.n_splits) attend_exact(ExactRows::of(p, pieces, i - pieces.pages));
+        for (; i < n_pages + pieces.all(); i += p.n_splits) attend_exact(ExactRows::of(p, pieces, i - n_pages));
         for (uint32_t r = threadIdx.x; r < ROWS; r += THREADS)
             if (s.spoiled[r] != 0.f) s.maximum[r] = 0.f, s.sum[r] = not_a_number();
         __syncthreads();
@@ -484,7 +485,7 @@ template <int ROWS> struct Attend {
             }
             if (threadIdx.x == 0) partial.sums[0] = s.maximum[r], partial.sums[1] = s.sum[r];
         }
-        if (!is_last_block(p, tile, reinterpret_cast<uint32_t *>(s.spare))) return;
+        if (!is_last_block(p, reinterpret_cast<uint32_t *>(s.spare))) return;
         // s.scores[row][split]: how much each block's state weighs.
         for (uint32_t r = warp; r < tile.n_rows; r += WARPS) {
             float most = -infinity(), sum = 0.f;
@@ -515,9 +516,11 @@ template <int ROWS> struct Attend {
 
 KVQ_KERNEL(kvq_attend_any_4, kvq::THREADS, 3, kvq::AttendParams) {
     KVQ_SHARED(shared);
-    kvq::Attend<4>(p, reinterpret_cast<float *>(shared)).run();
+    const kvq::AttendStep step(p);
+    kvq::Attend<4>(step, reinterpret_cast<float *>(shared)).run();
 }
 KVQ_KERNEL(kvq_attend_any_8, kvq::THREADS, 3, kvq::AttendParams) {
     KVQ_SHARED(shared);
-    kvq::Attend<8>(p, reinterpret_cast<float *>(shared)).run();
+    const kvq::AttendStep step(p);
+    kvq::Attend<8>(step, reinterpret_cast<float *>(shared)).run();
 }

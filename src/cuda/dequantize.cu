@@ -9,7 +9,7 @@ constexpr uint32_t DEQUANTIZE_WARPS = DEQUANTIZE_THREADS / 32;
 
 struct Dequantize {
     const DequantizeParams &d;
-    const AttendParams &p;
+    const AttendStep p;
     const SideDesc &side;
     uint32_t head, warp, lane;
     bool is_key;
@@ -19,7 +19,7 @@ struct Dequantize {
         : d(params), p(params.read), side(params.side == 0 ? p.layer.k : p.layer.v), head(blockIdx.x), warp(threadIdx.x / 32), lane(threadIdx.x % 32),
           is_key(params.side == 0), memory(is_key ? p.k_mem : p.v_mem) {}
 
-    __device__ uint16_t *row_of(uint32_t cell) const { return d.rows + (size_t(head) * p.n_kv + cell) * side.head_dim; }
+    __device__ uint16_t *row_of(uint32_t cell) const { return d.rows + ((size_t(blockIdx.z) * p.layer.n_kv_heads + head) * p.n_kv + cell) * side.head_dim; }
 
     // Turns a decoded key to where its position is now. `angles`: of the warp, of the distance `turned_by`.
     __device__ void turn(float *row, int distance, int &turned_by, Angle *angles) const {
@@ -65,7 +65,7 @@ struct Dequantize {
 
     __device__ void exact(uint32_t piece) const {
         const Pieces pieces = Pieces::of(p);
-        if (piece >= pieces.exact()) return;
+        if (piece >= pieces.all()) return;
         const ExactRows rows = ExactRows::of(p, pieces, piece);
         for (uint32_t i = warp; i < rows.n; i += DEQUANTIZE_WARPS) {
             const int cell = rows.cell(p, head, i);

@@ -3,8 +3,8 @@
 use std::ffi::c_void;
 
 use super::attend::EXACT_ROWS;
-use super::desc::{AttendParams, DequantizeParams, DEQUANTIZE_THREADS};
-use super::{plan_of, Device, Launch};
+use super::desc::{AttendCall, AttendParams, DequantizeParams, DEQUANTIZE_THREADS};
+use super::{plan_of, Call, Device, Launch};
 use crate::error::Result;
 use crate::layout::Layout;
 use crate::plan::{View, CELLS_PER_WORD};
@@ -12,25 +12,25 @@ use crate::plan::{View, CELLS_PER_WORD};
 /// The one kernel; see `dequantize.cu`.
 pub(super) const KERNEL: &str = "kvq_dequantize_any";
 
-/// Enqueues the decoding of one layer and stream: `rows` are those of keys and of values, either of which may be NULL.
-/// `read.layer` and the plan's description are filled in here.
+/// Enqueues the decoding of one layer: `rows` are those of keys and of values, either of which may be NULL, the streams'
+/// one after the other.
 ///
 /// # Safety
-/// What attention reads by `read`, and what is written, is device memory of the size that kvq_dequantize_enqueue gives.
+/// What attention reads by `given`, and what is written, is device memory of the size that kvq_dequantize_enqueue gives.
 pub(crate) unsafe fn enqueue(
     device: &Device,
     layout: &Layout,
-    mut read: AttendParams,
-    given_plan_len: usize,
+    given: Call<AttendCall>,
     rows: [*mut u16; 2],
     stream: *mut c_void,
 ) -> Result<()> {
     let layer = layout.describe();
-    read.layer = layer;
-    read.plan_at = plan_of(layout, read.n_tokens, given_plan_len)?;
-    read.view = if read.k_cur.is_null() { View::After } else { View::Before } as u32;
-    let n_chunks = read.n_kv.div_ceil(CELLS_PER_WORD as u32);
-    let n_exact = [layer.n_slots, layer.pool_rows, if read.k_cur.is_null() { 0 } else { read.n_tokens }];
+    let Call { mut call, rotation, n_streams, plan_len } = given;
+    let plan_at = plan_of(layout, call.n_tokens, plan_len)?;
+    call.view = if call.k_cur.is_null() { View::After } else { View::Before } as u32;
+    let read = AttendParams { call, layer, plan_at, rotation };
+    let n_chunks = call.n_kv.div_ceil(CELLS_PER_WORD as u32);
+    let n_exact = [layer.n_slots, layer.pool_rows, if call.k_cur.is_null() { 0 } else { call.n_tokens }];
     let n_exact: u32 = n_exact.into_iter().map(|n| n.div_ceil(EXACT_ROWS)).sum();
     for (side, rows) in (0..).zip(rows).filter(|(_, rows)| !rows.is_null()) {
         let desc = if side == 0 { &layer.k } else { &layer.v };
@@ -39,7 +39,8 @@ pub(crate) unsafe fn enqueue(
         // Exact rows take the place of what a page has for their cells.
         for (exact, n_blocks) in [(0, n_chunks), (1, n_exact)].into_iter().filter(|(_, n_blocks)| *n_blocks > 0) {
             let mut params = DequantizeParams { read, rows, side, exact };
-            let launch = Launch { blocks: [layer.n_kv_heads, n_blocks], threads: DEQUANTIZE_THREADS, shared_bytes };
+            let launch =
+                Launch { blocks: [layer.n_kv_heads, n_blocks, n_streams], threads: DEQUANTIZE_THREADS, shared_bytes };
             // SAFETY: the kernel takes a DequantizeParams; the caller answers for the pointers in it.
             unsafe { device.runner.launch(KERNEL, launch, (&raw mut params).cast(), stream) }?;
         }

@@ -197,14 +197,28 @@ pub struct RotationDesc {
     pub interleaved: u32,
 }
 
-/// What the attention kernels get. Every pointer is the device's.
+/// What differs from stream to stream in what the kernels of a call read: distances from one to the next. Rows, queries,
+/// outputs and softmax denominators of the streams follow each other.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StreamDesc {
+    /// Bytes of key memory.
+    pub k: u64,
+    /// Bytes of value memory.
+    pub v: u64,
+    /// Ints of plans.
+    pub plan: u64,
+    /// Elements of masks.
+    pub mask: u64,
+    /// Attention: floats of what blocks leave each other in the workspace.
+    pub partial: u64,
+}
+
+/// What the attention kernels get of a call besides the layer. Pointers are the device's, those of the first stream; device
+/// code makes those of its own.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct AttendParams {
-    /// The layer.
-    pub layer: LayerDesc,
-    /// The plan's arrays.
-    pub plan_at: PlanDesc,
+pub struct AttendCall {
     /// As in kvq_attend_args, also all that follow.
     pub q: *const f32,
     /// Elements.
@@ -239,9 +253,9 @@ pub struct AttendParams {
     pub out: *mut f32,
     /// `[n_tokens][n_heads]` or NULL.
     pub lse: *mut f32,
-    /// `[head][tile of rows]`: blocks that are done; zero between calls.
+    /// `[stream][tile of rows][head]`: blocks that are done; zero between calls.
     pub tickets: *mut u32,
-    /// `[head][tile of rows][split]`: outputs `[row][head_dim_v]`, then maximum and sum `[row][2]`.
+    /// `[stream][tile of rows][head][split]`: outputs `[row][head_dim_v]`, then maximum and sum `[row][2]`.
     pub partial: *mut f32,
     /// 1: the mask is FP16.
     pub mask_is_f16: u32,
@@ -269,6 +283,20 @@ pub struct AttendParams {
     pub coefficient_bytes: u32,
     /// And for values.
     pub weight_bytes: u32,
+    /// From stream to stream.
+    pub streams: StreamDesc,
+}
+
+/// What the attention kernels get.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AttendParams {
+    /// The call.
+    pub call: AttendCall,
+    /// The layer.
+    pub layer: LayerDesc,
+    /// The plan's arrays.
+    pub plan_at: PlanDesc,
     /// How keys turn with their positions.
     pub rotation: RotationDesc,
 }
@@ -288,7 +316,7 @@ pub const DEQUANTIZE_THREADS: u32 = 256;
 pub struct DequantizeParams {
     /// What attention would read; its queries, mask, outputs and workspace do not matter.
     pub read: AttendParams,
-    /// `[n_kv_heads][n_kv][head_dim]`, FP16.
+    /// `[stream][n_kv_heads][n_kv][head_dim]`, FP16.
     pub rows: *mut u16,
     /// 0: keys, 1: values.
     pub side: u32,
@@ -296,14 +324,10 @@ pub struct DequantizeParams {
     pub exact: u32,
 }
 
-/// What the store kernel gets. Every pointer is the device's.
+/// What the store kernel gets of a call besides the layer, as [`AttendCall`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct StoreParams {
-    /// The layer.
-    pub layer: LayerDesc,
-    /// The plan's arrays.
-    pub plan_at: PlanDesc,
+pub struct StoreCall {
     /// As in kvq_store_args, also all that follow.
     pub k_cur: *const f32,
     /// Elements.
@@ -351,6 +375,20 @@ pub struct StoreParams {
     pub scale: f32,
     /// Rows of the ubatch.
     pub n_tokens: u32,
+    /// From stream to stream.
+    pub streams: StreamDesc,
+}
+
+/// What the store kernel gets.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct StoreParams {
+    /// The call.
+    pub call: StoreCall,
+    /// The layer.
+    pub layer: LayerDesc,
+    /// The plan's arrays.
+    pub plan_at: PlanDesc,
     /// How keys turn with their positions.
     pub rotation: RotationDesc,
 }

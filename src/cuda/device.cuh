@@ -26,6 +26,11 @@ namespace kvq {
 
 constexpr uint32_t FULL = ~0u;
 
+// Conditions that decide where code is put: what is rarely run must not lie between what is, because a page's code is fetched
+// anew for each of a block's warps once it is larger than the cache of instructions.
+__device__ __forceinline__ bool likely(bool is) { return __builtin_expect(is, 1); }
+__device__ __forceinline__ bool unlikely(bool is) { return __builtin_expect(is, 0); }
+
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 __device__ __forceinline__ float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
@@ -71,6 +76,11 @@ __device__ __forceinline__ float power(uint32_t base) { return __uint_as_float(b
 __device__ __forceinline__ float scale_decode(uint32_t code, uint32_t base) {
     return code ? __uint_as_float((code << 19) + (base << 23)) : 0.f;
 }
+// The same over 2^(base - 112), where 0 is as good as 2^-15: for sums.
+__device__ __forceinline__ float scale_decode_near(uint32_t codes, uint32_t i) {
+    const uint32_t bits = i < 2 ? codes << (19 - 8 * i) : i == 2 ? codes << 3 : codes >> 5;
+    return __uint_as_float((bits & 0x7f80000u) | 112u << 23);
+}
 __device__ __forceinline__ float e4m3_decode(uint32_t code) {
     const float magnitude = __uint_as_float((code & 0x7f) << 20) * __uint_as_float(247u << 23);
     return __uint_as_float(__float_as_uint(magnitude) | (code & 0x80) << 24);
@@ -109,6 +119,18 @@ __device__ __forceinline__ float warp_sum(float x) {
 __device__ __forceinline__ float warp_max(float x) {
     for (uint32_t o = 16; o > 0; o /= 2) x = fmaxf(x, __shfl_xor_sync(FULL, x, o));
     return x;
+}
+__device__ __forceinline__ uint32_t warp_most(uint32_t x) {
+#if !defined(KVQ_EMULATE) && __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(FULL, x);
+#else
+    for (uint32_t o = 16; o > 0; o /= 2) x = max(x, __shfl_xor_sync(FULL, x, o));
+    return x;
+#endif
+}
+// Of numbers that are not negative.
+__device__ __forceinline__ float warp_max_positive(float x) {
+    return __uint_as_float(warp_most(__float_as_uint(x)));
 }
 
 }  // namespace kvq

@@ -177,7 +177,7 @@ impl Runner for Cuda {
         let function = self.functions.get(kernel).copied();
         let function = function.ok_or_else(|| Error::new(Status::Internal, format!("no kernel {kernel}")))?;
         let _current = self.make_current()?;
-        let (Launch { blocks: [x, y], threads, shared_bytes }, mut params) = (launch, [params]);
+        let (Launch { blocks: [x, y, z], threads, shared_bytes }, mut params) = (launch, [params]);
         // SAFETY: the kernel takes one struct, which params points to, and the caller answers for what it names.
         let launched = unsafe {
             let extra = ptr::null_mut();
@@ -185,7 +185,7 @@ impl Runner for Cuda {
                 function,
                 x,
                 y,
-                1,
+                z,
                 threads,
                 1,
                 1,

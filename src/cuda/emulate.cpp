@@ -69,7 +69,7 @@ static bool run_block(State &s) {
     }
 }
 
-extern "C" int kvq_emulated_launch(const char *name, uint32_t x, uint32_t y, uint32_t threads, uint32_t shared_bytes, const void *params) {
+extern "C" int kvq_emulated_launch(const char *name, uint32_t x, uint32_t y, uint32_t z, uint32_t threads, uint32_t shared_bytes, const void *params) {
     const Register *kernel = Register::first();
     while (kernel != nullptr && strcmp(kernel->name, name) != 0) kernel = kernel->next;
     if (kernel == nullptr || threads > MAX_THREADS || threads % 32 != 0) return 0;
@@ -77,17 +77,15 @@ extern "C" int kvq_emulated_launch(const char *name, uint32_t x, uint32_t y, uin
     if (s.stacks == nullptr) s.stacks = static_cast<uint8_t *>(aligned_alloc(64, size_t(MAX_THREADS) * STACK));
     // Of the very size, so that a memory checker sees what lies beyond; not zero.
     s.shared = static_cast<uint8_t *>(aligned_alloc(128, (shared_bytes + 127) / 128 * 128 + 128));
-    s.blocks = {x, y, 1};
+    s.blocks = {x, y, z};
     s.threads = threads;
     s.kernel = kernel->kernel;
     s.params = params;
     bool ok = true;
-    for (uint32_t by = 0; by < y && ok; by++) {
-        for (uint32_t bx = 0; bx < x && ok; bx++) {
-            s.block = {bx, by, 0};
-            memset(s.shared, 0xff, shared_bytes);
-            ok = run_block(s);
-        }
+    for (uint32_t i = 0; i < x * y * z && ok; i++) {
+        s.block = {i % x, i / x % y, i / x / y};
+        memset(s.shared, 0xff, shared_bytes);
+        ok = run_block(s);
     }
     free(s.shared);
     return ok ? 1 : -1;

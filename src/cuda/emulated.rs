@@ -8,7 +8,7 @@ use super::{Launch, Limits, Runner};
 use crate::error::{Error, Result, Status};
 
 /// Runs a kernel to its end; 0 if there is none of that name, -1 if its threads waited for each other in vain.
-type LaunchFn = unsafe extern "C" fn(*const c_char, u32, u32, u32, u32, *const c_void) -> c_int;
+type LaunchFn = unsafe extern "C" fn(*const c_char, u32, u32, u32, u32, u32, *const c_void) -> c_int;
 
 #[derive(Debug)]
 pub(super) struct Emulated {
@@ -45,9 +45,9 @@ impl Runner for Emulated {
 
     unsafe fn launch(&self, kernel: &str, launch: Launch, params: *mut c_void, _stream: *mut c_void) -> Result<()> {
         let name = CString::new(kernel).map_err(|_| Error::new(Status::Internal, "a kernel's name has a zero"))?;
-        let Launch { blocks: [x, y], threads, shared_bytes } = launch;
+        let Launch { blocks: [x, y, z], threads, shared_bytes } = launch;
         // SAFETY: the caller answers for params; the name ends with a zero.
-        match unsafe { (self.launch)(name.as_ptr(), x, y, threads, shared_bytes, params) } {
+        match unsafe { (self.launch)(name.as_ptr(), x, y, z, threads, shared_bytes, params) } {
             1 => Ok(()),
             0 => Err(Error::new(Status::Internal, format!("no kernel {kernel}"))),
             _ => Err(Error::new(Status::Internal, format!("{kernel}: threads wait at different barriers"))),

@@ -18,7 +18,7 @@ __device__ inline void forget(const Store &b, const Side &side) {
 
 // Adds the squares of the queries to the moments. Ends with a barrier.
 __device__ inline void learn_queries(const Store &b, const Side &keys) {
-    const StoreParams &p = b.p;
+    const StoreStep &p = b.p;
     const uint32_t dim = keys.desc.head_dim, gqa = p.layer.gqa_ratio;
     float *means = keys.learned();
     const uint32_t n_rows = p.n_tokens * gqa, c = b.thread;
@@ -68,7 +68,7 @@ __device__ inline void learn_queries(const Store &b, const Side &keys) {
 
 // Puts the last queries into the ring. Ends with a barrier.
 __device__ inline void remember_queries(const Store &b, const Side &keys) {
-    const StoreParams &p = b.p;
+    const StoreStep &p = b.p;
     const uint32_t dim = keys.desc.head_dim, gqa = p.layer.gqa_ratio, window = p.layer.attn_window;
     uint32_t *count = reinterpret_cast<uint32_t *>(keys.region + keys.desc.recent);
     const uint32_t seen = *count, n = min(p.n_tokens, window), entry_words = dim / 2 + 1;
@@ -127,7 +127,7 @@ __device__ inline void find_attention(const Store &b, const Side &keys) {
 
 // Whether a cell's row is still in its page or slot after this store; answered by a warp.
 __device__ inline bool holds(const Store &b, uint32_t cell) {
-    const StoreParams &p = b.p;
+    const StoreStep &p = b.p;
     if (cell >= p.layer.n_cells) return false;
     bool is_new = false, is_in_slot = false;
     for (uint32_t i = b.lane; i < p.n_tokens; i += 32) is_new |= uint32_t(b.plan(p.plan_at.row_cells + i)) == cell;

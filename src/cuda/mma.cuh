@@ -39,6 +39,61 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
 #endif
 }
 
+// c += a * b: a is 16 x 32 (row, depth), unsigned bytes, b 32 x 8 (depth, column), signed ones. Of lane 4 * g + t: a0, a1 are
+// depths 4t to 4t + 3 of rows g, g + 8; a2, a3 the same of depths 16 more; b0, b1 the same depths of column g; c as above.
+__device__ __forceinline__ void mma(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#ifdef KVQ_EMULATE
+    struct Operands { uint32_t a[4], b[2]; };
+    kvq::emulation::exchange(Operands{{a0, a1, a2, a3}, {b0, b1}}, [&](auto get) {
+        const uint32_t lane = kvq::emulation::lane(), g = lane / 4, t = lane % 4;
+        for (uint32_t i = 0; i < 4; i++) {
+            const uint32_t row = i / 2, column = 2 * t + i % 2;
+            for (uint32_t k = 0; k < 4; k++) {
+                const Operands x = get(4 * g + k), y = get(4 * column + k);
+                for (uint32_t half = 0; half < 2; half++)
+                    for (uint32_t e = 0; e < 32; e += 8) c[i] += int(x.a[row + 2 * half] >> e & 255) * int(int8_t(y.b[half] >> e));
+            }
+        }
+        return 0;
+    });
+#elif __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+    const auto add = [](int &x, int &y, uint32_t a, uint32_t b) {
+        asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+r"(x), "+r"(y) : "r"(a), "r"(b));
+    };
+    add(c[0], c[1], a0, b0);
+    add(c[2], c[3], a1, b0);
+    add(c[0], c[1], a2, b1);
+    add(c[2], c[3], a3, b1);
+#endif
+}
+
+// Bytes of two words: number i of the result is the one that digit i of `which` names, those of `b` from 4 on.
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t which) {
+#ifdef KVQ_EMULATE
+    const uint64_t all = uint64_t(b) << 32 | a;
+    uint32_t word = 0;
+    for (uint32_t i = 0; i < 4; i++) word |= uint32_t(all >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
+    return word;
+#else
+    return __byte_perm(a, b, which);
+#endif
+}
+
+// A number that, added to an integer x of 15 bits and a sign, leaves x + 128 in the low 16 bits of the sum.
+constexpr float AS_INTEGER = 12582912.f + 128.f;
+// Four integers to which it was added, as words of signed bytes: 256 * high + low.
+struct TwoBytes {
+    uint32_t high, low;
+    __device__ static TwoBytes of(const float (&x)[4]) {
+        const uint32_t a = pick_bytes(__float_as_uint(x[0]), __float_as_uint(x[1]), 0x5140), b = pick_bytes(__float_as_uint(x[2]), __float_as_uint(x[3]), 0x5140);
+        return {pick_bytes(a, b, 0x7632), pick_bytes(a, b, 0x5410) ^ 0x80808080u};
+    }
+};
+
 // An address in shared memory.
 #ifdef KVQ_EMULATE
 typedef uint8_t *SharedAt;

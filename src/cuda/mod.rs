@@ -24,7 +24,7 @@ mod tests;
 use std::ffi::c_void;
 use std::fmt::Debug;
 
-use desc::PlanDesc;
+use desc::{PlanDesc, RotationDesc};
 
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
@@ -39,7 +39,7 @@ pub struct Device {
 /// Threads and memory of one launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Launch {
-    pub(crate) blocks: [u32; 2],
+    pub(crate) blocks: [u32; 3],
     pub(crate) threads: u32,
     pub(crate) shared_bytes: u32,
 }
@@ -96,6 +96,16 @@ fn open_cuda(index: u32) -> Result<Device> {
 #[cfg(not(feature = "cuda"))]
 fn open_cuda(_index: u32) -> Result<Device> {
     Err(unsupported("this library was built without CUDA: build it with --features cuda, or patches/build.sh --cuda"))
+}
+
+/// What a call names besides its layer: an `AttendCall` or a `StoreCall`, whose workspace and blocks are not filled in yet.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Call<T> {
+    pub(crate) call: T,
+    pub(crate) rotation: RotationDesc,
+    pub(crate) n_streams: u32,
+    /// Integers of each stream's plan.
+    pub(crate) plan_len: usize,
 }
 
 /// Where the arrays of a plan of `n_tokens` are.

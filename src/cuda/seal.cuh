@@ -6,7 +6,7 @@ namespace kvq::store {
 
 // How far a cell's row has moved since its page was sealed, asked by a warp.
 __device__ inline int distance_of(const Store &b, uint32_t page, uint32_t at) {
-    const StoreParams &p = b.p;
+    const StoreStep &p = b.p;
     const uint32_t n_turns = uint32_t(b.plan(p.plan_at.n_turns)), n_ints = 2 + p.layer.page / 32;
     int distance = 0;
     for (uint32_t i = b.lane; i < n_turns; i += 32) {

@@ -13,7 +13,7 @@ __device__ __forceinline__ Seal seal_of(int source) {
 // Puts the rows that page `index` keeps between its records. Ends with a barrier.
 __device__ inline void add_kept(const Store &b, uint32_t first, uint32_t index) {
     Scratch &s = b.s;
-    const StoreParams &p = b.p;
+    const StoreStep &p = b.p;
     const uint32_t page = p.layer.page, token = b.thread;
     const int *bits = p.plan + p.plan_at.page_bits[1] + index * (page / 32);
     if (token < page) s.record_of[token] = NONE;
@@ -37,7 +37,7 @@ __device__ inline void add_kept(const Store &b, uint32_t first, uint32_t index) 
 // Reads the records of one page, the first of which is number `first`. Ends with a barrier.
 __device__ inline void read_records(const Store &b, uint32_t first, uint32_t n_records) {
     Scratch &s = b.s;
-    const StoreParams &p = b.p;
+    const StoreStep &p = b.p;
     const int *records = p.plan + p.plan_at.records;
     const uint32_t page = p.layer.page, index = uint32_t(records[2 * first]) / page, i = b.thread, j = first + i;
     if (i == 0) s.n_exact = 0;
@@ -89,7 +89,7 @@ __device__ inline void write_slots(const Store &b, const Side &side, uint32_t tu
 
 // What comes before any page: forgetting, queries, members of the pool that are gone.
 __device__ inline void learn(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values) {
-    const StoreParams &p = b.p;
+    const StoreStep &p = b.p;
     if (b.plan(p.plan_at.starts_anew)) {
         if (has_keys) forget(b, keys);
         if (has_values) forget(b, values);
@@ -118,7 +118,7 @@ struct Notes {
 // Calls `f(page, seal, number, first record)` for every page whose number is `turn` modulo `turns`, its records read; returns the number of
 // pages.
 template <class F> __device__ inline uint32_t for_each_page(const Store &b, uint32_t turn, uint32_t turns, F f) {
-    const StoreParams &p = b.p;
+    const StoreStep &p = b.p;
     const uint32_t n_records = uint32_t(b.plan(p.plan_at.n_records));
     uint32_t n_pages = 0;
     for (uint32_t first = 0, n_rows; first < n_records; first += n_rows, n_pages++) {
@@ -176,19 +176,19 @@ __device__ inline void seal_pages(const Store &b, const Side &keys, const Side &
 KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
     KVQ_SHARED(shared);
     const uint32_t thread = threadIdx.x;
-    const size_t block = blockIdx.y * gridDim.x + blockIdx.x;
-    float *rows = p.rows == nullptr ? reinterpret_cast<float *>(shared + STORE_SCRATCH_BYTES) : p.rows + block * p.layer.page * p.row_stride;
-    const Store b = {p, *reinterpret_cast<Scratch *>(shared), rows, blockIdx.x, thread, thread % 32, thread / 32};
+    const StoreStep step(p);
+    float *rows = step.rows == nullptr ? reinterpret_cast<float *>(shared + STORE_SCRATCH_BYTES) : step.rows;
+    const Store b = {step, *reinterpret_cast<Scratch *>(shared), rows, blockIdx.x, thread, thread % 32, thread / 32};
     const Side keys = keys_of(b), values = values_of(b);
-    const bool has_keys = blockIdx.y < p.n_key_blocks, has_values = !has_keys || p.n_value_blocks == 0;
-    const Notes notes = {p.notes == nullptr ? nullptr : p.notes + size_t(b.head) * p.note_stride, p.n_pages};
-    const uint32_t turn = has_keys ? blockIdx.y : blockIdx.y - p.n_key_blocks, turns = has_keys ? p.n_key_blocks : p.n_value_blocks;
-    if (p.phases & STORE_LEARN) {
+    const bool has_keys = blockIdx.y < step.n_key_blocks, has_values = !has_keys || step.n_value_blocks == 0;
+    const Notes notes = {step.notes, step.n_pages};
+    const uint32_t turn = has_keys ? blockIdx.y : blockIdx.y - step.n_key_blocks, turns = has_keys ? step.n_key_blocks : step.n_value_blocks;
+    if (step.phases & STORE_LEARN) {
         learn(b, keys, values, has_keys, has_values);
-        if (p.layer.pool_rows > 0 && notes.exist()) fill_pool_of_all(b, keys, values, notes);
+        if (step.layer.pool_rows > 0 && notes.exist()) fill_pool_of_all(b, keys, values, notes);
     }
-    if (p.phases & STORE_SEAL) seal_pages(b, keys, values, has_keys, has_values, turn, turns, notes);
-    if (p.phases & STORE_FINISH) {
+    if (step.phases & STORE_SEAL) seal_pages(b, keys, values, has_keys, has_values, turn, turns, notes);
+    if (step.phases & STORE_FINISH) {
         if (notes.exist() && has_keys && turn == 0 && thread == 0) {
             const uint32_t n_pages = __float_as_uint(notes.first[0]);
             for (uint32_t i = 0; i < n_pages; i++) {

@@ -31,9 +31,29 @@ struct Scratch {
 };
 static_assert(sizeof(Scratch) <= STORE_SCRATCH_BYTES, "the host asks for as much");
 
+// A call as the blocks of a stream see it, blockIdx.z of the launch: pointers are the stream's, `rows` the block's.
+struct StoreStep : StoreCall {
+    const LayerDesc &layer;
+    const PlanDesc &plan_at;
+    const RotationDesc &rotation;
+
+    __device__ explicit StoreStep(const StoreParams &p) : StoreCall(p.call), layer(p.layer), plan_at(p.plan_at), rotation(p.rotation) {
+        const size_t stream = blockIdx.z, first = stream * n_tokens;
+        k_cur += first * k_stride_token;
+        v_cur += first * v_stride_token;
+        if (q != nullptr) q += first * q_stride_token;
+        if (lse != nullptr) lse += first * layer.n_heads;
+        k_mem += stream * streams.k;
+        v_mem += stream * streams.v;
+        plan += stream * streams.plan;
+        if (rows != nullptr) rows += ((stream * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * layer.page * row_stride;
+        if (notes != nullptr) notes += (stream * layer.n_kv_heads + blockIdx.x) * note_stride;
+    }
+};
+
 // A block at its work.
 struct Store {
-    const StoreParams &p;
+    const StoreStep &p;
     Scratch &s;
     float *rows;  // [record][row_stride]: the rows, what of them is kept exactly, and at last their codes
     uint32_t head, thread, lane, warp;

@@ -4,9 +4,10 @@ use std::ffi::c_void;
 
 use super::attend::Workspace;
 use super::desc::{
-    LayerDesc, StoreParams, ABSENT, STORE_FINISH, STORE_LEARN, STORE_SCRATCH_BYTES, STORE_SEAL, STORE_THREADS,
+    LayerDesc, StoreCall, StoreParams, ABSENT, STORE_FINISH, STORE_LEARN, STORE_SCRATCH_BYTES, STORE_SEAL,
+    STORE_THREADS,
 };
-use super::{plan_of, Device, Launch};
+use super::{plan_of, Call, Device, Launch};
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
 
@@ -18,6 +19,7 @@ const MAX_TURNS: u32 = 8;
 
 /// How a call is cut into blocks.
 struct Cut {
+    n_streams: u32,
     n_key_blocks: u32,
     n_value_blocks: u32,
     /// Floats from row to row: an odd number, so that threads that take a row each do not wait for each other.
@@ -31,7 +33,7 @@ struct Cut {
 }
 
 impl Cut {
-    fn new(device: &Device, layer: &LayerDesc, n_tokens: u32) -> Self {
+    fn new(device: &Device, layer: &LayerDesc, n_tokens: u32, n_streams: u32) -> Self {
         let row_stride =
             [layer.k, layer.v].map(|side| side.head_dim + 2 * side.n_outliers + 1).into_iter().fold(0, u32::max);
         let row_bytes = layer.page * row_stride * 4;
@@ -43,6 +45,7 @@ impl Cut {
         let n_records = layer.n_slots + n_tokens;
         let n_pages = layer.n_pages.min(n_records);
         Self {
+            n_streams,
             n_key_blocks: if keys_are_apart { turns } else { 1 },
             n_value_blocks: if sides_are_apart { turns } else { 0 },
             row_stride,
@@ -63,7 +66,7 @@ impl Cut {
     }
 
     fn note_bytes(&self, layer: &LayerDesc) -> usize {
-        let bytes = layer.n_kv_heads as usize * self.note_stride as usize * 4;
+        let bytes = (self.n_streams * layer.n_kv_heads) as usize * self.note_stride as usize * 4;
         if self.is_one_launch() {
             0
         } else {
@@ -72,19 +75,19 @@ impl Cut {
     }
 
     fn workspace_bytes(&self, layer: &LayerDesc) -> usize {
-        let n_blocks = layer.n_kv_heads as usize * self.blocks_of_head() as usize;
+        let n_blocks = (self.n_streams * layer.n_kv_heads) as usize * self.blocks_of_head() as usize;
         self.note_bytes(layer) + if self.in_shared { 0 } else { n_blocks * self.row_bytes as usize }
     }
 }
 
-/// Bytes of workspace for a call.
-pub(crate) fn workspace_bytes(device: &Device, layout: &Layout, n_tokens: u32) -> usize {
+/// Bytes of workspace for a call of `n_streams` streams with `n_tokens` rows each.
+pub(crate) fn workspace_bytes(device: &Device, layout: &Layout, n_tokens: u32, n_streams: u32) -> usize {
     let layer = layout.describe();
     // Some, so that whoever allocates them gets an address.
-    Cut::new(device, &layer, n_tokens).workspace_bytes(&layer).max(256)
+    Cut::new(device, &layer, n_tokens, n_streams).workspace_bytes(&layer).max(256)
 }
 
-/// Enqueues the store step of one layer and stream. `params.layer` and what the workspace holds are filled in here.
+/// Enqueues the store step of one layer.
 ///
 /// # Safety
 /// Every pointer is NULL where that is allowed or names device memory of the size that kvq_store_args gives; no other call
@@ -92,14 +95,14 @@ pub(crate) fn workspace_bytes(device: &Device, layout: &Layout, n_tokens: u32) -
 pub(crate) unsafe fn enqueue(
     device: &Device,
     layout: &Layout,
-    mut params: StoreParams,
-    given_plan_len: usize,
+    given: Call<StoreCall>,
     workspace: Workspace,
     stream: *mut c_void,
 ) -> Result<()> {
     let layer = layout.describe();
-    let cut = Cut::new(device, &layer, params.n_tokens);
-    params.plan_at = plan_of(layout, params.n_tokens, given_plan_len)?;
+    let Call { mut call, rotation, n_streams, plan_len } = given;
+    let cut = Cut::new(device, &layer, call.n_tokens, n_streams);
+    let plan_at = plan_of(layout, call.n_tokens, plan_len)?;
     let bytes = cut.workspace_bytes(&layer);
     if workspace.bytes < bytes {
         return Err(Error::new(
@@ -107,15 +110,16 @@ pub(crate) unsafe fn enqueue(
             format!("the workspace has {} bytes, {bytes} are needed: see kvq_store_workspace", workspace.bytes),
         ));
     }
-    params.layer = layer;
-    params.notes = if cut.is_one_launch() { std::ptr::null_mut() } else { workspace.memory.cast() };
+    call.notes = if cut.is_one_launch() { std::ptr::null_mut() } else { workspace.memory.cast() };
     let memory: *mut u8 = workspace.memory.cast();
-    params.rows = if cut.in_shared { std::ptr::null_mut() } else { memory.wrapping_add(cut.note_bytes(&layer)).cast() };
-    (params.row_stride, params.note_stride, params.n_pages) = (cut.row_stride, cut.note_stride, cut.n_pages);
+    call.rows = if cut.in_shared { std::ptr::null_mut() } else { memory.wrapping_add(cut.note_bytes(&layer)).cast() };
+    (call.row_stride, call.note_stride, call.n_pages) = (cut.row_stride, cut.note_stride, cut.n_pages);
     let shared_bytes = STORE_SCRATCH_BYTES + if cut.in_shared { cut.row_bytes } else { 0 };
+    let mut params = StoreParams { call, layer, plan_at, rotation };
     let mut launch = |phases: u32, n_key_blocks: u32, n_value_blocks: u32| {
-        (params.phases, params.n_key_blocks, params.n_value_blocks) = (phases, n_key_blocks, n_value_blocks);
-        let blocks = [layer.n_kv_heads, n_key_blocks + n_value_blocks];
+        let call = &mut params.call;
+        (call.phases, call.n_key_blocks, call.n_value_blocks) = (phases, n_key_blocks, n_value_blocks);
+        let blocks = [layer.n_kv_heads, n_key_blocks + n_value_blocks, n_streams];
         let launch = Launch { blocks, threads: STORE_THREADS, shared_bytes };
         // SAFETY: the kernel takes a StoreParams; the caller answers for the pointers in it.
         unsafe { device.runner.launch(KERNEL, launch, (&raw mut params).cast(), stream) }

@@ -6,9 +6,10 @@ use std::ffi::c_void;
 use super::layer::{device_recipes, Layer, Ubatch};
 use super::random::Rng;
 use crate::attention::{attend, AttendArgs, Mask};
-use crate::cuda::attend::{enqueue, workspace_bytes, Workspace};
-use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc, RotationDesc};
+use crate::cuda::attend::{enqueue, workspace_bytes, Size, Workspace};
+use crate::cuda::desc::{AttendCall, RotationDesc, StreamDesc};
 use crate::cuda::lab::{Buffer, Lab};
+use crate::cuda::Call;
 use crate::layout::Layout;
 use crate::plan::Plan;
 use crate::reference;
@@ -129,31 +130,33 @@ impl Question<'_> {
         (out, lse)
     }
 
-    /// Output and denominators, and the workspace to be used again.
-    fn on(&self, lab: &Lab, workspace: &mut Option<Buffer>) -> (Vec<f32>, Vec<f32>) {
-        let (layout, [q, k, v]) = (&self.layer.layout, self.rows());
-        let shape = layout.shape();
-        let n_tokens = Plan::new(self.given.ints).unwrap().n_tokens();
+    /// What a device does with the questions of several streams in one call, which differ in what the streams hold:
+    /// outputs and denominators of each, and the workspace to be used again.
+    fn on(streams: &[Self], lab: &Lab, workspace: &mut Option<Buffer>) -> Vec<(Vec<f32>, Vec<f32>)> {
+        let Self { layer: Layer { layout, .. }, given, asked, .. } = &streams[0];
+        let (shape, n_streams) = (layout.shape(), streams.len());
+        let n_tokens = Plan::new(given.ints).unwrap().n_tokens();
         let n_rows = n_tokens * shape.n_heads as usize;
-        let bytes = workspace_bytes(lab.device(), layout, n_tokens as u32, self.given.n_kv as u32).unwrap();
+        let size = Size { n_tokens: n_tokens as u32, n_streams: n_streams as u32, n_kv: given.n_kv as u32 };
+        let bytes = workspace_bytes(lab.device(), layout, size).unwrap();
         if workspace.as_ref().is_none_or(|buffer| buffer.bytes() < bytes) {
             *workspace = Some(lab.upload(&vec![0u8; bytes]));
         }
         let workspace = workspace.as_ref().unwrap();
-        let rows = [q, k, v].map(|rows| lab.upload(rows.data));
-        let mask = match self.asked.mask {
+        let rows = [0, 1, 2].map(|i| lab.upload(&joined(streams, |stream| stream.rows()[i].data)));
+        let mask = match asked.mask {
             MaskKind::None => None,
-            MaskKind::F16 => Some(lab.upload(self.given.half)),
-            MaskKind::F32 => Some(lab.upload(self.given.mask)),
+            MaskKind::F16 => Some(lab.upload(&joined(streams, |stream| stream.given.half))),
+            MaskKind::F32 => Some(lab.upload(&joined(streams, |stream| stream.given.mask))),
         };
-        let (k_mem, v_mem) = (lab.upload(&self.layer.memory[0]), lab.upload(&self.layer.memory[1]));
-        let (plan, sinks) = (lab.upload(self.given.ints), lab.upload(self.given.sinks));
-        let out = lab.upload(&vec![f32::NAN; n_rows * shape.head_dim_v as usize]);
-        let lse = lab.upload(&vec![f32::NAN; n_rows]);
-        let current = |buffer: &Buffer| if self.asked.stored { std::ptr::null() } else { buffer.pointer().cast() };
-        let params = AttendParams {
-            layer: LayerDesc::default(),
-            plan_at: PlanDesc::default(),
+        let memory = [0, 1].map(|side| lab.upload(&joined(streams, |stream| &stream.layer.memory[side])));
+        let plan = lab.upload(&joined(streams, |stream| stream.given.ints));
+        let sinks = lab.upload(given.sinks);
+        let out = lab.upload(&vec![f32::NAN; n_streams * n_rows * shape.head_dim_v as usize]);
+        let lse = lab.upload(&vec![f32::NAN; n_streams * n_rows]);
+        let current = |buffer: &Buffer| if asked.stored { std::ptr::null() } else { buffer.pointer().cast() };
+        let [q, k, v] = streams[0].rows();
+        let call = AttendCall {
             q: rows[0].pointer().cast(),
             q_stride_token: q.stride_token as u64,
             q_stride_head: q.stride_head as u64,
@@ -163,40 +166,60 @@ impl Question<'_> {
             v_cur: current(&rows[2]),
             v_stride_token: v.stride_token as u64,
             v_stride_head: v.stride_head as u64,
-            k_mem: k_mem.pointer().cast(),
-            v_mem: v_mem.pointer().cast(),
+            k_mem: memory[0].pointer().cast(),
+            v_mem: memory[1].pointer().cast(),
             plan: plan.pointer().cast(),
             mask: mask.as_ref().map_or(std::ptr::null(), |buffer| buffer.pointer().cast()),
-            mask_stride_token: self.given.n_kv as u64,
-            sink_logits: if self.asked.sink_logits { sinks.pointer().cast() } else { std::ptr::null() },
+            mask_stride_token: given.n_kv as u64,
+            sink_logits: if asked.sink_logits { sinks.pointer().cast() } else { std::ptr::null() },
             out: out.pointer().cast(),
             lse: lse.pointer().cast(),
-            tickets: std::ptr::null_mut(),
-            partial: std::ptr::null_mut(),
-            mask_is_f16: (self.asked.mask == MaskKind::F16).into(),
-            n_kv: self.given.n_kv as u32,
+            mask_is_f16: (asked.mask == MaskKind::F16).into(),
+            n_kv: given.n_kv as u32,
             scale: SCALE,
-            softcap: self.asked.softcap,
-            max_bias: self.asked.max_bias,
+            softcap: asked.softcap,
+            max_bias: asked.max_bias,
             n_tokens: n_tokens as u32,
-            n_splits: 1,
-            view: 0,
-            n_warps: 0,
-            shared_warps: 0,
-            shared_warp: 0,
-            coefficient_bytes: 0,
-            weight_bytes: 0,
-            rotation: self.rotation().map_or(RotationDesc::default(), |rotation| rotation.describe()),
+            streams: StreamDesc {
+                k: layout.k_bytes() as u64,
+                v: layout.v_bytes() as u64,
+                plan: given.ints.len() as u64,
+                mask: given.mask.len() as u64,
+                partial: 0,
+            },
+            // SAFETY: numbers and pointers, for which zero is a value.
+            ..unsafe { std::mem::zeroed() }
         };
+        let rotation = streams[0].rotation().map_or(RotationDesc::default(), |rotation| rotation.describe());
+        let call = Call { call, rotation, n_streams: n_streams as u32, plan_len: given.ints.len() };
         let memory: *mut c_void = workspace.pointer();
         // SAFETY: every pointer is a buffer of the device that holds what the header says and outlives the download, which
         // waits for the kernel.
         unsafe {
             let workspace = Workspace { memory, bytes: workspace.bytes() };
-            enqueue(lab.device(), layout, params, self.given.ints.len(), workspace, std::ptr::null_mut()).unwrap();
+            enqueue(lab.device(), layout, call, workspace, std::ptr::null_mut()).unwrap();
         }
-        (lab.download(&out), lab.download(&lse))
+        let (out, lse) = (lab.download(&out), lab.download(&lse));
+        let of_each = out.chunks(n_rows * shape.head_dim_v as usize).zip(lse.chunks(n_rows));
+        of_each.map(|(out, lse)| (out.to_vec(), lse.to_vec())).collect()
     }
+
+    /// Compares what a device says with the scalar path; gives the error.
+    fn check(&self, got: &(Vec<f32>, Vec<f32>), what: &str) -> f64 {
+        let (want, want_lse) = self.on_cpu(self.scalar);
+        let truth: Vec<f64> = want.iter().map(|x| f64::from(*x)).collect();
+        let error = reference::nmse(&got.0, &truth);
+        let far = |a: f32, b: f32| !((a - b).abs() <= 2e-3 || a == b);
+        let lse = want_lse.iter().zip(&got.1).position(|(a, b)| far(*a, *b));
+        assert!(error <= NMSE, "{what}: error {error:.2e}");
+        assert!(lse.is_none(), "{what}: lse of row {lse:?}: {want_lse:?} {:?}", got.1);
+        error
+    }
+}
+
+/// What each stream has, one after the other.
+fn joined<'a, T: Copy + 'a>(streams: &'a [Question<'a>], of: impl Fn(&'a Question<'a>) -> &'a [T]) -> Vec<T> {
+    streams.iter().flat_map(|stream| of(stream).iter().copied()).collect()
 }
 
 /// Says of a plan that rows of the first pages have moved since they were encoded: by two distances, and some not at all.
@@ -233,16 +256,10 @@ fn compare(lab: &Lab, spec: &str, shape: Shape, n_cells: usize, ubatches: &[usiz
         let sinks = rng.values(shape.n_heads as usize);
         let given = Given { ints: &ints, ubatch: &ubatch, mask: &mask, half: &half, sinks: &sinks, n_kv };
         let mut check = |question: Question| {
-            let ((want, want_lse), (got, got_lse)) =
-                (question.on_cpu(question.scalar), question.on(lab, &mut workspace));
-            let truth: Vec<f64> = want.iter().map(|x| f64::from(*x)).collect();
-            let error = reference::nmse(&got, &truth);
-            let far = |a: f32, b: f32| !((a - b).abs() <= 2e-3 || a == b);
-            let lse = want_lse.iter().zip(&got_lse).position(|(a, b)| far(*a, *b));
             let what = format!("{}: {spec} {shape:?} {n_cells} cells, ubatch {i} of {ubatches:?}", lab.name());
-            assert!(error <= NMSE, "{what}: error {error:.2e}");
-            assert!(lse.is_none(), "{what}: lse of row {lse:?}: {want_lse:?} {got_lse:?}");
-            worst = worst.max(error);
+            let question = [question];
+            let got = Question::on(&question, lab, &mut workspace);
+            worst = worst.max(question[0].check(&got[0], &what));
         };
         if !asked.stored && n <= 64 {
             check(Question { layer: &layer, scalar: &scalar, given, asked });
@@ -326,6 +343,52 @@ fn ways_to_ask() {
         for spec in ["2", "on", "qaq", "ott:sinks=0"] {
             for asked in ways {
                 compare(&lab, spec, shape(2, 3, 64, 128), 640, UBATCHES, asked);
+            }
+        }
+    }
+}
+
+/// Streams that hold different amounts of different rows, and are asked in one call.
+#[test]
+fn several_streams() {
+    const N_CELLS: usize = 640;
+    let shape = shape(2, 4, 64, 64);
+    for lab in Lab::all() {
+        for (spec, n, asked) in [
+            ("skvq:k=2,v=2", 1, PLAIN),
+            ("on", 2, PLAIN),
+            ("qaq", 1, Asked { mask: MaskKind::F32, ..PLAIN }),
+            ("kivi", 3, Asked { turned: true, ..PLAIN }),
+            ("on", 1, Asked { mask: MaskKind::None, ..PLAIN }),
+        ] {
+            let scalar = Layer::new(spec, shape, N_CELLS, IsaToken::new(Isa::Scalar).unwrap()).layout;
+            let mut rng = Rng::new(7);
+            let given = [600, 40, 330].map(|held| {
+                let mut layer = Layer::new(spec, shape, N_CELLS, IsaToken::detect().unwrap());
+                let (ints, ubatch) = (layer.plan(0..held), layer.ubatch(&mut rng, held));
+                let (_, lse) = layer.attend(&ints, &ubatch, 1, None);
+                layer.store(&ints, &ubatch, &lse);
+                let mut ints = layer.plan(held..held + n);
+                if asked.turned {
+                    turn_pages(&mut ints, &layer);
+                }
+                let mask = mask_of(&mut rng, n, N_CELLS);
+                let half: Vec<u16> = mask.iter().map(|x| half::f16::from_f32(*x).to_bits()).collect();
+                let ubatch = layer.ubatch(&mut rng, n);
+                (layer, ints, ubatch, mask, half)
+            });
+            let streams: Vec<_> = given
+                .iter()
+                .map(|(layer, ints, ubatch, mask, half)| Question {
+                    layer,
+                    scalar: &scalar,
+                    given: Given { ints, ubatch, mask, half, sinks: &[0.0; 8], n_kv: N_CELLS },
+                    asked,
+                })
+                .collect();
+            let got = Question::on(&streams, &lab, &mut None);
+            for (i, (stream, got)) in streams.iter().zip(&got).enumerate() {
+                stream.check(got, &format!("{}: {spec}, stream {i}", lab.name()));
             }
         }
     }

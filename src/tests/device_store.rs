@@ -11,9 +11,10 @@ use super::random::Rng;
 use crate::codec::page::Side;
 use crate::cuda::attend::Workspace;
 use crate::cuda::dequantize;
-use crate::cuda::desc::{AttendParams, LayerDesc, PlanDesc, RotationDesc, StoreParams};
+use crate::cuda::desc::{AttendCall, RotationDesc, StoreCall, StreamDesc};
 use crate::cuda::lab::{Buffer, Lab};
 use crate::cuda::store::{enqueue, workspace_bytes};
+use crate::cuda::Call;
 use crate::error::{Result, Status};
 use crate::head::{Head, HeadMut};
 use crate::plan::{Plan, Seal};
@@ -51,7 +52,7 @@ impl<'a> Twin<'a> {
         let mut layer = Layer::new(spec, shape, n_cells, IsaToken::new(Isa::Scalar).unwrap());
         layer.memory.iter_mut().for_each(|side| side.fill(POISON));
         let memory = layer.memory.each_ref().map(|side| lab.upload(side));
-        let workspace = lab.upload(&vec![POISON; workspace_bytes(lab.device(), &layer.layout, n_cells as u32)]);
+        let workspace = lab.upload(&vec![POISON; workspace_bytes(lab.device(), &layer.layout, n_cells as u32, 1)]);
         Self { lab, layer, memory, workspace }
     }
 
@@ -72,13 +73,11 @@ impl<'a> Twin<'a> {
         self.memory[0] = self.lab.upload(&self.layer.memory[0]);
     }
 
-    fn params(&self, rows: &[Buffer; 5], n_tokens: usize, learns: Learns) -> StoreParams {
+    fn call(&self, rows: &[Buffer; 5], ints: &[i32], learns: Learns) -> Call<StoreCall> {
         let Shape { n_heads, n_kv_heads, head_dim_k, head_dim_v } = self.layer.layout.shape();
         let [q, k, v, lse, plan] = rows.each_ref().map(Buffer::pointer);
         let unless = |is_left_out: bool, pointer: *const f32| if is_left_out { std::ptr::null() } else { pointer };
-        StoreParams {
-            layer: LayerDesc::default(),
-            plan_at: PlanDesc::default(),
+        let call = StoreCall {
             k_cur: k.cast(),
             k_stride_token: u64::from(n_kv_heads * head_dim_k),
             k_stride_head: head_dim_k.into(),
@@ -101,9 +100,14 @@ impl<'a> Twin<'a> {
             n_key_blocks: 1,
             n_value_blocks: 0,
             scale: SCALE,
-            n_tokens: n_tokens as u32,
-            rotation: self.layer.rotation.as_ref().map_or_else(RotationDesc::default, Rotation::describe),
-        }
+            n_tokens: Plan::new(ints).unwrap().n_tokens() as u32,
+            streams: StreamDesc::default(),
+        };
+        Call { call, rotation: self.rotation(), n_streams: 1, plan_len: ints.len() }
+    }
+
+    fn rotation(&self) -> RotationDesc {
+        self.layer.rotation.as_ref().map_or_else(RotationDesc::default, Rotation::describe)
     }
 
     /// Stores a ubatch in both and says where they differ.
@@ -111,12 +115,12 @@ impl<'a> Twin<'a> {
         let lab = self.lab;
         let floats = |x: &[f32]| lab.upload(x);
         let rows = [floats(&ubatch.q), floats(&ubatch.k), floats(&ubatch.v), floats(lse), lab.upload(ints)];
-        let params = self.params(&rows, Plan::new(ints).unwrap().n_tokens(), learns);
+        let call = self.call(&rows, ints, learns);
         let workspace = Workspace { memory: self.workspace.pointer(), bytes: self.workspace.bytes() };
         // SAFETY: every pointer is a buffer of the device that holds what the header says and outlives the download, which
         // waits for the kernel.
         unsafe {
-            enqueue(lab.device(), &self.layer.layout, params, ints.len(), workspace, std::ptr::null_mut()).unwrap();
+            enqueue(lab.device(), &self.layer.layout, call, workspace, std::ptr::null_mut()).unwrap();
         }
         let lse = (learns == Learns::Everything).then_some(lse);
         self.layer.store_learning(ints, ubatch, learns != Learns::Nothing, lse);
@@ -149,7 +153,7 @@ impl<'a> Twin<'a> {
         let rows = ubatch.map(|ubatch| [&ubatch.k, &ubatch.v].map(|rows| self.lab.upload(rows)));
         let pointer =
             |side: usize| rows.as_ref().map_or(std::ptr::null(), |rows| rows[side].pointer().cast_const().cast());
-        let read = AttendParams {
+        let read = AttendCall {
             k_cur: pointer(0),
             k_stride_token: u64::from(n_kv_heads * head_dim_k),
             k_stride_head: head_dim_k.into(),
@@ -161,10 +165,10 @@ impl<'a> Twin<'a> {
             plan: plan.pointer().cast(),
             n_kv: n_kv as u32,
             n_tokens: Plan::new(ints).unwrap().n_tokens() as u32,
-            rotation: self.layer.rotation.as_ref().map_or_else(RotationDesc::default, Rotation::describe),
             // SAFETY: numbers and pointers, for which zero is a value.
             ..unsafe { std::mem::zeroed() }
         };
+        let read = Call { call: read, rotation: self.rotation(), n_streams: 1, plan_len };
         // What nobody writes must not look like a row.
         let out =
             [head_dim_k, head_dim_v].map(|dim| self.lab.upload(&vec![f16::NAN; n_kv * (n_kv_heads * dim) as usize]));
@@ -172,7 +176,7 @@ impl<'a> Twin<'a> {
         // SAFETY: every pointer is NULL or a buffer of the device that holds what the header says and outlives the download, which
         // waits for the kernels.
         unsafe {
-            dequantize::enqueue(self.lab.device(), &self.layer.layout, read, plan_len, pointers, std::ptr::null_mut())?;
+            dequantize::enqueue(self.lab.device(), &self.layer.layout, read, pointers, std::ptr::null_mut())?;
         }
         Ok(out.each_ref().map(|out| self.lab.download(out)))
     }
@@ -353,11 +357,10 @@ fn times_of_a_layer() {
                 let rows = [floats(&ubatch.q), floats(&ubatch.k), floats(&ubatch.v), floats(&lse), lab.upload(&ints)];
                 let workspace = Workspace { memory: twin.workspace.pointer(), bytes: twin.workspace.bytes() };
                 let call = || {
-                    let params = twin.params(&rows, cells.len(), Learns::Everything);
+                    let call = twin.call(&rows, &ints, Learns::Everything);
                     // SAFETY: as in `Twin::store`.
                     unsafe {
-                        enqueue(lab.device(), &twin.layer.layout, params, ints.len(), workspace, std::ptr::null_mut())
-                            .unwrap();
+                        enqueue(lab.device(), &twin.layer.layout, call, workspace, std::ptr::null_mut()).unwrap();
                     }
                 };
                 call();
@@ -506,6 +509,60 @@ fn rows_are_turned_back() {
     }
 }
 
+/// Streams that hold different amounts of different rows store in one call what each would store alone, and are decoded in one.
+#[test]
+fn several_streams() {
+    const N_CELLS: usize = 640;
+    for lab in Lab::all() {
+        // Rows of the last one fit no shared memory.
+        for (spec, shape, n) in [
+            ("on", shape(2, 2, 64, 64), 1),
+            ("on", shape(1, 4, 128, 128), 300),
+            ("qaq", shape(2, 1, 64, 96), 140),
+            ("skvq:page=256", shape(1, 1, 256, 256), 200),
+        ] {
+            let mut rng = Rng::new(11);
+            let mut twins = [310, 20, 140].map(|held| {
+                let mut twin = Twin::new(&lab, spec, shape, N_CELLS);
+                let (ints, ubatch) = (twin.layer.plan(0..held), twin.layer.ubatch(&mut rng, held));
+                let lse = vec![1.5; held * shape.n_heads as usize];
+                assert_eq!(twin.store(&ints, &ubatch, &lse, Learns::Everything), None);
+                let ints = twin.layer.plan(held..held + n);
+                (ints, twin.layer.ubatch(&mut rng, n), vec![2.5; n * shape.n_heads as usize], twin)
+            });
+            let all = |of: &dyn Fn(&Ubatch) -> &Vec<f32>| {
+                lab.upload(&twins.iter().flat_map(|twin| of(&twin.1).clone()).collect::<Vec<f32>>())
+            };
+            let ints: Vec<i32> = twins.iter().flat_map(|twin| twin.0.clone()).collect();
+            let lse: Vec<f32> = twins.iter().flat_map(|twin| twin.2.clone()).collect();
+            let rows = [all(&|u| &u.q), all(&|u| &u.k), all(&|u| &u.v), lab.upload(&lse), lab.upload(&ints)];
+            let memory = [0, 1].map(|side: usize| {
+                lab.upload(&twins.iter().flat_map(|twin| twin.3.layer.memory[side].clone()).collect::<Vec<u8>>())
+            });
+            let (layout, plan_len) = (&twins[0].3.layer.layout, twins[0].0.len());
+            let mut call = twins[0].3.call(&rows, &twins[0].0, Learns::Everything);
+            (call.call.k_mem, call.call.v_mem) = (memory[0].pointer().cast(), memory[1].pointer().cast());
+            let (k, v) = (layout.k_bytes() as u64, layout.v_bytes() as u64);
+            call.call.streams = StreamDesc { k, v, plan: plan_len as u64, ..StreamDesc::default() };
+            let call = Call { n_streams: 3, ..call };
+            let bytes = workspace_bytes(lab.device(), layout, n as u32, 3);
+            let space = lab.upload(&vec![POISON; bytes]);
+            let workspace = Workspace { memory: space.pointer(), bytes };
+            // SAFETY: as in `Twin::store`.
+            unsafe { enqueue(lab.device(), layout, call, workspace, std::ptr::null_mut()).unwrap() };
+            let got = memory.each_ref().map(|side| lab.download::<u8>(side));
+            for (i, (ints, ubatch, lse, twin)) in twins.iter_mut().enumerate() {
+                twin.layer.store_learning(ints, ubatch, true, Some(lse));
+                for (want, got) in twin.layer.memory.iter().zip(&got) {
+                    let got = &got[i * want.len()..][..want.len()];
+                    let differ = want.iter().zip(got).filter(|(a, b)| a != b).count();
+                    assert_eq!(differ, 0, "{}: {spec}, stream {i} of {n} rows", lab.name());
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn too_little_workspace_and_short_plans_are_refused() {
     for lab in Lab::all() {
@@ -513,17 +570,16 @@ fn too_little_workspace_and_short_plans_are_refused() {
         let mut twin = Twin::new(&lab, "skvq:page=256", shape(1, 1, 256, 256), 512);
         let ints = twin.layer.plan(0..3);
         let rows = [(); 5].map(|()| lab.upload(&[0f32; 4096]));
-        let bytes = workspace_bytes(lab.device(), &twin.layer.layout, 3);
+        let bytes = workspace_bytes(lab.device(), &twin.layer.layout, 3, 1);
         let given = Workspace { memory: twin.workspace.pointer(), bytes };
         assert!((256 * 256 * 4..=twin.workspace.bytes()).contains(&bytes));
         let short = Workspace { bytes: given.bytes - 1, ..given };
         for (workspace, len, status) in
             [(short, ints.len(), Status::BufferTooSmall), (given, ints.len() - 1, Status::InvalidArgument)]
         {
-            let params = twin.params(&rows, 3, Learns::Nothing);
+            let call = Call { plan_len: len, ..twin.call(&rows, &ints, Learns::Nothing) };
             // SAFETY: nothing is enqueued.
-            let refused =
-                unsafe { enqueue(lab.device(), &twin.layer.layout, params, len, workspace, std::ptr::null_mut()) };
+            let refused = unsafe { enqueue(lab.device(), &twin.layer.layout, call, workspace, std::ptr::null_mut()) };
             assert_eq!(refused.unwrap_err().status(), status);
         }
     }

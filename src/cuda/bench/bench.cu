@@ -263,13 +263,13 @@ int main(int argc, char **argv) {
             int32_t *plan = upload(layer.plan);
             a.q = q, a.k_cur = k_cur, a.v_cur = v_cur, a.mask = mask, a.plan = plan, a.out = out;
             size_t workspace_bytes;
-            KVQ(kvq_attend_workspace(layer.layout, gpu, 1, cells, &workspace_bytes));
+            KVQ(kvq_attend_workspace(layer.layout, gpu, 1, 1, cells, &workspace_bytes));
             void *workspace;
             CUDA(cudaMalloc(&workspace, workspace_bytes));
             CUDA(cudaMemset(workspace, 0, workspace_bytes));
             const auto run = [&](int i) {
                 a.k_mem = memory + i * stride, a.v_mem = a.k_mem + v_at;
-                KVQ(kvq_attend_enqueue(gpu, layer.layout, &a, workspace, workspace_bytes, stream));
+                KVQ(kvq_attend_enqueue(gpu, layer.layout, &a, nullptr, workspace, workspace_bytes, stream));
             };
             run(0);
             CUDA(cudaStreamSynchronize(stream));
