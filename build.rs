@@ -8,12 +8,13 @@ use std::env;
 use std::path::PathBuf;
 
 /// Sources of the header, in the order in which their functions appear in it.
-const HEADER_SOURCES: [&str; 19] = [
+const HEADER_SOURCES: [&str; 20] = [
     "src/capi/version.rs",
     "src/error.rs",
     "src/capi/status.rs",
     "src/capi/recipe.rs",
     "src/shape.rs",
+    "src/choose.rs",
     "src/capi/layout.rs",
     "src/capi/memory.rs",
     "src/location.rs",

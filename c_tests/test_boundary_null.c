@@ -20,6 +20,13 @@ static void recipe_and_layout(kvq_recipe *recipe, kvq_layout *layout) {
     CHECK_INVALID(kvq_recipe_expand(NULL, text, sizeof text));
     CHECK_INVALID(kvq_recipe_expand("on", NULL, sizeof text));
     CHECK(text[0] == 'x' && text[sizeof text - 1] == 'x');
+    const kvq_cached_layer cached = {shape, 0, 512, 1, 1};
+    CHECK_INVALID(kvq_recipe_choose(NULL, &cached, 1, text, sizeof text, text, sizeof text));
+    CHECK_INVALID(kvq_recipe_choose("auto:mem=1GiB", NULL, 1, text, sizeof text, text, sizeof text));
+    CHECK_INVALID(kvq_recipe_choose("auto:mem=1GiB", &cached, SIZE_MAX / 2, text, sizeof text, text, sizeof text));
+    CHECK_INVALID(kvq_recipe_choose("auto:mem=1GiB", &cached, 1, NULL, sizeof text, text, sizeof text));
+    CHECK_INVALID(kvq_recipe_choose("auto:mem=1GiB", &cached, 1, text, sizeof text, NULL, sizeof text));
+    CHECK(text[0] == 'x' && text[sizeof text - 1] == 'x');
     CHECK_INVALID(kvq_recipe_parse(NULL, &new_recipe));
     CHECK_INVALID(kvq_recipe_parse("skvq", NULL));
     CHECK_INVALID(kvq_recipe_spec(NULL, text, sizeof text));

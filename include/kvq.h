@@ -150,6 +150,20 @@ typedef struct {
     uint32_t head_dim_v;
 } kvq_shape;
 
+// One attention layer of a context, and the cache that it is in.
+typedef struct {
+    // Heads and head sizes.
+    kvq_shape shape;
+    // Its number in the model, counted from 0.
+    uint32_t layer;
+    // Cells of its cache, in each stream.
+    uint32_t n_cells;
+    // Streams of its cache.
+    uint32_t n_streams;
+    // Sequences of its cache.
+    uint32_t n_seq_max;
+} kvq_cached_layer;
+
 // One of KVQ_SIDE_K and KVQ_SIDE_V.
 typedef uint32_t kvq_side;
 
@@ -481,6 +495,24 @@ kvq_status kvq_recipe_fit(const kvq_recipe *recipe,
                           uint32_t n_streams,
                           uint32_t n_seq_max,
                           kvq_recipe **out);
+
+// Writes the specification that `spec` comes to in a context of the `n_layers` attention layers of `layers`: if it is
+// "auto:mem=4GiB" (KiB, MiB, GiB or TiB; keys may follow, ",window=512"), the best preset of which the memory of all
+// layers, in all streams, takes no more, and otherwise `spec` itself. Without layers it is the best there is to choose.
+// `note` gets a part of a sentence on what more memory would give, or "" where nothing was chosen.
+//
+// KVQ_STATUS_RECIPE if nothing fits, and a text that names the least memory that would do, or if what follows "auto"
+// cannot be understood; as kvq_layout_new if a layer cannot be. `spec` is NUL-terminated UTF-8. Both results are
+// NUL-terminated: `buf` of `buf_size` bytes, for which those of `spec` and 64 more are always enough, and `note` of
+// `note_size` bytes, for which 128 are; KVQ_STATUS_BUFFER_TOO_SMALL if one does not fit. `layers` may be NULL if
+// `n_layers` is 0.
+kvq_status kvq_recipe_choose(const char *spec,
+                             const kvq_cached_layer *layers,
+                             size_t n_layers,
+                             char *buf,
+                             size_t buf_size,
+                             char *note,
+                             size_t note_size);
 
 // Cells in a page of a recipe. 0 if `recipe` is NULL.
 uint32_t kvq_recipe_page(const kvq_recipe *recipe);

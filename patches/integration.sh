@@ -212,6 +212,9 @@ checks odd_model odd.gguf
 check "a model with heads of 40 runs without kvq" "$bin/llama-bench" -m odd.gguf -p 8 -n 0 -r 1 -t 2
 refused "heads of 40" 'kvq.*40' "$bin/llama-bench" -m odd.gguf -p 8 -n 0 -r 1 -t 2 -kvq skvq
 
+# shellcheck source=patches/tests/auto.sh
+. "$root/patches/tests/auto.sh"
+
 echo "== saved states"
 save() { completion --kvq "$1" -c 1024 -n 1 -p "$prompt" --prompt-cache "$2"; }
 continued() { completion --kvq "$1" -c 1024 -n 48 -p "$prompt" --prompt-cache "$2" --prompt-cache-ro; }
@@ -229,6 +232,8 @@ for how in "cut 0.2" "cut 0.5" "cut 0.99" "flip 0.0" "flip 0.05" "flip 0.3" "fli
 done
 refused "a state of another recipe" 'failed to load session file' continued skvq:k=2,v=2 state.bin
 refused "a kvq state without kvq" 'failed to load session file' continued off state.bin
+saved_and_continued() { save 4 four.bin && continued auto:mem=1GiB four.bin 2>&1 | grep 'exact match'; }
+check "a state of the recipe that auto chooses" saved_and_continued
 check "saving without kvq" save off plain.bin
 refused "a state without kvq" 'failed to load session file' continued skvq:k=3,v=3 plain.bin
 
@@ -400,6 +405,8 @@ if [ -x "$bin/test_llama" ] && [ -x "$bin/test-llama-archs" ]; then
     kvq_lines=2 check "one line for a model with two caches" says_once \
         "on = .*$size \(full attention [0-9.]+ MiB for 4096 cells, sliding window [0-9.]+ MiB for [0-9]+ cells\), " \
         "$bin/llama-bench" -m archs/gemma3-dense.gguf -t 2 -p 4096 -n 0 -r 1 -kvq on
+    # Both count: with one of them forgotten, more bits would fit.
+    kvq_lines=2 check "auto counts both caches" auto_counts_both archs/gemma3-dense.gguf
     for kv in skvq kivi:k=2.25 qaq; do
         check "llama-server, sliding window, two slots in one cache: $kv" \
             checks swa_server "$bin" archs/gemma3-dense.gguf "$kv"

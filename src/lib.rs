@@ -4,6 +4,7 @@
 //! ones (sink tokens) and whatever else a recipe keeps exact. Attention is computed directly on the packed bytes.
 //!
 //! * [`recipe`]: what a user names, such as `skvq:k=2,v=2`.
+//! * [`choose`]: which recipe fits into the memory that a user has.
 //! * [`layout`]: where everything of a layer lies in memory that the host owns.
 //! * [`planner`]: which row goes where, decided once per ubatch for all layers; [`plan`]: that decision as plain ints.
 //! * [`attention`] and [`store`]: what a layer does with a plan; [`shift`] and [`rotation`]: what it does when positions
@@ -20,6 +21,7 @@ pub mod bench_api;
 pub mod cache;
 pub mod calibrate;
 mod capi;
+pub mod choose;
 pub mod codec;
 pub mod cuda;
 pub mod erase;

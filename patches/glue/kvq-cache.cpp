@@ -39,10 +39,10 @@ std::unique_ptr<llama_kvq> llama_kvq_new(llama_kv_cache & kv, ggml_type type_k, 
                     ggml_type_name(type_k), ggml_type_name(type_v)));
     }
 
-    return std::make_unique<llama_kvq_cache>(kv, spec);
+    return std::make_unique<llama_kvq_cache>(kv, kvq_choice_of(spec).spec.c_str(), kvq_is_trial(spec));
 }
 
-void llama_kvq_check(const llama_memory_i * memory) {
+void llama_kvq_check(std::unique_ptr<llama_memory_i> & memory, const std::function<llama_memory_i *()> & make) {
     const char * spec = kvq_env();
     if (!spec) {
         return;
@@ -58,14 +58,19 @@ void llama_kvq_check(const llama_memory_i * memory) {
         throw std::runtime_error("kvq: this model has no plain attention KV cache (recurrent or sparse attention): "
                 "run it with --kvq off");
     }
-    llama_kvq_log(memory, spec);
+    if (kvq_is_trial(spec)) {
+        const auto choice = kvq_make_again(memory, spec, make);
+        llama_kvq_log(memory.get(), choice.spec.c_str(), format("%s = ", spec), "; " + choice.note);
+    } else {
+        llama_kvq_log(memory.get(), spec, "", "");
+    }
 }
 
 const char * llama_kvq_help() {
     return kvq_recipe_help();
 }
 
-llama_kvq_cache::llama_kvq_cache(llama_kv_cache & kv, const char * spec) : kv(kv) {
+llama_kvq_cache::llama_kvq_cache(llama_kv_cache & kv, const char * spec, bool is_trial) : kv(kv), is_trial(is_trial) {
     if (kv.other) {
         throw std::runtime_error("kvq: this context shares the KV cache of another one: run it with --kvq off");
     }
@@ -138,13 +143,13 @@ ggml_tensor * llama_kvq_cache::new_k(ggml_context * ctx, ggml_backend_buffer_typ
         needed_space(*gpu, layouts.back().get(), 1, 1, kv.get_size()); // refuses what it has no kernels for
     }
 
-    return ggml_new_tensor_3d(ctx, GGML_TYPE_I8, kvq_layout_k_bytes(layouts.back().get()), 1, kv.n_stream);
+    return ggml_new_tensor_3d(ctx, GGML_TYPE_I8, is_trial ? 64 : kvq_layout_k_bytes(layouts.back().get()), 1, kv.n_stream);
 }
 
 ggml_tensor * llama_kvq_cache::new_v(ggml_context * ctx, uint32_t il) {
     GGML_UNUSED(il); // new_k comes first
 
-    return ggml_new_tensor_3d(ctx, GGML_TYPE_I8, kvq_layout_v_bytes(layouts.back().get()), 1, kv.n_stream);
+    return ggml_new_tensor_3d(ctx, GGML_TYPE_I8, is_trial ? 64 : kvq_layout_v_bytes(layouts.back().get()), 1, kv.n_stream);
 }
 
 std::string llama_kvq_cache::spec() const {

@@ -65,7 +65,8 @@ bool kvq_observe_store(const ggml_tensor * dst, const float * lse, const llama_k
 
 // the kvq side of one llama_kv_cache; each part of it is a file: see ../README.md
 struct llama_kvq_cache : llama_kvq {
-    llama_kvq_cache(llama_kv_cache & kv, const char * spec);
+    // is_trial: its layers have no memory, and it is there to be looked at
+    llama_kvq_cache(llama_kv_cache & kv, const char * spec, bool is_trial);
     ~llama_kvq_cache() override;
 
     ggml_tensor * new_k(ggml_context * ctx, ggml_backend_buffer_type_t buft, uint32_t il) override;
@@ -102,6 +103,8 @@ struct llama_kvq_cache : llama_kvq {
     size_info size() const;
     uint32_t n_cells() const;
     bool only_estimated() const; // by the fitting step, whose contexts hold no memory
+
+    void add_layers(std::vector<kvq_cached_layer> & all) const;
 
 private:
 
@@ -188,6 +191,7 @@ private:
     void restore_rows(uint32_t strm, const kvq_state_seq & saved);
 
     llama_kv_cache & kv;
+    const bool is_trial;
 
     kvq::recipe              recipe;
     kvq::planner             planner;
@@ -231,8 +235,31 @@ private:
     size_t                       last_n_tokens = 0;
 };
 
+struct kvq_named_cache {
+    const char * name; // what distinguishes it from the other cache of the memory
+    const llama_kvq_cache * cache;
+};
+
+// those that hold layers
+std::vector<kvq_named_cache> kvq_caches(const llama_memory_i * memory);
+
 // says what the caches of this memory take: one line for all
-void llama_kvq_log(const llama_memory_i * memory, const char * spec);
+void llama_kvq_log(const llama_memory_i * memory, const char * spec, const std::string & before, const std::string & after);
+
+// a recipe, and what is to be said of how it was chosen
+struct kvq_choice {
+    std::string spec;
+    std::string note;
+};
+
+// what a cache that is made now is to have
+kvq_choice kvq_choice_of(const char * spec);
+
+// whether such a cache is there to choose by
+bool kvq_is_trial(const char * spec);
+
+// chooses, and makes the memory with it; throws if nothing fits
+kvq_choice kvq_make_again(std::unique_ptr<llama_memory_i> & memory, const char * spec, const std::function<llama_memory_i *()> & make);
 
 // whether a cell holds a token; user: the llama_kv_cells_vec of the cache
 bool kvq_cell_is_live(void * user, uint32_t stream, uint32_t cell);

@@ -12,13 +12,7 @@
 
 static const double MIB = 1024.0*1024.0;
 
-struct kvq_named_cache {
-    const char * name; // what distinguishes it from the other cache of the memory
-    const llama_kvq_cache * cache;
-};
-
-// those that hold layers
-static std::vector<kvq_named_cache> kvq_caches(const llama_memory_i * memory) {
+std::vector<kvq_named_cache> kvq_caches(const llama_memory_i * memory) {
     std::vector<kvq_named_cache> all;
 
     const auto add = [&](const char * name, const llama_kv_cache * kv) {
@@ -105,7 +99,7 @@ static std::string kvq_cut(const std::string & asked, const std::string & made) 
     return cut;
 }
 
-void llama_kvq_log(const llama_memory_i * memory, const char * spec) {
+void llama_kvq_log(const llama_memory_i * memory, const char * spec, const std::string & before, const std::string & after) {
     const auto caches = kvq_caches(memory);
     if (caches.empty() || caches[0].cache->only_estimated()) {
         return;
@@ -129,10 +123,10 @@ void llama_kvq_log(const llama_memory_i * memory, const char * spec) {
     const double ratio = (double) sum.bytes_f16/sum.bytes;
 
     LLAMA_LOG_INFO("%s: every key: %s\n", __func__, caches[0].cache->spec().c_str());
-    LLAMA_LOG_INFO("kvq: %s: %.3f bits per value of K, %.3f of V; %.2f MiB with the exact rows%s, %.2fx %s than f16\n",
-            kvq_says(spec).c_str(), sum.bits_k/sum.n_embd_k, sum.bits_v/sum.n_embd_v, sum.bytes/MIB,
+    LLAMA_LOG_INFO("kvq: %s%s: %.3f bits per value of K, %.3f of V; %.2f MiB with the exact rows%s, %.2fx %s than f16%s\n",
+            before.c_str(), kvq_says(spec).c_str(), sum.bits_k/sum.n_embd_k, sum.bits_v/sum.n_embd_v, sum.bytes/MIB,
             caches.size() > 1 ? format(" (%s)", parts.c_str()).c_str() : "",
-            ratio >= 1.0 ? ratio : 1.0/ratio, ratio >= 1.0 ? "smaller" : "larger");
+            ratio >= 1.0 ? ratio : 1.0/ratio, ratio >= 1.0 ? "smaller" : "larger", after.c_str());
 
     for (const auto & it : caches) {
         const std::string cut = kvq_cut(it.cache->asked, it.cache->spec());

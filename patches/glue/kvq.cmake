@@ -12,6 +12,7 @@ endforeach()
 set(KVQ_GLUE_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/kvq-attn.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-cache.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kvq-choose.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-gpu.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-guard.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kvq-log.cpp

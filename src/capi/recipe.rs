@@ -4,7 +4,8 @@ use std::ffi::{c_char, CStr, CString};
 
 use once_cell::sync::OnceCell;
 
-use super::{check, guard, guard_or, output, release, shared, slice_mut};
+use super::{check, guard, guard_or, output, release, shared, slice, slice_mut};
+use crate::choose::{choose, CachedLayer};
 use crate::error::{Error, Result, Status};
 use crate::recipe::{help, presets, Recipe};
 
@@ -118,6 +119,43 @@ pub unsafe extern "C" fn kvq_recipe_fit(
     })
 }
 
+/// Writes the specification that `spec` comes to in a context of the `n_layers` attention layers of `layers`: if it is
+/// "auto:mem=4GiB" (KiB, MiB, GiB or TiB; keys may follow, ",window=512"), the best preset of which the memory of all
+/// layers, in all streams, takes no more, and otherwise `spec` itself. Without layers it is the best there is to choose.
+/// `note` gets a part of a sentence on what more memory would give, or "" where nothing was chosen.
+///
+/// KVQ_STATUS_RECIPE if nothing fits, and a text that names the least memory that would do, or if what follows "auto"
+/// cannot be understood; as kvq_layout_new if a layer cannot be. `spec` is NUL-terminated UTF-8. Both results are
+/// NUL-terminated: `buf` of `buf_size` bytes, for which those of `spec` and 64 more are always enough, and `note` of
+/// `note_size` bytes, for which 128 are; KVQ_STATUS_BUFFER_TOO_SMALL if one does not fit. `layers` may be NULL if
+/// `n_layers` is 0.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_recipe_choose(
+    spec: *const c_char,
+    layers: *const CachedLayer,
+    n_layers: usize,
+    buf: *mut c_char,
+    buf_size: usize,
+    note: *mut c_char,
+    note_size: usize,
+) -> Status {
+    guard(|| {
+        // SAFETY: spec is a C string, layers has n_layers elements, buf and note have their sizes, as the header requires.
+        let (spec, layers, buf, note) = unsafe {
+            (
+                text(spec, "spec")?,
+                if n_layers == 0 { &[] } else { slice(layers, n_layers, "layers")? },
+                slice_mut(buf.cast::<u8>(), buf_size, "buf")?,
+                slice_mut(note.cast::<u8>(), note_size, "note")?,
+            )
+        };
+        let choice = choose(spec, layers)?;
+        check_room(&choice.spec, buf)?;
+        write_text(&choice.note, note)?;
+        write_text(&choice.spec, buf)
+    })
+}
+
 /// Cells in a page of a recipe. 0 if `recipe` is NULL.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_recipe_page(recipe: *const kvq_recipe) -> u32 {
@@ -134,12 +172,17 @@ pub unsafe extern "C" fn kvq_recipe_window(recipe: *const kvq_recipe) -> u32 {
 
 /// Copies `text` and a NUL to `buf`.
 pub(super) fn write_text(text: &str, buf: &mut [u8]) -> Result<()> {
-    if buf.len() <= text.len() {
-        let message = format!("the text needs {} bytes, buf has {}", text.len() + 1, buf.len());
-        return Err(Error::new(Status::BufferTooSmall, message));
-    }
+    check_room(text, buf)?;
     buf[..text.len()].copy_from_slice(text.as_bytes());
     buf[text.len()] = 0;
+    Ok(())
+}
+
+fn check_room(text: &str, buf: &[u8]) -> Result<()> {
+    if buf.len() <= text.len() {
+        let message = format!("the text needs {} bytes, its buffer has {}", text.len() + 1, buf.len());
+        return Err(Error::new(Status::BufferTooSmall, message));
+    }
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 
 use std::fmt::Write;
 
+use super::auto::{AUTO, LADDER};
 use super::parse::METHODS;
 use super::presets::{OFF, PRESETS};
 use super::Recipe;
@@ -38,7 +39,8 @@ pub fn help() -> Result<String> {
         let _ = writeln!(text, "  {name:<6}{small:>14}{large:>16}   {about}");
     }
     let off: Vec<&str> = OFF.iter().copied().filter(|name| !name.is_empty()).collect();
-    let _ = writeln!(text, "  {}: not compressed\n", off.join(", "));
+    let _ = writeln!(text, "  {}: not compressed", off.join(", "));
+    let _ = writeln!(text, "  {AUTO}:mem=4GiB: the first of {} whose whole cache fits into 4 GiB\n", LADDER.join(", "));
     let (preset, method) = (PRESETS[0].name, METHODS[0].name);
     let _ = writeln!(text, "Such as {preset}:window=256 or {preset}:sinks=8,page=64.");
     let _ = writeln!(text, "The word 'paper' takes the published setting of a method: {method}:paper.\n");
@@ -81,7 +83,11 @@ mod tests {
         for preset in PRESETS {
             assert!(text.contains(&format!("{}: {}\n", preset.about, preset.spec)), "{}", preset.name);
         }
-        assert!(text.contains("  off, none, 0: not compressed"), "{text}");
+        assert!(text.contains("  off, none, 0: not compressed\n"), "{text}");
+        assert!(
+            text.contains("  auto:mem=4GiB: the first of 4, on, 3, 2 whose whole cache fits into 4 GiB\n"),
+            "{text}"
+        );
         assert!(text.lines().all(|line| line.len() <= 200), "{text}");
     }
 

@@ -1,6 +1,7 @@
 //! What a user names: a preset or a method, and its numbers, parsed from text such as `on` or `skvq:k=2,v=2`.
 #![forbid(unsafe_code)]
 
+pub mod auto;
 mod fit;
 pub mod help;
 mod parse;

@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use super::auto::is_auto;
 use super::presets::{expand, is_off, items};
 use super::{help, Recipe, DEFAULT_PAGE, MIN_PAGE};
 use crate::codec::adaptive::{AdaptiveParams, MAX_OUTLIERS};
@@ -77,6 +78,11 @@ impl Recipe {
     pub fn parse(spec: &str) -> Result<Recipe> {
         if is_off(spec) {
             return Err(fail(format!("'{spec}' asks for no compressed cache: there is no recipe to read")));
+        }
+        if is_auto(spec) {
+            return Err(fail(format!(
+                "'{spec}' is a choice by memory: it needs the layers of a model (kvq_recipe_choose)"
+            )));
         }
         let spec = &expand(spec);
         let (name, rest) = spec.split_once(':').unwrap_or((spec, ""));
@@ -522,6 +528,7 @@ mod tests {
             ("turbo", "unknown recipe 'turbo'; known: on, 2, 3, 4, skvq, kivi, ott, qaq, aqua"),
             ("", "'' asks for no compressed cache"),
             ("none", "'none' asks for no compressed cache"),
+            ("auto:mem=4GiB", "'auto:mem=4GiB' is a choice by memory"),
             ("off:window=64", "unknown recipe 'off'"),
             ("on:colour=3", "ott has no key 'colour'"),
             ("2:window=1,window=2", "key 'window' is given twice"),
