@@ -111,7 +111,17 @@ step "patch budget" patch_budget
 step "scripts of patches/" python3 -B patches/tests/test_scripts.py
 step "tables of the docs" patches/tables.py --check
 step "patched and unpatched llama.cpp: build" patches/build.sh --tests --stock
+step "seams of the pinned llama.cpp" patches/check.sh build/stock/llama.cpp
 step "llama.cpp integration" patches/integration.sh
+# A newer llama.cpp: that the patches apply there, and that what they touch compiles.
+rc=0
+patches/build.sh --newer --stock --tree >"$logs/newer.log" 2>&1 || rc=$?
+if ((rc == 3)); then
+    skip "a newer llama.cpp" "$(tail -n 1 "$logs/newer.log")"
+else
+    step "seams of a newer llama.cpp" patches/check.sh build/newer/stock/llama.cpp
+    step "a newer llama.cpp: what patches and glue touch compiles" patches/build.sh --newer --objects
+fi
 
 # Real models, a short form: stock's runs take most of the time, so there is one chunk of prose.
 rc=0

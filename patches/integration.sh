@@ -381,6 +381,21 @@ if [ -d "$root/build/stock/llama.cpp" ] && command -v git >/dev/null; then
     check "making a checkout with another commit and version" make_checkout
     check "it is copied, patched and warned of" patched_copy
     check "it is not modified" unmodified
+    # As crates carry it.
+    library_only() {
+        cp -r checkout library && rm -rf library/.git library/tools library/common &&
+            KVQ_BUILD="$work/of_library" LLAMA_CPP_DIR="$work/library" "$root/patches/build.sh" --tree >said.log 2>&1 || { cat said.log; return 1; }
+        cat said.log
+        [ "$(grep -c 'is left out: this tree has none of the files' said.log)" = 2 ] && grep -q get_kvq of_library/llama.cpp/src/llama-graph.cpp
+    }
+    check "a tree without programs is patched, and told so" library_only
+    library_programs() { KVQ_BUILD="$work/of_library" LLAMA_CPP_DIR="$work/library" "$root/patches/build.sh"; }
+    refused "programs of a tree that has none" 'error: this llama.cpp has no programs' library_programs
+    moved_seam() {
+        cp -r checkout moved && rm -rf moved/.git && sed -i 's/v_heads\[s\] = 0;/v_heads[s] = 1;/' moved/src/llama-kv-cache.cpp
+        "$root/patches/check.sh" moved
+    }
+    refused "a seam that has moved is named" 'MOVED +src/llama-kv-cache.cpp: llama_kv_cache::clear: ' moved_seam
 else
     skip "LLAMA_CPP_DIR: no build/stock/llama.cpp (patches/build.sh --stock) or no git"
 fi

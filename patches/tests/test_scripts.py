@@ -6,6 +6,9 @@ import csv
 import hashlib
 import os
 import pathlib
+import re
+import shutil
+import subprocess
 import sys
 import tempfile
 import unittest
@@ -276,6 +279,103 @@ class Tables(InFolder):
     def test_several_models_stand_side_by_side_in_the_picture(self):
         self.assertEqual([[title for _, title, _ in across] for across in pareto.grid(tables.read(self.csv))],
                          [["mean KLD, a, x.txt", "mean KLD, b, x.txt"]])
+
+
+class Seams(unittest.TestCase):
+    """patches/check.sh, on a tree made of nothing but what the patches and seams.txt expect to find."""
+
+    PATCHES = pathlib.Path(models.__file__).resolve().parent
+
+    @classmethod
+    def setUpClass(cls):
+        rows = [re.split(r"(?<!\\)\|", line) for line in (cls.PATCHES / "seams.txt").read_text().splitlines()
+                if line and not line.startswith("#")]
+        cls.rows = [[field.strip(" ").replace(r"\|", "|") for field in row] for row in rows]
+        # (file, text) of every hunk
+        cls.hunks = [(file, "@@" + hunk) for patch in sorted(cls.PATCHES.glob("0*.patch"))
+                     for part in patch.read_text().split("diff --git ")[1:]
+                     for file in re.findall(r"^\+\+\+ b/(.*)", part, re.M) for hunk in part.split("\n@@")[1:]]
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.tree = pathlib.Path(folder.name)
+        lines = {file: [] for file, _ in self.hunks} | {"ggml/CMakeLists.txt": []}
+        for file, hunk in self.hunks:
+            head, *body = hunk.split("\n")
+            first = int(re.match(r"@@ -(\d+)", head)[1])
+            lines[file] += ["//"] * (first - 1 - len(lines[file])) + [line[1:] for line in body if line[:1] in (" ", "-")]
+        for kind, file, text, _ in self.rows:
+            if kind == "glue":
+                lines.setdefault(file, []).append(text)
+        for file, text in lines.items():
+            if text or not file.endswith("llama-kvq.h"):
+                path = self.tree / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("\n".join(text) + "\n")
+
+    def check(self):
+        run = subprocess.run([self.PATCHES / "check.sh", self.tree], capture_output=True, text=True)
+        return run.returncode, run.stdout + run.stderr
+
+    def replace(self, file, old, new):
+        text = (self.tree / file).read_text()
+        self.assertIn(old, text)
+        (self.tree / file).write_text(text.replace(old, new))
+
+    def test_every_hunk_has_words_and_every_row_a_hunk(self):
+        self.assertTrue(all(len(row) == 4 and row[0] in ("hunk", "glue") for row in self.rows), self.rows)
+        rows = [row for row in self.rows if row[0] == "hunk"]
+        used = set()
+        for file, hunk in self.hunks:
+            body = hunk.split("\n", 1)[1]
+            row = next((n for n, (_, name, text, _) in enumerate(rows) if name == file and text in body), None)
+            self.assertIsNotNone(row, f"{file}: no row of seams.txt for\n{hunk}")
+            used.add(row)
+        self.assertEqual([row for n, row in enumerate(rows) if n not in used], [], "rows without a hunk")
+
+    def test_a_tree_with_every_seam_passes_and_stays_as_it_is(self):
+        before = {path: path.read_bytes() for path in self.tree.rglob("*") if path.is_file()}
+        status, said = self.check()
+        self.assertEqual((status, said.count("ok      ")), (0, 5), said)
+        self.assertEqual({path: path.read_bytes() for path in self.tree.rglob("*") if path.is_file()}, before)
+
+    def test_a_patched_tree_passes(self):
+        for patch in sorted(self.PATCHES.glob("0*.patch")):
+            subprocess.run(["patch", "-d", self.tree, "-p1", "--batch", "-i", patch], check=True, capture_output=True)
+        status, said = self.check()
+        self.assertEqual((status, said.count("is already in this tree")), (0, 5), said)
+
+    def test_a_hunk_that_has_moved_is_named(self):
+        self.replace("src/llama-kv-cache.cpp", "memory_size_v / (1024", "memory_size_v_bytes / (1024")
+        status, said = self.check()
+        self.assertEqual(status, 1, said)
+        self.assertRegex(said, r"MOVED   src/llama-kv-cache.cpp: the cache's constructor: its log line on sizes: does not apply")
+        self.assertEqual(said.count("MOVED"), 1, said)
+
+    def test_a_hunk_between_other_lines_is_named(self):
+        self.replace("src/llama-kv-cache.cpp", "        v_heads[s] = 0;\n", "        v_heads[s] = 1;\n")
+        status, said = self.check()
+        self.assertEqual(status, 1, said)
+        self.assertIn("llama_kv_cache::clear: applies, but not to what stood there", said)
+
+    def test_what_only_the_glue_relies_on_is_named(self):
+        self.replace("src/llama-graph.cpp", "self_k_idxs->ne[0] == params.ubatch.n_tokens", "can_reuse(params)")
+        status, said = self.check()
+        self.assertEqual(status, 1, said)
+        self.assertIn("MOVED   src/llama-graph.cpp: graph reuse: the plan has as many columns as tokens", said)
+
+    def test_a_tree_without_programs_lacks_their_patches_and_no_more(self):
+        for folder in ("tools", "common"):
+            shutil.rmtree(self.tree / folder)
+        status, said = self.check()
+        self.assertEqual((status, said.count("ok      "), said.count("none    ")), (0, 3, 2), said)
+
+    def test_a_tree_with_a_part_of_what_a_patch_changes_is_a_failure(self):
+        (self.tree / "common/log.cpp").unlink()
+        status, said = self.check()
+        self.assertEqual(status, 1, said)
+        self.assertIn("1 have no file (common/log.cpp)", said)
 
 
 class Texts(unittest.TestCase):
