@@ -313,6 +313,20 @@ if [ -e "$bin/fake_cuda.so" ]; then
     check "--no-kv-offload where a GPU would be refused" \
         env KVQ_FAKE_UNPATCHED=1 LD_PRELOAD="$bin/fake_cuda.so" "$bin/llama-completion" -m "$model" -fit off -no-cnv -n 4 -p x \
         --kvq skvq --no-kv-offload
+    # What each device holds adds up to what the cache takes, to .01 MiB a figure.
+    each_device() {
+        fake_completion -c 8192 -n 1 -p x -ngl 3 --kvq on >devices.log 2>&1 && grep -E ' (CPU|CUDA0|with the exact rows).* MiB' devices.log || return
+        awk '/kvq: on = / { sub(/.* of V; /, ""); total = $1 }
+            / (CPU|CUDA0): 2 layers, pages / { n++; gsub(/[^0-9.]+/, " "); for (i = NF - 2; i <= NF; i++) sum += $i }
+            END { exit !(n == 2 && total > 1 && (sum - total) ^ 2 <= 0.04 ^ 2) }' devices.log
+    }
+    check "-lv 4 lists pages, exact rows and outlier tokens of each device" each_device
+    each_layer() {
+        fake_completion -c 8192 -n 1 -p x -ngl 3 --kvq on -lv 5 2>&1 | grep 'attended to and stored by' | tee layers.log
+        [ "$(grep -c -E 'layer [01]: attended to and stored by (scalar|avx2|avx512): ' layers.log)" = 2 ] &&
+            [ "$(grep -c -E 'layer [23]: attended to and stored by CUDA0: ' layers.log)" = 2 ]
+    }
+    check "-lv 5 lists who attends to each layer" each_layer
     # fake_text GPUS OPTION...: what the model says, with this many GPUs, in gpu.txt
     fake_text() {
         local n=$1

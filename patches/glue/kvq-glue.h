@@ -11,6 +11,7 @@
 
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -105,6 +106,13 @@ struct llama_kvq_cache : llama_kvq {
     bool only_estimated() const; // by the fitting step, whose contexts hold no memory
 
     void add_layers(std::vector<kvq_cached_layer> & all) const;
+
+    // what of the cache is where, in bytes of all streams
+    struct device_parts {
+        size_t n_layers = 0;
+        size_t pages = 0, exact = 0, pool = 0;
+    };
+    void add_parts(std::map<std::string, device_parts> & all) const; // and says which way each layer goes
 
 private:
 

@@ -8,6 +8,7 @@
 #include "llama-memory-hybrid.h"
 #include "llama-memory-hybrid-iswa.h"
 
+#include <map>
 #include <sstream>
 
 static const double MIB = 1024.0*1024.0;
@@ -62,6 +63,42 @@ llama_kvq_cache::size_info llama_kvq_cache::size() const {
         sum.bytes_f16 += sizeof(ggml_fp16_t)*kv.get_size()*kv.n_stream*(k + v);
     }
     return sum;
+}
+
+static size_t kvq_bytes(const kvq_layout * layout, kvq_status (*list)(const kvq_layout *, kvq_side, kvq_range *, size_t, size_t *)) {
+    size_t bytes = 0;
+    for (kvq_side side : { KVQ_SIDE_K, KVQ_SIDE_V }) {
+        size_t n = 0;
+        llama_kvq_must(list(layout, side, nullptr, 0, &n), "ranges");
+        std::vector<kvq_range> ranges(n);
+        llama_kvq_must(list(layout, side, ranges.data(), n, &n), "ranges");
+        for (const auto & range : ranges) {
+            bytes += range.size;
+        }
+    }
+    return bytes;
+}
+
+void llama_kvq_cache::add_parts(std::map<std::string, device_parts> & all) const {
+    for (size_t i = 0; i < layouts.size(); ++i) {
+        const kvq_layout * layout = layouts[i].get();
+        const char *       device = gpus[i] ? ggml_backend_buft_name(gpus[i]->buft) : "CPU";
+
+        const size_t bytes = kvq_layout_k_bytes(layout) + kvq_layout_v_bytes(layout);
+        const size_t pool  = kvq_bytes(layout, kvq_layout_pool_ranges);
+        const size_t exact = kvq_bytes(layout, kvq_layout_slot_ranges);
+
+        auto & sum = all[device];
+        sum.n_layers += 1;
+        sum.pages    += (bytes - exact)*kv.n_stream;
+        sum.exact    += (exact - pool)*kv.n_stream;
+        sum.pool     += pool*kv.n_stream;
+
+        std::vector<char> text(512);
+        llama_kvq_must(kvq_layout_format(layout, text.data(), text.size()), "format");
+        LLAMA_LOG_DEBUG("%s: layer %u: attended to and stored by %s: %s\n", __func__, kv.layers[i].il,
+                gpus[i] ? device : kvq_isa(), text.data());
+    }
 }
 
 // "on = kivi:k=3,v=3", or the recipe alone if it is not a name for another
@@ -127,6 +164,15 @@ void llama_kvq_log(const llama_memory_i * memory, const char * spec, const std::
             before.c_str(), kvq_says(spec).c_str(), sum.bits_k/sum.n_embd_k, sum.bits_v/sum.n_embd_v, sum.bytes/MIB,
             caches.size() > 1 ? format(" (%s)", parts.c_str()).c_str() : "",
             ratio >= 1.0 ? ratio : 1.0/ratio, ratio >= 1.0 ? "smaller" : "larger", after.c_str());
+
+    std::map<std::string, llama_kvq_cache::device_parts> devices;
+    for (const auto & it : caches) {
+        it.cache->add_parts(devices);
+    }
+    for (const auto & it : devices) {
+        LLAMA_LOG_INFO("%s: %s: %zu layers, pages %.2f MiB, exact rows and what was learned %.2f MiB, outlier tokens %.2f MiB\n", __func__,
+                it.first.c_str(), it.second.n_layers, it.second.pages/MIB, it.second.exact/MIB, it.second.pool/MIB);
+    }
 
     for (const auto & it : caches) {
         const std::string cut = kvq_cut(it.cache->asked, it.cache->spec());
