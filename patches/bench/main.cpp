@@ -28,19 +28,22 @@
 struct Options {
     bool quick = false, check = false, stock = true, cpu_time = false;
     int runs = 9;
+    std::string beside;
     const char * csv = nullptr;
     std::vector<Case> cases;
 };
 
 static const char USAGE[] =
-    "usage: bench [--quick] [--check] [--no-stock] [--cpu-time] [--runs N] [--csv FILE] [--case CASE]...\n"
+    "usage: bench [--quick] [--check] [--no-stock] [--cpu-time] [--runs N] [--csv FILE] [--beside RECIPE] [--case CASE]...\n"
     "  --quick     decode at 4096, 16384 and 32768 cells only\n"
     "  --check     fail if a bar is missed\n"
     "  --no-stock  kvq alone\n"
     "  --cpu-time  one thread, and its CPU time instead of elapsed time: steadier on a busy machine\n"
     "  --runs      timed runs of anything that takes less than half a second (default 9; 4 times that below 5 ms)\n"
+    "  --beside    times this recipe as well, on the same rows and in turns, e.g. kivi:k=2.25\n"
     "  --case      this instead of the table: RECIPE/CELLS/QUERIES/DIM/GQA/THREADS,\n"
-    "              e.g. skvq:k=2,v=2/32768/1/128/4/2\n";
+    "              e.g. skvq:k=2,v=2/32768/1/128/4/2; a recipe's profile\n"
+    "              is made up, whatever its name: aqua:profile=any/32768/1/128/4/2\n";
 
 static Options parse(int argc, char ** argv) {
     Options o;
@@ -57,6 +60,7 @@ static Options parse(int argc, char ** argv) {
         else if (arg == "--no-stock") { o.stock = false; }
         else if (arg == "--cpu-time") { o.cpu_time = true; }
         else if (arg == "--runs") { o.runs = std::max(1, atoi(value())); }
+        else if (arg == "--beside") { o.beside = value(); }
         else if (arg == "--csv") { o.csv = value(); }
         else if (arg == "--case") { o.cases.push_back(parse_case(value())); }
         else {
@@ -92,7 +96,7 @@ int main(int argc, char ** argv) {
     print_head();
     std::vector<Result> results;
     for (const Case & c : options.cases) {
-        for (const Result & r : measure(c, options.stock, options.runs, machine)) {
+        for (const Result & r : measure(c, options.beside, options.stock, options.runs, machine)) {
             print_row(r);
             results.push_back(r);
         }

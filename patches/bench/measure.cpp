@@ -25,6 +25,7 @@ double Result::ratio(const std::string & name) const {
 double Result::column(const std::string & name) const {
     if (name == "us_kvq") { return of("kvq"); }
     if (name == "ratio_f16") { return ratio("f16"); }
+    if (name == "ratio_beside") { return ratio("beside"); }
     if (name == "ratio_q4_0") { return ratio("q4_0"); }
     die("no column " + name);
 }
@@ -137,20 +138,23 @@ static void time_sides(const Sides & sides, const std::map<std::string, double> 
     }
 }
 
-std::vector<Result> measure(const Case & c, bool with_stock, int n_runs, Machine & machine) {
+std::vector<Result> measure(const Case & c, const std::string & beside, bool with_stock, int n_runs, Machine & machine) {
     const Inputs inputs(c);
     Workers & workers = machine.workers(c.threads);
 
-    const std::unique_ptr<KvqSide> kvq = make_kvq(c, inputs, workers);
-    std::vector<std::unique_ptr<Side>> stock;
+    const std::unique_ptr<KvqSide> kvq = make_kvq(c, c.recipe, "kvq", inputs, workers);
+    std::vector<std::unique_ptr<Side>> others;
+    if (!beside.empty()) {
+        others.push_back(make_kvq(c, beside, "beside", inputs, workers));
+    }
     if (with_stock) {
         // ggml sums f16 outputs in half precision, so that the error grows with the cells; elsewhere it rounds queries.
-        stock.push_back(make_stock(c, inputs, workers, GGML_TYPE_F16, "f16", 5e-3));
-        stock.push_back(make_stock(c, inputs, workers, GGML_TYPE_Q8_0, "q8_0", 1e-3));
-        stock.push_back(make_stock(c, inputs, workers, GGML_TYPE_Q4_0, "q4_0", 1e-3));
+        others.push_back(make_stock(c, inputs, workers, GGML_TYPE_F16, "f16", 5e-3));
+        others.push_back(make_stock(c, inputs, workers, GGML_TYPE_Q8_0, "q8_0", 1e-3));
+        others.push_back(make_stock(c, inputs, workers, GGML_TYPE_Q4_0, "q4_0", 1e-3));
     }
     Sides sides = { kvq.get() };
-    for (auto & side : stock) {
+    for (auto & side : others) {
         sides.push_back(side.get());
     }
     fill(c, sides);

@@ -24,4 +24,5 @@ struct Result {
 };
 
 // One with cold caches, one with warm ones. Ends the program if an answer is wrong.
-std::vector<Result> measure(const Case & c, bool with_stock, int n_runs, Machine & machine);
+// `beside`: another recipe on the same rows, in turns with the case's own; empty: none.
+std::vector<Result> measure(const Case & c, const std::string & beside, bool with_stock, int n_runs, Machine & machine);

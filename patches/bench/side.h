@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "cases.h"
@@ -34,6 +35,7 @@ struct KvqSide : Side {
 };
 
 // They refer to their arguments.
-std::unique_ptr<KvqSide> make_kvq(const Case & c, const Inputs & inputs, Workers & workers);
+std::unique_ptr<KvqSide> make_kvq(const Case & c, const std::string & recipe, const char * name, const Inputs & inputs,
+                                  Workers & workers);
 std::unique_ptr<Side> make_stock(const Case & c, const Inputs & inputs, Workers & workers, ggml_type type,
                                  const char * name, double nmse_bound);

@@ -2,24 +2,31 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 
 #include "base.h"
 #include "buffer.h"
+#include "profile.h"
 #include "side.h"
 
 namespace {
 
+// Any but the first and last ones, which some recipes treat apart.
+constexpr uint32_t LAYER = 2;
+
 class Kvq : public KvqSide {
 public:
-    Kvq(const Case & c, const Inputs & inputs, Workers & workers) : case_(c), inputs_(inputs), workers_(workers) {
-        name = "kvq";
+    Kvq(const Case & c, const std::string & text, const char * name, const Inputs & inputs, Workers & workers)
+        : case_(c), inputs_(inputs), workers_(workers) {
+        this->name = name;
         nmse_bound = 1e-3;
-        kvq_recipe * recipe;
-        ok(kvq_recipe_parse(c.recipe.c_str(), &recipe));
-        ok(kvq_planner_new(recipe, c.n_kv, 1, 1, &planner_));
         const uint32_t dim = c.head_dim;
         const kvq_shape shape = { uint32_t(c.n_heads()), N_KV_HEADS, dim, dim };
-        ok(kvq_layout_new(recipe, &shape, 2, c.n_kv, kvq_planner_n_slots(planner_), &layout_));
+        kvq_recipe * recipe;
+        ok(kvq_recipe_parse(text.c_str(), &recipe));
+        recipe = with_profile(recipe, shape, LAYER);
+        ok(kvq_planner_new(recipe, c.n_kv, 1, 1, &planner_));
+        ok(kvq_layout_new(recipe, &shape, LAYER, c.n_kv, kvq_planner_n_slots(planner_), &layout_));
         kvq_recipe_free(recipe);
         k_mem_ = std::make_unique<Buffer>(kvq_layout_k_bytes(layout_), LARGE_PAGE);
         v_mem_ = std::make_unique<Buffer>(kvq_layout_v_bytes(layout_), LARGE_PAGE);
@@ -29,6 +36,8 @@ public:
         lse_.resize(n_rows);
         partial_.resize(n_splits_ > 1 ? n_splits_ * n_rows * (dim + 2) : 0);
         location_.resize(c.n_kv);
+        positions_.resize(c.n_kv);
+        std::iota(positions_.begin(), positions_.end(), 0);
     }
     ~Kvq() override {
         kvq_layout_free(layout_);
@@ -67,6 +76,7 @@ public:
         args.plan = plan_.data();
         args.plan_len = plan_.size();
         args.n_tokens = n;
+        args.positions = positions_.data();
         // What recipes learn from queries: which channels matter, and what attention tokens had. Denominators as those of
         // Gaussian scores whose variance is that of these rows.
         const std::vector<float> lse(size_t(n) * case_.n_heads(), std::log(cell + n) + 0.9f);
@@ -145,13 +155,14 @@ private:
     std::unique_ptr<Buffer> k_mem_, v_mem_;
     uint32_t n_splits_;
     std::vector<float> out_, lse_, partial_, k_cur_, v_cur_;
-    std::vector<int32_t> plan_;
+    std::vector<int32_t> plan_, positions_;
     std::vector<kvq_location> location_;
     std::vector<double> store_us_;
 };
 
 }  // namespace
 
-std::unique_ptr<KvqSide> make_kvq(const Case & c, const Inputs & inputs, Workers & workers) {
-    return std::make_unique<Kvq>(c, inputs, workers);
+std::unique_ptr<KvqSide> make_kvq(const Case & c, const std::string & recipe, const char * name, const Inputs & inputs,
+                                  Workers & workers) {
+    return std::make_unique<Kvq>(c, recipe, name, inputs, workers);
 }
