@@ -89,7 +89,7 @@ impl ExactBench {
     /// For `n_rows` query rows and outputs of `dim` channels.
     pub fn new(token: IsaToken, n_rows: usize, dim: usize) -> Self {
         let mut state = State::default();
-        state.reset(n_rows, dim);
+        state.reset(n_rows, dim, 0);
         Self { kernels: kernels(token), state, slopes: vec![1.0; n_rows], mask_row: vec![0; n_rows] }
     }
 

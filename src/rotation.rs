@@ -17,14 +17,15 @@ const BITS: usize = 32;
 pub struct Rotation {
     n_pairs: usize,
     interleaved: bool,
-    /// `[bit][pair]`: cosine and sine of a move by `2^bit` positions, of which any other is a product.
-    powers: Vec<[f64; 2]>,
+    /// `[bit][cosine, sine][pair]` of a move by `2^bit` positions, of which any other is a product.
+    powers: Vec<f64>,
 }
 
 /// Cosine and sine of each pair for one distance.
 #[derive(Clone, Debug, Default)]
 pub struct Angles {
-    pairs: Vec<[f64; 2]>,
+    /// `[cosine, sine][pair]`
+    pairs: Vec<f64>,
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
@@ -48,9 +49,9 @@ impl Rotation {
             return Err(Error::invalid(format!("a frequency is {bad}: use finite numbers")));
         }
         let mut power: Vec<[f64; 2]> = frequencies.iter().map(|frequency| [frequency.cos(), frequency.sin()]).collect();
-        let mut powers = Vec::with_capacity(BITS * power.len());
+        let mut powers = Vec::with_capacity(BITS * 2 * power.len());
         for _ in 0..BITS {
-            powers.extend_from_slice(&power);
+            (0..2).for_each(|part| powers.extend(power.iter().map(|pair| pair[part])));
             // Squared, as device code does it: sealed bytes may not depend on either side's cosine.
             power.iter_mut().for_each(|[c, s]| (*c, *s) = (*c * *c - *s * *s, 2.0 * *c * *s));
         }
@@ -64,14 +65,19 @@ impl Rotation {
 
     /// Radians a position, by pair: as given, but between -pi and pi.
     pub fn frequencies(&self) -> impl Iterator<Item = f64> + '_ {
-        self.powers[..self.n_pairs].iter().map(|[cos, sin]| sin.atan2(*cos))
+        self.first_powers().map(|[cos, sin]| sin.atan2(cos))
+    }
+
+    /// Cosine and sine of a move by one position.
+    fn first_powers(&self) -> impl Iterator<Item = [f64; 2]> + '_ {
+        let (cos, sin) = self.powers[..2 * self.n_pairs].split_at(self.n_pairs);
+        cos.iter().zip(sin).map(|(cos, sin)| [*cos, *sin])
     }
 
     /// The same for device code.
     pub(crate) fn describe(&self) -> RotationDesc {
         let mut desc = RotationDesc::default();
-        // The first of the powers is a move by one.
-        desc.pairs.iter_mut().zip(&self.powers[..self.n_pairs]).for_each(|(to, from)| *to = *from);
+        desc.pairs.iter_mut().zip(self.first_powers()).for_each(|(to, from)| *to = from);
         (desc.n_pairs, desc.interleaved) = (self.n_pairs as u32, self.interleaved.into());
         desc
     }
@@ -85,21 +91,25 @@ impl Rotation {
     }
 
     /// Works out the angles of a distance.
+    #[inline(always)]
     pub fn angles(&self, distance: i32, out: &mut Angles) {
+        let n = self.n_pairs;
         out.pairs.clear();
-        out.pairs.resize(self.n_pairs, [1.0, 0.0]);
+        out.pairs.resize(n, 1.0);
+        out.pairs.resize(2 * n, 0.0);
+        let (cos, sin) = out.pairs.split_at_mut(n);
         let magnitude = distance.unsigned_abs();
         for bit in (0..BITS).filter(|bit| magnitude >> bit & 1 == 1) {
-            let powers = &self.powers[bit * self.n_pairs..][..self.n_pairs];
-            for ([cos, sin], [c, s]) in out.pairs.iter_mut().zip(powers) {
+            let (c, s) = self.powers[bit * 2 * n..][..2 * n].split_at(n);
+            for ((cos, sin), (c, s)) in cos.iter_mut().zip(&mut *sin).zip(c.iter().zip(s)) {
                 (*cos, *sin) = (*cos * c - *sin * s, *cos * s + *sin * c);
             }
         }
         let sign = if distance < 0 { -1.0 } else { 1.0 };
         out.cos.clear();
         out.sin.clear();
-        out.cos.extend(out.pairs.iter().map(|[cos, _]| *cos as f32));
-        out.sin.extend(out.pairs.iter().map(|[_, sin]| (sign * sin) as f32));
+        out.cos.extend(cos.iter().map(|cos| *cos as f32));
+        out.sin.extend(sin.iter().map(|sin| (sign * sin) as f32));
     }
 
     /// Turns a row by the distance of `angles`.
@@ -108,8 +118,42 @@ impl Rotation {
     }
 
     /// Undoes [`Rotation::turn`].
+    #[inline(always)]
     pub fn turn_back(&self, row: &mut [f32], angles: &Angles) {
         self.turn_with(row, angles, -1.0);
+    }
+
+    /// What a key that turns by an angle adds to its score: by the cosine of that angle, `cos[pair]`, by its sine, `sin[pair]`, and
+    /// what does not turn at all.
+    #[inline(always)]
+    pub(crate) fn products(&self, query: &[f32], key: &[f32], cos: &mut [f32], sin: &mut [f32]) -> f32 {
+        let (cos, sin) = (&mut cos[..self.n_pairs], &mut sin[..self.n_pairs]);
+        let ((q, q_rest), (k, k_rest)) = (query.split_at(2 * self.n_pairs), key.split_at(2 * self.n_pairs));
+        let mut set = |i: usize, [qx, qy]: [f32; 2], [kx, ky]: [f32; 2]| {
+            (cos[i], sin[i]) = (qx * kx + qy * ky, qy * kx - qx * ky);
+        };
+        if self.interleaved {
+            for (i, (q, k)) in q.chunks_exact(2).zip(k.chunks_exact(2)).enumerate() {
+                set(i, [q[0], q[1]], [k[0], k[1]]);
+            }
+        } else {
+            let ((qx, qy), (kx, ky)) = (q.split_at(self.n_pairs), k.split_at(self.n_pairs));
+            for (i, ((qx, qy), (kx, ky))) in qx.iter().zip(qy).zip(kx.iter().zip(ky)).enumerate() {
+                set(i, [*qx, *qy], [*kx, *ky]);
+            }
+        }
+        q_rest.iter().zip(k_rest).map(|(q, k)| q * k).sum()
+    }
+
+    /// A row turned by a distance, which need not be whole, in double precision.
+    pub(crate) fn turned(&self, row: &[f32], distance: f64) -> Vec<f32> {
+        let mut out = row.to_vec();
+        for (i, w) in self.frequencies().enumerate() {
+            let (x, y) = if self.interleaved { (2 * i, 2 * i + 1) } else { (i, self.n_pairs + i) };
+            let ((sin, cos), a, b) = ((w * distance).sin_cos(), f64::from(row[x]), f64::from(row[y]));
+            (out[x], out[y]) = ((a * cos - b * sin) as f32, (a * sin + b * cos) as f32);
+        }
+        out
     }
 
     #[inline(always)]

@@ -65,7 +65,8 @@ pub(super) fn run(
     let n_rows = work.slopes.len();
     work.query_turned = 0;
     key.layout.codec.begin_query(&work.q, &mut work.query);
-    work.state.reset(n_rows, value.layout.head_dim);
+    let predictor = layout.predictor();
+    work.state.reset(n_rows, value.layout.head_dim, predictor.map_or(0, |predictor| predictor.n_sums()));
     work.pooled.clear();
     work.pooled.extend(
         pool::cells(key).map(|cell| cell.filter(|cell| is_in_page(args, *cell)).map_or(-1, |cell| cell as i32)),
@@ -81,8 +82,8 @@ pub(super) fn run(
                 work.probabilities.resize(n_rows, columns);
                 page_scores(layout, args, key, page, visible, work);
                 softmax(layout, args, visible, columns, work);
-                if let Some(predictor) = layout.predictor() {
-                    predictor.accumulate(key.page(page), &mut work.probabilities, &mut work.state.exact);
+                if let Some(predictor) = predictor {
+                    predictor.accumulate(key.page(page), &mut work.probabilities, &mut work.state.predicted);
                 }
                 value.layout.codec.accumulate(value.page(page), &mut work.probabilities, &mut work.state.packed);
             }
@@ -113,6 +114,9 @@ pub(super) fn run(
                 });
             }
         }
+    }
+    if let Some(predictor) = predictor {
+        predictor.finish(head, &work.state.predicted, &mut work.state.exact);
     }
     emit_rows(layout, args, head, tokens, split, work, emit);
 }

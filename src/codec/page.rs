@@ -115,6 +115,14 @@ pub(crate) trait ValuePredictor {
     /// Adds what a key page predicts of the value of one row.
     fn add(&self, page: PageRef, row: usize, value: &mut [f32]);
 
-    /// Adds `sum_t p[row * page + t] * predicted[t]` to `out[row * head_dim_v + channel]`.
-    fn accumulate(&self, page: PageRef, p: &mut Probabilities, out: &mut [f32]);
+    /// Length of a row of sums.
+    fn n_sums(&self) -> usize;
+
+    /// Adds what a page gives to the sums of each row, `[row][n_sums]`: linear in the weights, so that sums of pages, scaled as
+    /// outputs are, add up.
+    fn accumulate(&self, page: PageRef, p: &mut Probabilities, sums: &mut [f32]);
+
+    /// Adds what the sums of all pages of KV head `head` predict, once they are complete: `sum_t p[row][t] * predicted[t]`, to
+    /// `out[row * head_dim_v + channel]`.
+    fn finish(&self, head: usize, sums: &[f32], out: &mut [f32]);
 }

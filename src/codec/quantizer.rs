@@ -10,7 +10,7 @@ use super::float8::{e4m3_decode, e4m3_encode, inverse_power, power, scale_decode
 use crate::cuda::desc::{SideDesc, CLIP_AUTO, CLIP_CELLS, CLIP_FACTOR};
 use crate::error::{Error, Result, Status};
 
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// How the range that the codes cover is chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -4,6 +4,7 @@
 use super::hadamard;
 use super::quantizer::{abs_max, sum};
 use crate::codec::float8::factor;
+use crate::rotation::Angles;
 use crate::shape::MAX_HEAD_DIM;
 
 /// Largest magnitude of one int8 coefficient.
@@ -53,14 +54,12 @@ pub(crate) struct Framed {
     pub(crate) rows: Vec<f32>,
     /// Turned back to where the page is.
     pub(crate) turned: Vec<f32>,
-    /// What meets the coefficients of keys.
-    pub(crate) coefficients: Vec<f32>,
-    /// Those of them that the page codes.
-    pub(crate) coded: Vec<f32>,
-    /// Scores with the bias.
-    pub(crate) scores: Vec<f32>,
-    /// What they are prepared for: position, KV head, number of coded coefficients.
-    pub(crate) place: Option<(i32, usize, usize)>,
+    /// By how much.
+    pub(crate) angles: Angles,
+    /// What meets the curves of a page, mirrored and negated ones.
+    pub(crate) factors: [Vec<f32>; 2],
+    /// Sums of these.
+    pub(crate) curves: [Vec<f32>; 2],
 }
 
 impl Query {
@@ -90,6 +89,14 @@ impl Query {
             self.exponents.extend_from_slice(exponents);
         }
         changed
+    }
+
+    /// Room for `n_rows` rows of `dim`, all zero, that kernels take as they are: what [`Query::rotated`] gives.
+    pub(crate) fn plain_rows(&mut self, n_rows: usize, dim: usize) -> &mut [f32] {
+        self.n_rows = n_rows;
+        self.rotated.clear();
+        self.rotated.resize(n_rows * dim, 0.0);
+        &mut self.rotated
     }
 
     /// The rows before rounding, `[n_rows][head_dim]`.
@@ -211,18 +218,8 @@ pub(crate) struct Probabilities {
     pub(crate) offset: Vec<f32>,
     /// Rows that [`is_coarse`] names.
     pub(crate) coarse: Vec<usize>,
-    pub(crate) predicting: Predicting,
-}
-
-/// Scratch of a value predictor.
-#[derive(Default, Debug)]
-pub(crate) struct Predicting {
-    /// `[head_dim_k][page]`: decoded keys.
+    /// `[head_dim_k][page]`: decoded keys, of which values are predicted.
     pub(crate) keys: Vec<f32>,
-    /// `[n_rows][page]`: the weights of values that are predicted.
-    pub(crate) weights: Vec<f32>,
-    /// `[n_rows][head_dim_k]`: sums of keys.
-    pub(crate) sums: Vec<f32>,
 }
 
 impl Probabilities {

@@ -53,6 +53,9 @@ impl Vector for Avx2 {
         fn largest(x: __m256) -> f32 = reduce_max(x);
         fn sums(x: &[__m256; MAX_LANES]) -> __m256 = sums(x);
 
+        fn load_i32(x: &[i32], at: usize) -> __m256i = load_i32(x, at);
+        fn store_i32(x: &mut [i32], at: usize, value: __m256i) = store_i32(x, at, value);
+        fn add_words(sum: __m256i, a: __m256i, b: __m256i) -> __m256i = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
         fn splat_i32(x: i32) -> __m256i = _mm256_set1_epi32(x);
         fn add_i32(a: __m256i, b: __m256i) -> __m256i = _mm256_add_epi32(a, b);
         fn and(a: __m256i, b: __m256i) -> __m256i = _mm256_and_si256(a, b);
@@ -146,6 +149,24 @@ fn store_bytes(x: &mut [i8], at: usize, value: __m256i) {
     let x = &mut x[at..at + 32];
     let value = _mm256_permutevar8x32_epi32(value, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     // SAFETY: the slice holds 32 bytes.
+    unsafe { _mm256_storeu_si256(x.as_mut_ptr().cast(), value) }
+}
+
+/// Eight integers at `x[at..]`, bounds checked.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_i32(x: &[i32], at: usize) -> __m256i {
+    let x = &x[at..at + 8];
+    // SAFETY: the slice holds eight integers.
+    unsafe { _mm256_loadu_si256(x.as_ptr().cast()) }
+}
+
+/// Stores eight integers at `x[at..]`, bounds checked.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_i32(x: &mut [i32], at: usize, value: __m256i) {
+    let x = &mut x[at..at + 8];
+    // SAFETY: the slice holds eight integers.
     unsafe { _mm256_storeu_si256(x.as_mut_ptr().cast(), value) }
 }
 

@@ -55,6 +55,9 @@ impl Vector for Avx512 {
         fn largest(x: __m512) -> f32 = _mm512_reduce_max_ps(x);
         fn sums(x: &[__m512; MAX_LANES]) -> __m512 = sums(x);
 
+        fn load_i32(x: &[i32], at: usize) -> __m512i = load_i32(x, at);
+        fn store_i32(x: &mut [i32], at: usize, value: __m512i) = store_i32(x, at, value);
+        fn add_words(sum: __m512i, a: __m512i, b: __m512i) -> __m512i = _mm512_dpwssd_epi32(sum, a, b);
         fn splat_i32(x: i32) -> __m512i = _mm512_set1_epi32(x);
         fn add_i32(a: __m512i, b: __m512i) -> __m512i = _mm512_add_epi32(a, b);
         fn and(a: __m512i, b: __m512i) -> __m512i = _mm512_and_si512(a, b);
@@ -154,6 +157,24 @@ fn byte_order() -> __m512i {
 pub(crate) fn store_bytes(x: &mut [i8], at: usize, value: __m512i) {
     let x = &mut x[at..at + 64];
     // SAFETY: the slice holds 64 bytes.
+    unsafe { _mm512_storeu_si512(x.as_mut_ptr().cast(), value) }
+}
+
+/// Sixteen integers at `x[at..]`, bounds checked.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_i32(x: &[i32], at: usize) -> __m512i {
+    let x = &x[at..at + 16];
+    // SAFETY: the slice holds sixteen integers.
+    unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
+}
+
+/// Stores sixteen integers at `x[at..]`, bounds checked.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_i32(x: &mut [i32], at: usize, value: __m512i) {
+    let x = &mut x[at..at + 16];
+    // SAFETY: the slice holds sixteen integers.
     unsafe { _mm512_storeu_si512(x.as_mut_ptr().cast(), value) }
 }
 

@@ -11,7 +11,7 @@ pub(crate) struct ExactRows<'a> {
     pub(crate) dim: usize,
 }
 
-/// Running softmax state of the rows of one query tile: maximum, sum, and the two outputs that share them.
+/// Running softmax state of the rows of one query tile: maximum, sum, and the outputs that share them.
 #[derive(Default, Debug)]
 pub(crate) struct State {
     /// `[row]`
@@ -22,6 +22,8 @@ pub(crate) struct State {
     pub(crate) packed: Vec<f32>,
     /// `[row][head_dim_v]`, from exact rows.
     pub(crate) exact: Vec<f32>,
+    /// `[row][n_sums]` of the keys' predictor (`codec::page::ValuePredictor`); empty: values are not predicted.
+    pub(crate) predicted: Vec<f32>,
 }
 
 /// How raw scores become logits.

@@ -93,7 +93,7 @@ pub(super) fn score_rows<V: Vector, const Q: usize>(
 }
 
 #[inline(always)]
-fn exact_accumulate<V: Vector>(v: V, p: &[f32], columns: usize, rows: ExactRows, acc: &mut [f32]) {
+pub(crate) fn exact_accumulate<V: Vector>(v: V, p: &[f32], columns: usize, rows: ExactRows, acc: &mut [f32]) {
     let n_q = acc.len() / rows.dim;
     let mut row = 0;
     while row < n_q {

@@ -2,7 +2,7 @@
 
 pub(crate) mod exact;
 pub mod isa;
-mod loops;
+pub(crate) mod loops;
 pub(crate) mod scalar;
 pub(crate) mod vector;
 

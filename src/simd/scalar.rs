@@ -66,13 +66,14 @@ pub(super) fn copy_finite(from: &[f32], to: &mut [f32]) {
 }
 
 impl State {
-    /// Clears the state for `n_rows` rows of `dim` outputs.
-    pub(crate) fn reset(&mut self, n_rows: usize, dim: usize) {
+    /// Clears the state for `n_rows` rows of `dim` outputs and `n_sums` sums.
+    pub(crate) fn reset(&mut self, n_rows: usize, dim: usize, n_sums: usize) {
         for (values, n, value) in [
             (&mut self.max, n_rows, f32::NEG_INFINITY),
             (&mut self.sum, n_rows, 0.0),
             (&mut self.packed, n_rows * dim, 0.0),
             (&mut self.exact, n_rows * dim, 0.0),
+            (&mut self.predicted, n_rows * n_sums, 0.0),
         ] {
             values.clear();
             values.resize(n, value);
@@ -86,9 +87,9 @@ impl State {
             return;
         }
         let factor = (old - max).exp();
-        let dim = self.packed.len() / self.max.len();
         self.sum[row] *= factor;
-        for out in [&mut self.packed, &mut self.exact] {
+        for out in [&mut self.packed, &mut self.exact, &mut self.predicted] {
+            let dim = out.len() / self.max.len();
             out[row * dim..(row + 1) * dim].iter_mut().for_each(|x| *x *= factor);
         }
     }

@@ -67,6 +67,12 @@ pub(crate) trait Vector: Copy + fmt::Debug + Send + Sync + 'static {
 
     /// `x` in every lane.
     fn splat_i32(self, x: i32) -> Self::I32;
+    /// The integers at `x[at..]`, bounds checked.
+    fn load_i32(self, x: &[i32], at: usize) -> Self::I32;
+    /// Stores to `x[at..]`, bounds checked.
+    fn store_i32(self, x: &mut [i32], at: usize, value: Self::I32);
+    /// `sum` plus the products of the lower and of the upper 16 bits of each pair of integers, of which none is -2^15.
+    fn add_words(self, sum: Self::I32, a: Self::I32, b: Self::I32) -> Self::I32;
     /// `a + b`, wrapping.
     fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// `a & b`

@@ -8,17 +8,21 @@ use std::sync::Arc;
 
 use nalgebra::DMatrix;
 
-use super::AquaParams;
-use crate::codec::quantizer::dot;
+use super::curves::Curves;
+use super::words::Words;
+use super::{AquaParams, MAX_DIM};
+use crate::codec::quantizer::LANES;
+use crate::codec::query::Framed;
 use crate::error::{Error, Result, Status};
 use crate::profile::LayerProfile;
 use crate::rotation::{Angles, Rotation};
-use crate::simd::exact::{ExactRows, Kernels};
 
 /// What is known of the frames of a layer's pages. Immutable.
 #[derive(Debug)]
 pub(crate) struct Frame {
-    rotation: Rotation,
+    pub(super) rotation: Rotation,
+    /// What the bias adds to scores.
+    pub(super) curves: Curves,
     heads: Vec<HeadFrame>,
     pub(super) dim_k: usize,
     pub(super) dim_v: usize,
@@ -31,14 +35,17 @@ pub(crate) struct Frame {
 pub(super) struct HeadFrame {
     /// `R(j) beta`, `[page][dim_k]`; empty: none.
     pub(super) bias: Vec<f32>,
-    /// `T`, `[dim_k][dim_k]`; empty: the identity.
+    /// The same in the middle of a page, `[dim_k]`.
+    pub(super) middle: Vec<f32>,
+    /// `T`, transposed: `[dim_k][coefficient]`; empty: the identity.
     transform: Vec<f32>,
-    /// Its inverse.
-    inverse: Vec<f32>,
-    /// `W`, `[dim_v][dim_k]`, of what is coded; empty: values are not predicted.
+    /// Its inverse, transposed: `[coefficient][dim_k]`.
+    pub(super) directions: Vec<f32>,
+    /// The same for queries.
+    pub(super) words: Words,
+    /// `W` of what is coded, transposed, `[dim_k][dim_v]`, and behind it `b`: what sums of keys, and of weights, are multiplied by.
+    /// Whole groups of 16 rows; empty: values are not predicted.
     pub(super) predictor: Vec<f32>,
-    /// The same as `[dim_k][dim_v]`.
-    pub(super) by_key: Vec<f32>,
     /// `b`, `[dim_v]`.
     pub(super) offset: Vec<f32>,
 }
@@ -58,9 +65,10 @@ pub(crate) struct Place {
 
 impl Frame {
     /// A frame that knows nothing: keys do not turn, nothing is taken off.
-    pub(super) fn identity(dim_k: usize) -> Self {
+    pub(super) fn identity(dim_k: usize, page: usize) -> Self {
         let rotation = Rotation::none();
-        Frame { rotation, heads: vec![HeadFrame::default()], dim_k, dim_v: dim_k, hash: 0 }
+        let curves = Curves::new(&rotation, page);
+        Frame { rotation, curves, heads: vec![HeadFrame::default()], dim_k, dim_v: dim_k, hash: 0 }
     }
 
     /// What a profile says, as far as the recipe wants it, for pages of `page` rows.
@@ -74,12 +82,17 @@ impl Frame {
         let heads = (0..shape.n_kv_heads as usize)
             .map(|head| HeadFrame::new(profile, params, page, head))
             .collect::<Result<Vec<_>>>()?;
-        Ok(Frame { rotation: profile.rotation.clone(), heads, dim_k, dim_v, hash: profile.hash() })
+        let curves = Curves::new(&profile.rotation, page);
+        Ok(Frame { rotation: profile.rotation.clone(), curves, heads, dim_k, dim_v, hash: profile.hash() })
     }
 
     pub(super) fn head(&self, place: Place) -> &HeadFrame {
         // A crafted page may name a head that does not exist.
-        &self.heads[place.head.min(self.heads.len() - 1)]
+        self.head_of(place.head.min(self.heads.len() - 1))
+    }
+
+    pub(super) fn head_of(&self, head: usize) -> &HeadFrame {
+        &self.heads[head]
     }
 
     pub(super) fn predicts(&self) -> bool {
@@ -87,28 +100,29 @@ impl Frame {
     }
 
     /// Takes the key of row `row` to what is coded, in place. `angles` are those of `place.first`.
+    #[inline(always)]
     pub(super) fn enter(&self, place: Place, angles: &Angles, row: usize, key: &mut [f32]) {
         let (head, dim) = (self.head(place), self.dim_k);
         self.rotation.turn_back(key, angles);
-        if place.biased && !head.bias.is_empty() {
-            key.iter_mut().zip(&head.bias[row * dim..][..dim]).for_each(|(x, b)| *x -= b);
+        if let Some(bias) = head.bias_of(place, row, dim) {
+            key.iter_mut().zip(bias).for_each(|(x, b)| *x -= b);
         }
-        multiply(&head.transform, key);
+        multiply_in_place(&head.transform, key);
     }
 
     /// The way back.
     pub(super) fn leave(&self, place: Place, angles: &Angles, row: usize, key: &mut [f32]) {
         let (head, dim) = (self.head(place), self.dim_k);
         self.untransform(place, key);
-        if place.biased && !head.bias.is_empty() {
-            key.iter_mut().zip(&head.bias[row * dim..][..dim]).for_each(|(x, b)| *x += b);
+        if let Some(bias) = head.bias_of(place, row, dim) {
+            key.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
         }
         self.rotation.turn(key, angles);
     }
 
     /// From coefficients to the frame.
     pub(super) fn untransform(&self, place: Place, key: &mut [f32]) {
-        multiply(&self.head(place).inverse, key);
+        multiply_in_place(&self.head(place).directions, key);
     }
 
     pub(super) fn angles(&self, place: Place) -> Angles {
@@ -117,28 +131,23 @@ impl Frame {
         angles
     }
 
-    /// Takes query rows into the frame: `turned` (`R(-s) q`), which meets the bias, from what is there, and in
-    /// `coefficients` (`T^-T R(-s) q`) what meets the codes.
-    pub(super) fn enter_queries(
-        &self,
-        place: Place,
-        turned: &mut [f32],
-        coefficients: &mut Vec<f32>,
-        kernels: &dyn Kernels,
-    ) {
-        let (head, dim, angles) = (self.head(place), self.dim_k, self.angles(place));
-        turned.chunks_exact_mut(dim).for_each(|row| self.rotation.turn_back(row, &angles));
-        coefficients.clear();
-        if head.inverse.is_empty() {
-            coefficients.extend_from_slice(turned);
-            return;
+    /// Turns query rows back to where the page is: they meet the bias there, and `T^-T` takes them to what meets the codes.
+    #[inline(always)]
+    pub(super) fn turn_queries(&self, place: Place, framed: &mut Framed) {
+        self.rotation.angles(place.first, &mut framed.angles);
+        framed.turned.clone_from(&framed.rows);
+        for row in framed.turned.chunks_exact_mut(self.dim_k) {
+            self.rotation.turn_back(row, &framed.angles);
         }
-        coefficients.resize(turned.len(), 0.0);
-        kernels.exact_accumulate(turned, dim, ExactRows { data: &head.inverse, n: dim, dim }, coefficients);
     }
 }
 
 impl HeadFrame {
+    /// What has been taken off the keys in row `row` of a page.
+    pub(super) fn bias_of(&self, place: Place, row: usize, dim: usize) -> Option<&[f32]> {
+        (place.biased && !self.bias.is_empty()).then(|| &self.bias[row * dim..][..dim])
+    }
+
     fn new(profile: &LayerProfile, params: &AquaParams, page: usize, head: usize) -> Result<Self> {
         let (k, v) = (profile.shape.head_dim_k as usize, profile.shape.head_dim_v as usize);
         let of_head = |array: &[f32], size: usize| array[head * size..][..size].to_vec();
@@ -155,9 +164,15 @@ impl HeadFrame {
                 format!("the profile's key transform of head {head} has no inverse"),
             ));
         };
-        let mut frame = HeadFrame { transform: row_major(&transform), inverse: row_major(&inverse), ..Self::default() };
+        let mut frame = HeadFrame {
+            transform: row_major(&transform.transpose()),
+            directions: row_major(&inverse.transpose()),
+            words: Words::new(&row_major(&inverse), k),
+            ..Self::default()
+        };
         if params.bias {
             let (bias, mut angles) = (of_head(&profile.key_bias, k), Angles::default());
+            frame.middle = profile.rotation.turned(&bias, (page as f64 - 1.0) / 2.0);
             for row in 0..page {
                 profile.rotation.angles(row as i32, &mut angles);
                 let first = frame.bias.len();
@@ -168,8 +183,10 @@ impl HeadFrame {
         if params.predict {
             let predictor = of_head(&profile.predictor, k * v).into_iter().map(f64::from);
             let predictor = DMatrix::from_row_iterator(v, k, predictor) * inverse;
-            (frame.predictor, frame.by_key) = (row_major(&predictor), row_major(&predictor.transpose()));
+            frame.predictor = row_major(&predictor.transpose());
             frame.offset = of_head(&profile.offset, v);
+            frame.predictor.extend_from_slice(&frame.offset);
+            frame.predictor.resize((k + 1).next_multiple_of(16) * v, 0.0);
         }
         Ok(frame)
     }
@@ -179,15 +196,37 @@ fn row_major(matrix: &DMatrix<f64>) -> Vec<f32> {
     matrix.transpose().iter().map(|x| *x as f32).collect()
 }
 
-/// `x = matrix x`; an empty matrix is the identity.
-fn multiply(matrix: &[f32], x: &mut [f32]) {
-    if matrix.is_empty() {
+/// `x = matrix x`, as [`multiply`]; an empty matrix is the identity.
+#[inline(always)]
+fn multiply_in_place(transposed: &[f32], x: &mut [f32]) {
+    if transposed.is_empty() {
         return;
     }
-    let mut from = [0f32; crate::shape::MAX_HEAD_DIM as usize];
+    let mut from = [0f32; MAX_DIM];
     let from = &mut from[..x.len()];
     from.copy_from_slice(x);
-    for (x, row) in x.iter_mut().zip(matrix.chunks_exact(from.len())) {
-        *x = dot(row, from);
+    multiply(transposed, from, x);
+}
+
+/// `out = matrix x` with a matrix that is given as `[x.len()][out.len()]`. Each sum is that of [`dot`](crate::codec::quantizer::dot),
+/// bit for bit, but those of several rows are made at once.
+#[inline(always)]
+pub(super) fn multiply(transposed: &[f32], x: &[f32], out: &mut [f32]) {
+    let n = out.len();
+    for (block, out) in out.chunks_exact_mut(ROWS).enumerate() {
+        let mut lanes = [[0f32; ROWS]; LANES];
+        for (i, x) in x.chunks_exact(LANES).enumerate() {
+            for (k, (x, lane)) in x.iter().zip(&mut lanes).enumerate() {
+                let column = &transposed[(i * LANES + k) * n + block * ROWS..][..ROWS];
+                lane.iter_mut().zip(column).for_each(|(lane, m)| *lane += x * m);
+            }
+        }
+        out.fill(0.0);
+        for lane in &lanes {
+            out.iter_mut().zip(lane).for_each(|(out, x)| *out += x);
+        }
     }
 }
+
+/// Rows of a matrix that are summed at once.
+const ROWS: usize = 16;

@@ -1,28 +1,19 @@
-//! The one kernel that codec `aqua` has beside those of codec `channel` and of exact rows.
+//! The table of kernels of codec `aqua`, beside those of codec `channel`, which it calls.
 #![forbid(unsafe_code)]
 
-use crate::codec::channel::scalar::decode_page;
-use crate::codec::channel::ChannelCodec;
+use super::frame::Place;
+use super::AquaCodec;
 use crate::codec::page::PageRef;
-use crate::simd::isa::Scalar;
-use crate::simd::vector::Vector;
+use crate::codec::query::{Probabilities, Query};
 
-pub(super) trait Kernels {
-    /// See [`decode_page`].
-    fn decode_page(&self, codec: &ChannelCodec, page: PageRef, out: &mut [f32]);
-}
-
-impl Kernels for Scalar {
-    fn decode_page(&self, codec: &ChannelCodec, page: PageRef, out: &mut [f32]) {
-        decode_page(codec, page, out);
-    }
-}
-
-impl<V: Vector> Kernels for V {
-    fn decode_page(&self, codec: &ChannelCodec, page: PageRef, out: &mut [f32]) {
-        self.run(
-            #[inline(always)]
-            move |_| decode_page(codec, page, out),
-        );
-    }
+pub(super) trait Kernels: std::fmt::Debug + Send + Sync {
+    /// Takes keys `[at.len()][head_dim]` to what is coded. Numbers are equal on every instruction set.
+    fn enter(&self, codec: &AquaCodec, place: Place, at: &[u32], keys: &mut [f32]);
+    /// What the rows `at` of a sealed page predict, whether it is used or not, `[at.len()][head_dim_v]`. Equal as well.
+    fn predict(&self, codec: &AquaCodec, page: PageRef, at: &[u32], out: &mut [f32]);
+    /// `scores[row * page + token]` of all query rows.
+    fn scores(&self, codec: &AquaCodec, page: PageRef, query: &mut Query, scores: &mut [f32]);
+    /// Adds to `sums[row * n_sums + c]` the coefficients of all keys whose values are predicted, each times its token's weight,
+    /// and behind those of a row the weights.
+    fn add_keys(&self, codec: &AquaCodec, page: PageRef, p: &mut Probabilities, sums: &mut [f32]);
 }

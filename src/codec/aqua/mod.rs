@@ -10,9 +10,13 @@
 //! chosen, what is decoded is what was coded: it costs bits, never correctness.
 #![deny(unsafe_code)]
 
+mod curves;
 mod frame;
 mod kernels;
 mod predict;
+mod scalar;
+mod vector;
+mod words;
 
 #[cfg(test)]
 mod tests;
@@ -24,19 +28,20 @@ use super::channel::{ChannelCodec, ChannelParams};
 use super::float8::{e4m3_decode, e4m3_encode, inverse_power, power};
 use super::mixed::{MAX_BITS, SEGMENT};
 use super::page::{PageCodec, PageRef, SealRows, ValuePredictor};
-use super::quantizer::{dot, mean_row};
-use super::query::{Framed, Probabilities, Query};
+use super::quantizer::mean_row;
+use super::query::{Probabilities, Query};
 use crate::cuda::desc::SideDesc;
 use crate::error::{Error, Result, Status};
 use crate::profile::Profile;
 use crate::shape::{Shape, MAX_HEAD_DIM};
-use crate::simd::exact::ExactRows;
-use crate::simd::isa::IsaToken;
-use crate::simd::kernels;
+use crate::simd::isa::{kernels_of, IsaToken};
 use frame::{Frame, Place};
+use kernels::Kernels;
 
 /// Raised whenever the same rows would seal to other bytes, or the same bytes would mean other rows.
 pub const FORMAT_VERSION: u32 = 1;
+
+const MAX_DIM: usize = MAX_HEAD_DIM as usize;
 
 /// Where the tail's parts are.
 const FIRST: std::ops::Range<usize> = 0..4;
@@ -100,12 +105,13 @@ pub struct AquaCodec {
     frame: Arc<Frame>,
     page: usize,
     token: IsaToken,
+    kernels: &'static dyn Kernels,
 }
 
 impl AquaCodec {
     /// The codec without a profile, which knows how large pages are.
     pub(super) fn unprofiled(params: &AquaParams, head_dim: usize, page: usize, token: IsaToken) -> Result<Self> {
-        Self::with_frame(params, Frame::identity(head_dim), page, token)
+        Self::with_frame(params, Frame::identity(head_dim, page), page, token)
     }
 
     /// The codec for a layer.
@@ -130,7 +136,8 @@ impl AquaCodec {
         let most = if params.klt { fewest.max((n - 1).min(budget)) } else { n };
         let inner = |n| ChannelCodec::with_budget(&params.channel, n * SEGMENT, page, budget, token);
         let inners = (fewest..=most).map(inner).collect();
-        Ok(Self { params: params.clone(), inners, frame: Arc::new(frame), page, token })
+        let kernels = kernels_of!(token => dyn Kernels);
+        Ok(Self { params: params.clone(), inners, frame: Arc::new(frame), page, token, kernels })
     }
 
     /// How the keys of a page are coded.
@@ -143,11 +150,6 @@ impl AquaCodec {
     fn tail_offset(&self) -> usize {
         let bytes = |inner: &ChannelCodec| inner.used_bytes() + self.frame.dim_k - inner.head_dim;
         self.inners.iter().map(bytes).fold(0, usize::max)
-    }
-
-    /// The coded keys of a page.
-    fn body<'a>(&self, page: PageRef<'a>, place: Place) -> PageRef<'a> {
-        PageRef { header: page.header, bytes: &page.bytes[..self.inner(place).used_bytes()] }
     }
 
     /// The means of the coefficients that a page does not code, into `out[head_dim]`.
@@ -201,8 +203,13 @@ impl AquaCodec {
         best.min_by(|a, b| a.0.total_cmp(&b.0)).map_or(0, |best| best.1)
     }
 
+    /// A bit per row: its value is predicted.
+    fn gates<'a>(&self, bytes: &'a [u8]) -> &'a [u8] {
+        &self.tail(bytes)[GATES..][..self.page / 8]
+    }
+
     fn gate(&self, bytes: &[u8], row: usize) -> bool {
-        self.tail(bytes)[GATES + row / 8] >> (row % 8) & 1 == 1
+        self.gates(bytes)[row / 8] >> (row % 8) & 1 == 1
     }
 
     fn set_gate(&self, bytes: &mut [u8], row: usize, gate: bool) {
@@ -219,7 +226,7 @@ impl AquaCodec {
     /// What a row's key is coded as, decoded.
     fn coefficients(&self, page: PageRef, row: usize, out: &mut [f32]) {
         let place = self.place(page.bytes);
-        self.inner(place).decode(self.body(page, place), row, out);
+        self.inner(place).decode(page, row, out);
         self.read_means(page, place, out);
     }
 }
@@ -236,10 +243,8 @@ impl PageCodec for AquaCodec {
 
     fn seal(&self, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
         let mut place = if rows.fresh { self.choose_place(page, rows) } else { self.place(page) };
-        let (dim, angles) = (self.frame.dim_k, self.frame.angles(place));
-        for (&at, key) in rows.at.iter().zip(rows.rows.chunks_exact_mut(dim)) {
-            self.frame.enter(place, &angles, at as usize, key);
-        }
+        let dim = self.frame.dim_k;
+        self.kernels.enter(self, place, rows.at, rows.rows);
         if rows.fresh {
             place.segments = self.choose_segments(rows.rows);
             page.fill(0);
@@ -261,7 +266,7 @@ impl PageCodec for AquaCodec {
             SealRows { place: None, at, rows: &mut coded, fresh, exact, channel_weights, last_exponents, attention };
         inner.seal(header, body, &mut inner_rows);
         if fresh {
-            let mut mean = [0f32; MAX_HEAD_DIM as usize];
+            let mut mean = [0f32; MAX_DIM];
             mean_row(rows.rows, &mut mean[..dim]);
             let means = rest.iter_mut().zip(&mean[inner.head_dim..dim]);
             means.for_each(|(byte, mean)| *byte = e4m3_encode(mean * inverse_power(header[1])));
@@ -277,43 +282,10 @@ impl PageCodec for AquaCodec {
     fn begin_query(&self, rows: &[f32], query: &mut Query) {
         query.framed.rows.clear();
         query.framed.rows.extend_from_slice(rows);
-        query.framed.place = None;
     }
 
     fn scores(&self, page: PageRef, query: &mut Query, scores: &mut [f32]) {
-        let (place, dim) = (self.place(page.bytes), self.frame.dim_k);
-        let inner = self.inner(place);
-        let framed = &mut query.framed;
-        if framed.place.replace((place.first, place.head, inner.head_dim))
-            != Some((place.first, place.head, inner.head_dim))
-        {
-            framed.turned.clone_from(&framed.rows);
-            self.frame.enter_queries(place, &mut framed.turned, &mut framed.coefficients, kernels(self.token));
-            let mut coded = std::mem::take(&mut framed.coded);
-            coded.clear();
-            for row in framed.coefficients.chunks_exact(dim) {
-                coded.extend_from_slice(&row[..inner.head_dim]);
-                coded.resize(coded.len().next_multiple_of(inner.query_dim()), 0.0);
-            }
-            inner.begin_query(&coded, query);
-            query.framed.coded = coded;
-        }
-        inner.scores(self.body(page, place), query, scores);
-        let mut means = [0f32; MAX_HEAD_DIM as usize];
-        let means = &mut means[..dim];
-        self.read_means(page, place, means);
-        let Framed { turned, coefficients, scores: of_bias, .. } = &mut query.framed;
-        for (y, scores) in coefficients.chunks_exact(dim).zip(scores.chunks_exact_mut(self.page)) {
-            let of_means = dot(y, means);
-            scores.iter_mut().for_each(|score| *score += of_means);
-        }
-        let bias = &self.frame.head(place).bias;
-        if place.biased && !bias.is_empty() {
-            of_bias.resize(turned.len() / dim * self.page, 0.0);
-            let rows = ExactRows { data: bias, n: self.page, dim };
-            kernels(self.token).exact_scores(turned, rows, of_bias, self.page);
-            scores.iter_mut().zip(&*of_bias).for_each(|(score, of_bias)| *score += of_bias);
-        }
+        self.kernels.scores(self, page, query, scores);
     }
 
     fn accumulate(&self, _page: PageRef, _p: &mut Probabilities, _acc: &mut [f32]) {

@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 use super::{AquaCodec, AquaParams};
+use crate::codec::channel::scalar::decode_page;
 use crate::codec::channel::ChannelCodec;
+use crate::codec::mixed::NMSE;
 use crate::codec::page::{PageCodec, PageRef, RowPlaces, SealRows};
 use crate::codec::query::{Probabilities, Query};
 use crate::codec::CodecParams;
@@ -38,7 +40,7 @@ struct Page {
 impl Page {
     fn new(codec: &dyn PageCodec, keys: &[f32], positions: &[i32]) -> Self {
         let mut page = Page { header: [0; 4], bytes: vec![0; codec.page_bytes()] };
-        page.seal(codec, &(0..PAGE as u32).collect::<Vec<_>>(), keys, positions, true);
+        page.seal(codec, &(0..positions.len() as u32).collect::<Vec<_>>(), keys, positions, true);
         page
     }
 
@@ -220,7 +222,9 @@ fn attention_reads_what_decoding_gives() {
         p.p.iter_mut().for_each(|p| *p = rng.below(100) as f32 / 1000.0);
         let weights = p.p.clone();
         let (mut out, mut want) = (vec![1f32; 2 * DIM], vec![1f64; 2 * DIM]);
-        predictor.accumulate(page.as_ref(), &mut p, &mut out);
+        let mut sums = vec![0f32; 2 * predictor.n_sums()];
+        predictor.accumulate(page.as_ref(), &mut p, &mut sums);
+        predictor.finish(1, &sums, &mut out);
         for row in 0..PAGE {
             let mut value = [0f32; DIM];
             predictor.add(page.as_ref(), row, &mut value);
@@ -233,22 +237,74 @@ fn attention_reads_what_decoding_gives() {
     }
 }
 
-/// All rows at once are the rows one by one, on every instruction set.
+/// Every instruction set gives what the specification gives, for heads and pages of all sizes and any number of rows.
+#[test]
+fn kernels_follow_the_specification() {
+    let mut rng = Rng::new(8);
+    for (dim, page, spec) in [
+        (64, 128, "aqua"),
+        (64, 128, "aqua:klt=0"),
+        (96, 64, "aqua:k=3"),
+        (128, 128, "aqua:bias=0"),
+        (128, 64, "aqua:k=4"),
+        (256, 256, "aqua"),
+    ] {
+        let shape = Shape { head_dim_k: dim as u32, head_dim_v: dim as u32, ..SHAPE };
+        let params = params(spec, &profile::profile(shape, 4));
+        let of = |isa| Some(AquaCodec::new(&params, 0, shape, page, IsaToken::new(isa)?).unwrap());
+        let reference = of(Isa::Scalar).unwrap();
+        let positions: Vec<i32> = (40_000..40_000 + page as i32).collect();
+        let keys: Vec<f32> = rng.values(page * dim).iter().enumerate().map(|(i, x)| x * (i % dim % 9) as f32).collect();
+        let mut sealed = Page::new(&reference, &keys, &positions);
+        (0..page).for_each(|row| reference.set_gate(&mut sealed.bytes, row, row % 3 > 0));
+        let n_rows = 7;
+        let queries = rng.values(n_rows * dim);
+        // Of like size, one that outweighs all others, none.
+        let mut p = Probabilities::default();
+        p.resize(n_rows, page);
+        for (row, p) in p.p.chunks_exact_mut(page).enumerate() {
+            p.iter_mut().for_each(|p| *p = [1.0, 1e-2, 0.0][row % 3] * rng.normal().abs());
+            p[4] += [0.0, 8.0, 0.0][row % 3];
+        }
+        let n_sums = dim + 1;
+        let attended = |codec: &AquaCodec, p: &mut Probabilities, n: usize| {
+            let (mut query, mut scores, mut sums) = (Query::default(), vec![9f32; n * page], vec![0.5f32; n * n_sums]);
+            codec.begin_query(&queries[..n * dim], &mut query);
+            codec.scores(sealed.as_ref(), &mut query, &mut scores);
+            p.n_rows = n;
+            codec.kernels.add_keys(codec, sealed.as_ref(), p, &mut sums);
+            (scores, sums)
+        };
+        let want = attended(&reference, &mut p, n_rows);
+        let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
+        for codec in [Isa::Avx2, Isa::Avx512].into_iter().filter_map(of) {
+            for n in [1, 2, 3, 4, n_rows] {
+                let found = attended(&codec, &mut p, n);
+                let what = format!("{spec} {dim} {page} {:?} {n}", codec.token);
+                for (row, found) in found.0.chunks_exact(page).enumerate() {
+                    let error = nmse(found, &wide(&want.0[row * page..][..page]));
+                    assert!(error < NMSE, "scores, {what}, row {row}: {error}");
+                }
+                for (row, found) in found.1.chunks_exact(n_sums).enumerate() {
+                    let error = nmse(found, &wide(&want.1[row * n_sums..][..n_sums]));
+                    assert!(error < NMSE, "sums, {what}, row {row}: {error}");
+                }
+            }
+        }
+    }
+}
+
+/// All rows at once are the rows one by one.
 #[test]
 fn whole_pages_decode_as_their_rows() {
-    let profile = profile::profile(SHAPE, 3);
-    let keys = Rng::new(7).values(PAGE * DIM);
-    for token in Isa::ALL.into_iter().filter_map(IsaToken::new) {
-        let codec = AquaCodec::new(&params("aqua", &profile), 0, SHAPE, PAGE, token).unwrap();
-        let page = Page::new(&codec, &keys, &(0..PAGE as i32).collect::<Vec<_>>());
-        let place = codec.place(&page.bytes);
-        let inner = codec.inner(place);
-        let (mut all, mut row) = (vec![0f32; inner.head_dim * PAGE], vec![0f32; inner.head_dim]);
-        super::predict::decode_page(&codec, inner, codec.body(page.as_ref(), place), &mut all);
-        for token_row in 0..PAGE {
-            inner.decode(codec.body(page.as_ref(), place), token_row, &mut row);
-            assert!((0..inner.head_dim).all(|c| all[c * PAGE + token_row] == row[c]), "{:?} {token_row}", token.isa());
-        }
+    let codec = codec("aqua", &profile::profile(SHAPE, 3));
+    let page = Page::new(&codec, &Rng::new(7).values(PAGE * DIM), &(0..PAGE as i32).collect::<Vec<_>>());
+    let inner = codec.inner(codec.place(&page.bytes));
+    let (mut all, mut row) = (vec![0f32; inner.head_dim * PAGE], vec![0f32; inner.head_dim]);
+    decode_page(inner, page.as_ref(), &mut all);
+    for token in 0..PAGE {
+        inner.decode(page.as_ref(), token, &mut row);
+        assert!((0..inner.head_dim).all(|c| all[c * PAGE + token] == row[c]), "{token}");
     }
 }
 

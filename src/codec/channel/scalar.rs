@@ -33,9 +33,9 @@ impl Kernels<ChannelCodec> for Scalar {
 type PerChannel = [f32; MAX_DIM];
 
 /// Which channels have how many bits, and in which order they lie.
-struct Order {
-    segments: Segments,
-    channel: [u8; MAX_DIM],
+pub(crate) struct Order {
+    pub(crate) segments: Segments,
+    pub(crate) channel: [u8; MAX_DIM],
 }
 
 /// Steps and mid-points by depth.
@@ -233,7 +233,7 @@ fn read_segments(codec: &ChannelCodec, page: PageRef) -> Segments {
 }
 
 #[inline(always)]
-fn read_order(codec: &ChannelCodec, page: PageRef) -> Order {
+pub(crate) fn read_order(codec: &ChannelCodec, page: PageRef) -> Order {
     let mut order = Order { segments: read_segments(codec, page), channel: [0; MAX_DIM] };
     order.channel.iter_mut().enumerate().for_each(|(c, channel)| *channel = c as u8);
     if codec.params.adaptive {

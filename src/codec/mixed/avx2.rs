@@ -3,11 +3,12 @@
 
 use std::arch::x86_64::*;
 
+use super::lanes_avx2::{lane_sums, quad};
 use super::vector::MixedVector;
 use super::{listed, MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH, NMSE, SEGMENT, SEGMENT_QUADS};
 use crate::codec::quantizer::NORMAL_LEVELS;
 use crate::codec::query::{allowed, is_coarse, REST};
-use crate::codec::tile::avx2::{add_quad, field, load_codes, Sums, MAX_ROWS, STRIP};
+use crate::codec::tile::avx2::{add_quad, Sums, MAX_ROWS, STRIP};
 use crate::codec::tile::vector::{Codes, Coefficients};
 use crate::simd::avx2::{gather, load, load_bytes, prefetch_next, reduce_add, reduce_max, store};
 use crate::simd::isa::Avx2;
@@ -41,6 +42,20 @@ impl MixedVector for Avx2 {
     ) -> Sums<R> {
         // SAFETY: the token proves that the CPU has the instructions.
         unsafe { dot::<NORMAL, R>(tile, segments, codes.bytes, strip, coefficients) }
+    }
+
+    #[inline(always)]
+    fn lane_sums<const R: usize>(
+        self,
+        tile: &MixedTile,
+        segments: &Segments,
+        codes: &[u8],
+        weights: &[i8],
+        out: &mut [f32],
+        stride: usize,
+    ) {
+        // SAFETY: the token proves that the CPU has the instructions.
+        unsafe { lane_sums::<R>(tile, segments, codes, weights, out, stride) }
     }
 
     #[inline(always)]
@@ -247,27 +262,4 @@ fn normal_levels(codes: [__m256i; 2], bits: usize) -> [__m256i; 2] {
     // SAFETY: a row of the table is sixteen bytes.
     let table = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(NORMAL_LEVELS[bits].as_ptr().cast()) });
     codes.map(|codes| _mm256_shuffle_epi8(table, codes))
-}
-
-/// Quad `f` of a segment, unpacked.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn quad(base: &[u8], segments: &Segments, segment: usize, f: usize) -> [__m256i; 2] {
-    let [four, three, two, _] = segments.0;
-    let plane = 2 * four + three + two;
-    let single = |odd: usize| (load_codes(base, (plane + odd / 2) * 128), odd % 2 * SEGMENT_QUADS + f);
-    match segments.bits(segment) {
-        4 => field(load_codes(base, (2 * segment + f / 2) * 128), f % 2, 4),
-        3 => {
-            let low = field(load_codes(base, (four + segment) * 128), f, 2);
-            let (words, bit) = single(segment - four);
-            let high = field(words, bit, 1);
-            std::array::from_fn(|i| _mm256_or_si256(low[i], _mm256_slli_epi16::<2>(high[i])))
-        }
-        2 => field(load_codes(base, (four + segment) * 128), f, 2),
-        _ => {
-            let (words, bit) = single(three + segment - four - three - two);
-            field(words, bit, 1)
-        }
-    }
 }

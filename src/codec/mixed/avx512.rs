@@ -3,6 +3,7 @@
 
 use std::arch::x86_64::*;
 
+use super::lanes_avx512::lane_sums;
 use super::vector::MixedVector;
 use super::{listed, MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH, NMSE, SEGMENT, SEGMENT_QUADS};
 use crate::codec::quantizer::NORMAL_LEVELS;
@@ -49,6 +50,20 @@ impl MixedVector for Avx512 {
     ) -> Sums<R> {
         // SAFETY: the token proves that the CPU has the instructions.
         unsafe { dot::<NORMAL, R>(tile, segments, codes, strip, coefficients) }
+    }
+
+    #[inline(always)]
+    fn lane_sums<const R: usize>(
+        self,
+        tile: &MixedTile,
+        segments: &Segments,
+        codes: &[u8],
+        weights: &[i8],
+        out: &mut [f32],
+        stride: usize,
+    ) {
+        // SAFETY: the token proves that the CPU has the instructions.
+        unsafe { lane_sums::<R>(tile, segments, codes, weights, out, stride) }
     }
 
     by_instructions! {

@@ -17,6 +17,17 @@ pub(crate) trait MixedVector: TileVector {
         strip: usize,
         coefficients: Coefficients,
     ) -> Sums<Self, R>;
+    /// `out[row * stride + d] = sum_lane weights[row * lanes + lane] * code[lane][d]` for `R` rows, at most 4, of weights between
+    /// -127 and 127.
+    fn lane_sums<const R: usize>(
+        self,
+        tile: &MixedTile,
+        segments: &Segments,
+        codes: &[u8],
+        weights: &[i8],
+        out: &mut [f32],
+        stride: usize,
+    );
     /// `x[index]` of a row of `32 * B`; any value for an index beyond it.
     fn permute<const B: usize>(self, x: &[f32], index: Self::I32) -> Self::F32;
 }
