@@ -411,9 +411,10 @@ typedef struct {
     const float *sink_logits;
 } kvq_cache_attend_options;
 
-// Streams of a layer that one call serves, all with the same number of tokens: what its arguments name is the first one's,
-// and here is how far it is from one to the next. Rows, queries, outputs and softmax denominators of the streams follow each
-// other, so that n_tokens more of them belong to the next stream. NULL stands for a single stream.
+// Streams of a layer that one call serves, all with the same number of tokens: what its arguments name is the first
+// one's, and here is how far it is from one to the next. Rows, queries, outputs and softmax denominators of the
+// streams follow each other, so that n_tokens more of them belong to the next stream. NULL stands for a single
+// stream.
 typedef struct {
     // Streams, 1 or more.
     uint32_t n_streams;
@@ -919,17 +920,18 @@ kvq_status kvq_cache_load_memory(kvq_cache *cache, const uint8_t *buf, size_t bu
 // the bytes are cut into pieces, the checksum is the same. Any thread may call it.
 kvq_status kvq_checksum_add(const uint8_t *bytes, size_t n_bytes, uint32_t *checksum);
 
-// Opens a device: "cuda:0" is the first that the CUDA driver lists, with its primary context, which the CUDA runtime
-// uses as well. The kernels are loaded into it. Without a driver, or in a library built without CUDA,
+// Opens a device: "cuda:0" is the first that the CUDA driver lists, with its primary context, which the CUDA
+// runtime uses as well. The kernels are loaded into it. Without a driver, or in a library built without CUDA,
 // KVQ_STATUS_UNSUPPORTED; for names of no device KVQ_STATUS_INVALID_ARGUMENT. Free the result with kvq_device_free.
 kvq_status kvq_device_new(const char *name, kvq_device **out);
 
 // Frees a device once everything enqueued with it has finished. NULL is ignored.
 void kvq_device_free(kvq_device *device);
 
-// Bytes of device memory that kvq_attend_enqueue needs as workspace for `n_streams` streams with `n_tokens` query rows
-// each and `n_kv` columns of the mask. Zero it once when it is made (256-byte aligned): every call leaves it ready for the next one, of any layer for
-// which it is large enough. Calls that may run at the same time need a workspace each.
+// Bytes of device memory that kvq_attend_enqueue needs as workspace for `n_streams` streams with `n_tokens` query
+// rows each and `n_kv` columns of the mask. Zero it once when it is made (256-byte aligned): every call leaves it
+// ready for the next one, of any layer for which it is large enough. Calls that may run at the same time need a
+// workspace each.
 kvq_status kvq_attend_workspace(const kvq_layout *layout,
                                 const kvq_device *device,
                                 uint32_t n_tokens,
@@ -937,12 +939,12 @@ kvq_status kvq_attend_workspace(const kvq_layout *layout,
                                 uint32_t n_kv,
                                 size_t *bytes);
 
-// Enqueues kvq_attend for the streams of a layer whose memory is on `device`, on a CUDA stream (a cudaStream_t or CUstream; NULL: the
-// default stream). Every pointer in `args` but `rotation` is a device pointer, `plan` included, and `n_splits` is 1:
-// the result is final. With a rotation the kernels that read turned pages are taken, which are slow: leave it NULL
-// until positions have moved. The host reads nothing of them, allocates nothing and does not wait, so the call can be
-// captured in a CUDA graph; `args` itself is read during the call only. The plan is trusted: it must come from
-// kvq_planner_plan.
+// Enqueues kvq_attend for the streams of a layer whose memory is on `device`, on a CUDA stream (a cudaStream_t or
+// CUstream; NULL: the default stream). Every pointer in `args` but `rotation` is a device pointer, `plan` included,
+// and `n_splits` is 1: the result is final. With a rotation the kernels that read turned pages are taken, which are
+// slow: leave it NULL until positions have moved. The host reads nothing of them, allocates nothing and does not
+// wait, so the call can be captured in a CUDA graph; `args` itself is read during the call only. The plan is
+// trusted: it must come from kvq_planner_plan.
 //
 // What no kernel can do is refused with KVQ_STATUS_UNSUPPORTED before anything is enqueued.
 kvq_status kvq_attend_enqueue(const kvq_device *device,
@@ -953,9 +955,9 @@ kvq_status kvq_attend_enqueue(const kvq_device *device,
                               size_t workspace_bytes,
                               void *stream);
 
-// Bytes of device memory that kvq_store_enqueue needs as workspace for `n_streams` streams, each with any number of rows
-// up to `n_tokens`. What is in it does not matter, so it cannot be one of kvq_attend_enqueue. Calls that may run at the
-// same time need a workspace each.
+// Bytes of device memory that kvq_store_enqueue needs as workspace for `n_streams` streams, each with any number of
+// rows up to `n_tokens`. What is in it does not matter, so it cannot be one of kvq_attend_enqueue. Calls that may
+// run at the same time need a workspace each.
 kvq_status kvq_store_workspace(const kvq_layout *layout,
                                const kvq_device *device,
                                uint32_t n_tokens,
@@ -972,11 +974,11 @@ kvq_status kvq_store_enqueue(const kvq_device *device,
                              size_t workspace_bytes,
                              void *stream);
 
-// Enqueues the decoding of what kvq_attend_enqueue with the same `args` would read, for an attention that knows nothing
-// of pages: rows of cells 0 to n_kv - 1 as FP16, `k_out` [n_streams][n_kv_heads][n_kv][head_dim_k] and `v_out`
-// [n_streams][n_kv_heads][n_kv][head_dim_v] on the device, either of which may be NULL. Cells that no query may see get zeros or
-// some finite row. Of `args`, queries, mask, output and what belongs to them are not looked at. Pays where there are
-// many query rows.
+// Enqueues the decoding of what kvq_attend_enqueue with the same `args` would read, for an attention that knows
+// nothing of pages: rows of cells 0 to n_kv - 1 as FP16, `k_out` [n_streams][n_kv_heads][n_kv][head_dim_k] and
+// `v_out` [n_streams][n_kv_heads][n_kv][head_dim_v] on the device, either of which may be NULL. Cells that no query
+// may see get zeros or some finite row. Of `args`, queries, mask, output and what belongs to them are not looked
+// at. Pays where there are many query rows.
 kvq_status kvq_dequantize_enqueue(const kvq_device *device,
                                   const kvq_layout *layout,
                                   const kvq_attend_args *args,

@@ -20,9 +20,10 @@ pub struct kvq_device {
     device: Device,
 }
 
-/// Streams of a layer that one call serves, all with the same number of tokens: what its arguments name is the first one's,
-/// and here is how far it is from one to the next. Rows, queries, outputs and softmax denominators of the streams follow each
-/// other, so that n_tokens more of them belong to the next stream. NULL stands for a single stream.
+/// Streams of a layer that one call serves, all with the same number of tokens: what its arguments name is the first
+/// one's, and here is how far it is from one to the next. Rows, queries, outputs and softmax denominators of the
+/// streams follow each other, so that n_tokens more of them belong to the next stream. NULL stands for a single
+/// stream.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct kvq_streams {
@@ -38,8 +39,8 @@ pub struct kvq_streams {
     pub mask_stride: usize,
 }
 
-/// Opens a device: "cuda:0" is the first that the CUDA driver lists, with its primary context, which the CUDA runtime
-/// uses as well. The kernels are loaded into it. Without a driver, or in a library built without CUDA,
+/// Opens a device: "cuda:0" is the first that the CUDA driver lists, with its primary context, which the CUDA
+/// runtime uses as well. The kernels are loaded into it. Without a driver, or in a library built without CUDA,
 /// KVQ_STATUS_UNSUPPORTED; for names of no device KVQ_STATUS_INVALID_ARGUMENT. Free the result with kvq_device_free.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_device_new(name: *const c_char, out: *mut *mut kvq_device) -> Status {
@@ -64,9 +65,10 @@ pub unsafe extern "C" fn kvq_device_free(device: *mut kvq_device) {
     });
 }
 
-/// Bytes of device memory that kvq_attend_enqueue needs as workspace for `n_streams` streams with `n_tokens` query rows
-/// each and `n_kv` columns of the mask. Zero it once when it is made (256-byte aligned): every call leaves it ready for the next one, of any layer for
-/// which it is large enough. Calls that may run at the same time need a workspace each.
+/// Bytes of device memory that kvq_attend_enqueue needs as workspace for `n_streams` streams with `n_tokens` query
+/// rows each and `n_kv` columns of the mask. Zero it once when it is made (256-byte aligned): every call leaves it
+/// ready for the next one, of any layer for which it is large enough. Calls that may run at the same time need a
+/// workspace each.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_attend_workspace(
     layout: *const kvq_layout,
@@ -86,12 +88,12 @@ pub unsafe extern "C" fn kvq_attend_workspace(
     })
 }
 
-/// Enqueues kvq_attend for the streams of a layer whose memory is on `device`, on a CUDA stream (a cudaStream_t or CUstream; NULL: the
-/// default stream). Every pointer in `args` but `rotation` is a device pointer, `plan` included, and `n_splits` is 1:
-/// the result is final. With a rotation the kernels that read turned pages are taken, which are slow: leave it NULL
-/// until positions have moved. The host reads nothing of them, allocates nothing and does not wait, so the call can be
-/// captured in a CUDA graph; `args` itself is read during the call only. The plan is trusted: it must come from
-/// kvq_planner_plan.
+/// Enqueues kvq_attend for the streams of a layer whose memory is on `device`, on a CUDA stream (a cudaStream_t or
+/// CUstream; NULL: the default stream). Every pointer in `args` but `rotation` is a device pointer, `plan` included,
+/// and `n_splits` is 1: the result is final. With a rotation the kernels that read turned pages are taken, which are
+/// slow: leave it NULL until positions have moved. The host reads nothing of them, allocates nothing and does not
+/// wait, so the call can be captured in a CUDA graph; `args` itself is read during the call only. The plan is
+/// trusted: it must come from kvq_planner_plan.
 ///
 /// What no kernel can do is refused with KVQ_STATUS_UNSUPPORTED before anything is enqueued.
 #[no_mangle]
@@ -113,7 +115,10 @@ pub unsafe extern "C" fn kvq_attend_enqueue(
         let mut call = attend_call(args)?;
         // SAFETY: both are NULL or live, on the host, as the header requires.
         let (rotation, n_streams) = unsafe {
-            (describe(args.rotation, layout)?, streams_of(streams, layout, args.plan_len, &mut call.streams)?)
+            (
+                describe(args.rotation, layout)?,
+                streams_of(streams, "streams", layout, args.plan_len, &mut call.streams)?,
+            )
         };
         let call = Call { call, rotation, n_streams, plan_len: args.plan_len };
         let workspace = Workspace { memory: workspace, bytes: workspace_bytes };
@@ -122,9 +127,9 @@ pub unsafe extern "C" fn kvq_attend_enqueue(
     })
 }
 
-/// Bytes of device memory that kvq_store_enqueue needs as workspace for `n_streams` streams, each with any number of rows
-/// up to `n_tokens`. What is in it does not matter, so it cannot be one of kvq_attend_enqueue. Calls that may run at the
-/// same time need a workspace each.
+/// Bytes of device memory that kvq_store_enqueue needs as workspace for `n_streams` streams, each with any number of
+/// rows up to `n_tokens`. What is in it does not matter, so it cannot be one of kvq_attend_enqueue. Calls that may
+/// run at the same time need a workspace each.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_store_workspace(
     layout: *const kvq_layout,
@@ -166,7 +171,10 @@ pub unsafe extern "C" fn kvq_store_enqueue(
         let mut call = store_call(args)?;
         // SAFETY: both are NULL or live, on the host, as the header requires.
         let (rotation, n_streams) = unsafe {
-            (describe(args.rotation, layout)?, streams_of(streams, layout, args.plan_len, &mut call.streams)?)
+            (
+                describe(args.rotation, layout)?,
+                streams_of(streams, "streams", layout, args.plan_len, &mut call.streams)?,
+            )
         };
         let call = Call { call, rotation, n_streams, plan_len: args.plan_len };
         let workspace = Workspace { memory: workspace, bytes: workspace_bytes };
@@ -202,6 +210,7 @@ unsafe fn describe(rotation: *const kvq_rotation, layout: &Layout) -> Result<Rot
 /// `streams` is NULL or names one that nobody changes meanwhile.
 unsafe fn streams_of(
     streams: *const kvq_streams,
+    name: &str,
     layout: &Layout,
     plan_len: usize,
     desc: &mut StreamDesc,
@@ -210,16 +219,15 @@ unsafe fn streams_of(
         return Ok(1);
     }
     // SAFETY: as the caller vouches.
-    let kvq_streams { n_streams, k_stride, v_stride, plan_stride, mask_stride } =
-        *unsafe { shared(streams, "streams") }?;
+    let kvq_streams { n_streams, k_stride, v_stride, plan_stride, mask_stride } = *unsafe { shared(streams, name) }?;
     let needs = [
         ("k_stride", k_stride, layout.k_bytes(), 64),
         ("v_stride", v_stride, layout.v_bytes(), 64),
         ("plan_stride", plan_stride, plan_len, 1),
     ];
-    for (name, stride, least, multiple) in needs {
+    for (field, stride, least, multiple) in needs {
         if n_streams != 1 && (stride < least || !stride.is_multiple_of(multiple)) {
-            return Err(Error::invalid(format!("{name} is {stride}: a stream has {least}, in steps of {multiple}")));
+            return Err(Error::invalid(format!("{field} is {stride}: a stream has {least}, in steps of {multiple}")));
         }
     }
     (desc.k, desc.v) = (k_stride as u64, v_stride as u64);
@@ -286,11 +294,11 @@ fn check_workspace(workspace: *mut c_void, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Enqueues the decoding of what kvq_attend_enqueue with the same `args` would read, for an attention that knows nothing
-/// of pages: rows of cells 0 to n_kv - 1 as FP16, `k_out` [n_streams][n_kv_heads][n_kv][head_dim_k] and `v_out`
-/// [n_streams][n_kv_heads][n_kv][head_dim_v] on the device, either of which may be NULL. Cells that no query may see get zeros or
-/// some finite row. Of `args`, queries, mask, output and what belongs to them are not looked at. Pays where there are
-/// many query rows.
+/// Enqueues the decoding of what kvq_attend_enqueue with the same `args` would read, for an attention that knows
+/// nothing of pages: rows of cells 0 to n_kv - 1 as FP16, `k_out` [n_streams][n_kv_heads][n_kv][head_dim_k] and
+/// `v_out` [n_streams][n_kv_heads][n_kv][head_dim_v] on the device, either of which may be NULL. Cells that no query
+/// may see get zeros or some finite row. Of `args`, queries, mask, output and what belongs to them are not looked
+/// at. Pays where there are many query rows.
 #[no_mangle]
 pub unsafe extern "C" fn kvq_dequantize_enqueue(
     device: *const kvq_device,
@@ -309,7 +317,10 @@ pub unsafe extern "C" fn kvq_dequantize_enqueue(
         let mut read = read_call(args)?;
         // SAFETY: both are NULL or live, on the host, as the header requires.
         let (rotation, n_streams) = unsafe {
-            (describe(args.rotation, layout)?, streams_of(streams, layout, args.plan_len, &mut read.streams)?)
+            (
+                describe(args.rotation, layout)?,
+                streams_of(streams, "streams", layout, args.plan_len, &mut read.streams)?,
+            )
         };
         if k_out.is_null() && v_out.is_null() {
             return Err(Error::invalid("k_out and v_out are both NULL: there is nothing to decode"));
