@@ -50,6 +50,8 @@ __device__ inline uint32_t find_member(const Store &b, const Side &side, uint32_
 // Reads a row that the page keeps as it is now, from the pool's row `member` if it has one. By a warp.
 __device__ inline void read_from_page(const Store &b, const Target &t, uint32_t page, uint32_t i, uint32_t member) {
     const uint32_t dim = t.side.desc.head_dim;
+    // Zeros stand there, other lanes' as well.
+    __syncwarp();
     if (member != NONE) {
         for (uint32_t c = b.lane; c < dim; c += 32) b.row(i)[c] = half_to_float(t.side.pool_row(member)[c]);
     } else {
