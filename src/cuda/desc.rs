@@ -10,12 +10,12 @@ pub const STORE_THREADS: u32 = 512;
 /// Shared memory of such a block, without its rows.
 pub const STORE_SCRATCH_BYTES: u32 = 20 << 10;
 
-/// Of [`StoreParams::phases`]: what is known of queries and tokens is brought up to date, and the outlier pool is filled where
+/// Of [`StoreCall::phases`]: what is known of queries and tokens is brought up to date, and the outlier pool is filled where
 /// several blocks seal pages.
 pub const STORE_LEARN: u32 = 1;
-/// Of [`StoreParams::phases`]: pages are sealed.
+/// Of [`StoreCall::phases`]: pages are sealed.
 pub const STORE_SEAL: u32 = 2;
-/// Of [`StoreParams::phases`]: errors of pages are added up, rows go to slots.
+/// Of [`StoreCall::phases`]: errors of pages are added up, rows go to slots.
 pub const STORE_FINISH: u32 = 4;
 
 /// Flag of a record's source in a plan: [`crate::plan::Seal::Fresh`].
