@@ -39,6 +39,7 @@ static void recipe_and_layout(kvq_recipe *recipe, kvq_layout *layout) {
     CHECK_INVALID(kvq_layout_new(recipe, &shape, 0, 64, 16, NULL));
     CHECK(kvq_layout_k_bytes(NULL) == 0 && kvq_layout_v_bytes(NULL) == 0);
     CHECK(kvq_layout_bits_k(NULL) == 0 && kvq_layout_bits_v(NULL) == 0);
+    CHECK(kvq_layout_shape(NULL).n_heads == 0 && kvq_layout_shape(layout).n_heads == shape.n_heads);
     CHECK_INVALID(kvq_layout_format(NULL, text, sizeof text));
     CHECK_INVALID(kvq_layout_format(layout, NULL, sizeof text));
     CHECK_INVALID(kvq_layout_slot_ranges(NULL, KVQ_SIDE_K, ranges, 8, &n));

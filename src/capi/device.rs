@@ -82,6 +82,7 @@ pub unsafe extern "C" fn kvq_attend_workspace(
         // SAFETY: live objects and room for a size, as the header requires.
         let (layout, device, bytes) =
             unsafe { (shared(layout, "layout")?, shared(device, "device")?, output(bytes, "bytes")?) };
+        check_streams(n_streams)?;
         let size = Size { n_tokens, n_streams, n_kv };
         bytes.write(attend::workspace_bytes(&device.device, on_device(layout)?, size)?);
         Ok(())
@@ -142,9 +143,7 @@ pub unsafe extern "C" fn kvq_store_workspace(
         // SAFETY: live objects and room for a size, as the header requires.
         let (layout, device, bytes) =
             unsafe { (shared(layout, "layout")?, shared(device, "device")?, output(bytes, "bytes")?) };
-        if n_streams == 0 {
-            return Err(Error::invalid("n_streams is 0: a call is for one stream at least"));
-        }
+        check_streams(n_streams)?;
         bytes.write(store::workspace_bytes(&device.device, on_device(layout)?, n_tokens, n_streams));
         Ok(())
     })
@@ -204,6 +203,13 @@ unsafe fn describe(rotation: *const kvq_rotation, layout: &Layout) -> Result<Rot
     Ok(rotation.describe())
 }
 
+fn check_streams(n_streams: u32) -> Result<()> {
+    if n_streams == 0 {
+        return Err(Error::invalid("n_streams is 0: a call is for one stream at least"));
+    }
+    Ok(())
+}
+
 /// The number of streams; writes down how far they are from each other.
 ///
 /// # Safety
@@ -220,6 +226,7 @@ unsafe fn streams_of(
     }
     // SAFETY: as the caller vouches.
     let kvq_streams { n_streams, k_stride, v_stride, plan_stride, mask_stride } = *unsafe { shared(streams, name) }?;
+    check_streams(n_streams)?;
     let needs = [
         ("k_stride", k_stride, layout.k_bytes(), 64),
         ("v_stride", v_stride, layout.v_bytes(), 64),
@@ -418,6 +425,46 @@ mod tests {
         };
         assert_eq!((attend, store, bytes), (Status::Unsupported, Status::Unsupported, 77));
         assert_eq!(said, "recipes with a profile run on the CPU only so far");
+    }
+
+    #[test]
+    fn streams_that_overlap_are_refused_by_name() {
+        let device = kvq_device { device: Device::open("emulated:0").unwrap() };
+        let shape = Shape { n_heads: 1, n_kv_heads: 1, head_dim_k: 64, head_dim_v: 64 };
+        let layout = kvq_layout { layout: Layout::new(&Recipe::parse("on").unwrap(), shape, 3, 256, 256).unwrap() };
+        let (k, v) = (layout.layout.k_bytes(), layout.layout.v_bytes());
+        let memory = std::ptr::without_provenance_mut::<u8>(256);
+        // SAFETY: numbers and pointers, for which zero is a value.
+        let (mut attend, mut store): (kvq_attend_args, kvq_store_args) = unsafe { std::mem::zeroed() };
+        (attend.q, attend.out, attend.n_tokens, attend.n_splits) = (memory.cast(), memory.cast(), 1, 1);
+        (attend.k_mem, attend.v_mem, attend.plan, attend.plan_len) = (memory, memory, memory.cast(), 4096);
+        (store.k_mem, store.v_mem, store.plan, store.plan_len) = (memory, memory, memory.cast(), 4096);
+        let good = kvq_streams { n_streams: 2, k_stride: k, v_stride: v, plan_stride: 4096, mask_stride: 0 };
+        for (streams, want) in [
+            (kvq_streams { n_streams: 0, ..good }, "n_streams is 0: a call is for one stream at least".to_string()),
+            (
+                kvq_streams { k_stride: k - 64, ..good },
+                format!("k_stride is {}: a stream has {k}, in steps of 64", k - 64),
+            ),
+            (
+                kvq_streams { v_stride: v + 4, ..good },
+                format!("v_stride is {}: a stream has {v}, in steps of 64", v + 4),
+            ),
+            (kvq_streams { plan_stride: 1, ..good }, "plan_stride is 1: a stream has 4096, in steps of 1".to_string()),
+        ] {
+            let (space, none) = (memory.cast(), std::ptr::null_mut());
+            // SAFETY: live objects; it is refused before any other pointer is followed.
+            unsafe {
+                for status in [
+                    kvq_attend_enqueue(&device, &layout, &attend, &streams, space, 1 << 20, none),
+                    kvq_store_enqueue(&device, &layout, &store, &streams, space, 1 << 20, none),
+                    kvq_dequantize_enqueue(&device, &layout, &attend, &streams, space, space, none),
+                ] {
+                    assert_eq!(status, Status::InvalidArgument);
+                    assert_eq!(CStr::from_ptr(kvq_last_error()).to_str().unwrap(), want);
+                }
+            }
+        }
     }
 
     #[test]

@@ -174,9 +174,6 @@ struct Cut {
 impl Cut {
     fn new(device: &Device, layer: &LayerDesc, size: Size, turned: bool) -> Result<Self> {
         let Size { n_tokens, n_streams, n_kv } = size;
-        if n_streams == 0 {
-            return Err(Error::invalid("n_streams is 0: a call is for one stream at least"));
-        }
         let rows = n_tokens
             .checked_mul(layer.gqa_ratio)
             .filter(|rows| *rows > 0)
