@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use super::auto::{AUTO, LADDER};
-use super::parse::METHODS;
+use super::methods::METHODS;
 use super::presets::{OFF, PRESETS};
 use super::Recipe;
 use crate::codec::page::{bits_per_value, Side};
@@ -13,12 +13,6 @@ use crate::simd::isa::IsaToken;
 
 /// Head sizes whose bits per value are shown.
 const HEAD_DIMS: [usize; 2] = [64, 128];
-
-/// The names of all presets and methods, for messages.
-pub fn names() -> String {
-    let names: Vec<_> = PRESETS.iter().map(|preset| preset.name).chain(METHODS.iter().map(|m| m.name)).collect();
-    names.join(", ")
-}
 
 /// Presets and methods with what a key and a value cost, and a line on each; many lines, the last one ends as well.
 ///
@@ -69,6 +63,7 @@ fn bits(spec: &str) -> Result<[String; 2]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::recipe::methods::names;
 
     #[test]
     fn help_has_a_line_for_every_name() {

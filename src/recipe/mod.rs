@@ -4,11 +4,12 @@
 pub mod auto;
 mod fit;
 pub mod help;
+mod methods;
 mod parse;
 pub mod presets;
 
 #[cfg(test)]
-pub(crate) use parse::METHODS;
+pub(crate) use methods::METHODS;
 
 use std::fmt;
 

@@ -59,7 +59,7 @@ fn key(item: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recipe::parse::METHODS;
+    use crate::recipe::methods::METHODS;
     use crate::recipe::Recipe;
 
     #[test]
