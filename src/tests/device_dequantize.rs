@@ -3,7 +3,7 @@
 
 use half::f16;
 
-use super::device_store::{denominators, next_cells, spoil, Learns, Twin};
+use super::device_twin::{denominators, next_cells, spoil, Learns, Twin};
 use super::layer::{device_recipes, Layer, Ubatch};
 use super::random::Rng;
 use crate::codec::page::Side;

@@ -6,6 +6,7 @@ mod desc;
 mod device;
 mod device_dequantize;
 mod device_store;
+mod device_twin;
 mod header;
 mod hostile_memory;
 mod joined_rows;
