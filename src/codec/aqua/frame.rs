@@ -46,8 +46,6 @@ pub(super) struct HeadFrame {
     /// `W` of what is coded, transposed, `[dim_k][dim_v]`, and behind it `b`: what sums of keys, and of weights, are multiplied by.
     /// Whole groups of 16 rows; empty: values are not predicted.
     pub(super) predictor: Vec<f32>,
-    /// `b`, `[dim_v]`.
-    pub(super) offset: Vec<f32>,
 }
 
 /// Where a page is, as the page says.
@@ -148,6 +146,14 @@ impl HeadFrame {
         (place.biased && !self.bias.is_empty()).then(|| &self.bias[row * dim..][..dim])
     }
 
+    /// `W z + b` of a decoded key in the frame.
+    #[inline(always)]
+    pub(super) fn predict(&self, z: &[f32], out: &mut [f32]) {
+        let (matrix, offset) = self.predictor.split_at(z.len() * out.len());
+        multiply(matrix, z, out);
+        out.iter_mut().zip(offset).for_each(|(out, b)| *out += b);
+    }
+
     fn new(profile: &LayerProfile, params: &AquaParams, page: usize, head: usize) -> Result<Self> {
         let (k, v) = (profile.shape.head_dim_k as usize, profile.shape.head_dim_v as usize);
         let of_head = |array: &[f32], size: usize| array[head * size..][..size].to_vec();
@@ -184,8 +190,7 @@ impl HeadFrame {
             let predictor = of_head(&profile.predictor, k * v).into_iter().map(f64::from);
             let predictor = DMatrix::from_row_iterator(v, k, predictor) * inverse;
             frame.predictor = row_major(&predictor.transpose());
-            frame.offset = of_head(&profile.offset, v);
-            frame.predictor.extend_from_slice(&frame.offset);
+            frame.predictor.extend_from_slice(&of_head(&profile.offset, v));
             frame.predictor.resize((k + 1).next_multiple_of(16) * v, 0.0);
         }
         Ok(frame)
@@ -211,7 +216,7 @@ fn multiply_in_place(transposed: &[f32], x: &mut [f32]) {
 /// `out = matrix x` with a matrix that is given as `[x.len()][out.len()]`. Each sum is that of [`dot`](crate::codec::quantizer::dot),
 /// bit for bit, but those of several rows are made at once.
 #[inline(always)]
-pub(super) fn multiply(transposed: &[f32], x: &[f32], out: &mut [f32]) {
+fn multiply(transposed: &[f32], x: &[f32], out: &mut [f32]) {
     let n = out.len();
     for (block, out) in out.chunks_exact_mut(ROWS).enumerate() {
         let mut lanes = [[0f32; ROWS]; LANES];

@@ -1,7 +1,6 @@
 //! Values that are predicted from keys: `v ~ W z + b`, `z` being what the token's key decodes to in the page's frame.
 #![forbid(unsafe_code)]
 
-use super::frame::multiply;
 use super::{AquaCodec, MAX_DIM};
 use crate::codec::page::{PageRef, ValuePredictor};
 use crate::codec::quantizer::sum;
@@ -14,9 +13,7 @@ impl AquaCodec {
     pub(super) fn predict(&self, page: PageRef, row: usize, out: &mut [f32]) {
         let (mut z, dim_k) = ([0f32; MAX_DIM], self.frame.dim_k);
         self.coefficients(page, row, &mut z[..dim_k]);
-        let head = self.frame.head(self.place(page.bytes));
-        multiply(&head.predictor[..dim_k * self.frame.dim_v], &z[..dim_k], out);
-        out.iter_mut().zip(&head.offset).for_each(|(out, b)| *out += b);
+        self.frame.head(self.place(page.bytes)).predict(&z[..dim_k], out);
     }
 }
 

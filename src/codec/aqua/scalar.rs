@@ -1,7 +1,7 @@
 //! The specification of codec `aqua`'s attention.
 #![forbid(unsafe_code)]
 
-use super::frame::{multiply, Place};
+use super::frame::Place;
 use super::kernels::Kernels;
 use super::{AquaCodec, MAX_DIM};
 use crate::codec::channel::scalar::decode_page;
@@ -81,8 +81,7 @@ pub(super) fn predict(codec: &AquaCodec, page: PageRef, at: &[u32], out: &mut [f
     page_keys(codec, page, &mut keys);
     for (&row, out) in at.iter().zip(out.chunks_exact_mut(dim_v)) {
         z.iter_mut().zip(keys.iter().skip(row as usize).step_by(codec.page)).for_each(|(z, key)| *z = *key);
-        multiply(&head.predictor[..dim_k * dim_v], &z[..dim_k], out);
-        out.iter_mut().zip(&head.offset).for_each(|(out, b)| *out += b);
+        head.predict(&z[..dim_k], out);
     }
 }
 
