@@ -176,7 +176,6 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES, int PAGE> struct Fast {
     __device__ void attend_all_exact(const Pieces &pieces, uint32_t first, uint32_t stride);
 
     // fast_join.cuh: what warps and blocks have, put together.
-    __device__ void rotate(float (&x)[4]);
     __device__ void leave();
     __device__ void finish();
 

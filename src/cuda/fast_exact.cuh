@@ -145,7 +145,7 @@ KVQ_FAST_MEMBER(void)::attend_all_exact(const Pieces &pieces, uint32_t first, ui
     float *all = reinterpret_cast<float *>(scratch);  // [ROWS][DIM_V], before a page needs it
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        if (v.rotate) rotate(out[r]);
+        if (v.rotate) rotate_quads(out[r], lane, DIM_V & (0u - DIM_V));
         if (4 * lane < uint32_t(DIM_V)) *reinterpret_cast<float4 *>(all + r * DIM_V + 4 * lane) = make_float4(out[r][0], out[r][1], out[r][2], out[r][3]);
     }
     __syncwarp();

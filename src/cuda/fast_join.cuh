@@ -3,25 +3,6 @@
 
 namespace kvq {
 
-// Rotates rows of DIM_V values, four a lane.
-KVQ_FAST_MEMBER(void)::rotate(float (&x)[4]) {
-    constexpr uint32_t block = DIM_V & (0u - DIM_V);
-    const float a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
-    x[0] = a + c, x[1] = b + d, x[2] = a - c, x[3] = b - d;
-#pragma unroll
-    for (uint32_t half = 1; half < block / 4; half *= 2) {
-        const bool upper = lane & half;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const float other = __shfl_xor_sync(FULL, x[j], half);
-            x[j] = upper ? other - x[j] : x[j] + other;
-        }
-    }
-    const float norm = 1.f / sqrtf(float(block));
-#pragma unroll
-    for (int j = 0; j < 4; j++) x[j] *= norm;
-}
-
 // Leaves the warp's output, relative to its references, as [ROWS][DIM_V] in its own memory, and its state in `states`.
 KVQ_FAST_MEMBER(void)::leave() {
     float *out = reinterpret_cast<float *>(own_memory);
@@ -152,7 +133,7 @@ KVQ_FAST_MEMBER(void)::finish() {
             const float4 y = *reinterpret_cast<const float4 *>(joined + r * DIM_V + 4 * lane);
             x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
         }
-        if (v.rotate) rotate(x);
+        if (v.rotate) rotate_quads(x, lane, DIM_V & (0u - DIM_V));
         // References are powers of two.
         const float maximum = unit[r] <= DEAD ? -infinity() : unit[r] / LOG2E;
         const Ending end = Ending::of(p, tile.query_head(p, r), maximum, slopes[r]);

@@ -59,13 +59,14 @@ KVQ_FAST_MEMBER(void)::max_of_rows(float (&most)[TILES]) {
 
 // Moves the second pair of blocks to the place of the first.
 KVQ_FAST_MEMBER(void)::move_down(float (&score)[TILES][BLOCKS][4]) {
-    if (BLOCKS == 2) return;
+    if constexpr (BLOCKS > 2) {
 #pragma unroll
-    for (int n = 0; n < TILES; n++)
+        for (int n = 0; n < TILES; n++)
 #pragma unroll
-        for (uint32_t b = 0; b < 2; b++)
+            for (uint32_t b = 0; b < 2; b++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) score[n][b][i] = score[n][BLOCKS - 2 + b][i];
+                for (int i = 0; i < 4; i++) score[n][b][i] = score[n][BLOCKS - 2 + b][i];
+    }
 }
 
 // Scores of this lane's rows: [..][token 4 quad + i of a block].

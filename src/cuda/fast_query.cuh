@@ -63,23 +63,8 @@ KVQ_FAST_MEMBER(void)::clear_rest(const Words &w) {
 // Codec `group`: puts the coefficients of a row, a quad of it in each lane, relative to `unit`. Gives what is made of a sum of
 // products.
 KVQ_FAST_MEMBER(Sum)::code_row(const Words &w, uint32_t r, float (&x)[4], float unit) {
-    const uint32_t n_quads = k.head_dim / 4, block = k.head_dim & (0u - k.head_dim);
-    if (k.rotate) {
-        const float a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
-        x[0] = a + c, x[1] = b + d, x[2] = a - c, x[3] = b - d;
-#pragma unroll 1
-        for (uint32_t half = 1; half < block / 4; half *= 2) {
-            const bool upper = lane & half;
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const float other = __shfl_xor_sync(FULL, x[j], half);
-                x[j] = upper ? other - x[j] : x[j] + other;
-            }
-        }
-        const float norm = 1.f / sqrtf(float(block));
-#pragma unroll
-        for (int j = 0; j < 4; j++) x[j] *= norm;
-    }
+    const uint32_t n_quads = k.head_dim / 4;
+    if (k.rotate) rotate_quads(x, lane, k.head_dim & (0u - k.head_dim));
     float most = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
     most = fmaxf(warp_max_positive(most), 1e-30f);
     const float total = warp_sum(lane < n_quads ? x[0] + x[1] + (x[2] + x[3]) : 0.f), times = unit * to_log2;

@@ -4,26 +4,30 @@
 
 namespace kvq {
 
+#ifdef KVQ_EMULATE
+// c += a * b as below: `add(c, a, b)` adds the products of a word of each.
+template <class T, class F> inline void emulate_mma(T (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, F add) {
+    struct Operands { uint32_t a[4], b[2]; };
+    kvq::emulation::exchange(Operands{{a0, a1, a2, a3}, {b0, b1}}, [&](auto get) {
+        const uint32_t lane = kvq::emulation::lane(), g = lane / 4, t = lane % 4;
+        for (uint32_t i = 0; i < 4; i++) {
+            for (uint32_t k = 0; k < 4; k++) {
+                const Operands x = get(4 * g + k), y = get(4 * (2 * t + i % 2) + k);
+                for (uint32_t half = 0; half < 2; half++) add(c[i], x.a[i / 2 + 2 * half], y.b[half]);
+            }
+        }
+        return 0;
+    });
+}
+#endif
+
 // c += a * b: a is 16 x 16 (row, depth), b 16 x 8 (depth, column), halves; c 16 x 8 floats. Of lane 4 * g + t: a[0], a[1] are
 // depth 2t, 2t + 1 of rows g, g + 8; a[2], a[3] the same of depth 8 more; b0, b1 the same depths of column g; c[0], c[1] are
 // columns 2t, 2t + 1 of row g, c[2], c[3] of row g + 8. Subnormal halves count for what they are.
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
 #ifdef KVQ_EMULATE
-    struct Operands { uint32_t a[4], b[2]; };
-    kvq::emulation::exchange(Operands{{a0, a1, a2, a3}, {b0, b1}}, [&](auto get) {
-        const uint32_t lane = kvq::emulation::lane(), g = lane / 4, t = lane % 4;
-        for (uint32_t i = 0; i < 4; i++) {
-            const uint32_t row = i / 2, column = 2 * t + i % 2;
-            float sum = c[i];
-            for (uint32_t k = 0; k < 4; k++) {
-                const Operands x = get(4 * g + k), y = get(4 * column + k);
-                for (uint32_t half = 0; half < 2; half++)
-                    for (uint32_t e = 0; e < 2; e++)
-                        sum += half_to_float(uint16_t(x.a[row + 2 * half] >> 16 * e)) * half_to_float(uint16_t(y.b[half] >> 16 * e));
-            }
-            c[i] = sum;
-        }
-        return 0;
+    emulate_mma(c, a0, a1, a2, a3, b0, b1, [](float &sum, uint32_t a, uint32_t b) {
+        for (uint32_t e = 0; e < 32; e += 16) sum += half_to_float(uint16_t(a >> e)) * half_to_float(uint16_t(b >> e));
     });
 #elif __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -43,18 +47,8 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
 // depths 4t to 4t + 3 of rows g, g + 8; a2, a3 the same of depths 16 more; b0, b1 the same depths of column g; c as above.
 __device__ __forceinline__ void mma(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
 #ifdef KVQ_EMULATE
-    struct Operands { uint32_t a[4], b[2]; };
-    kvq::emulation::exchange(Operands{{a0, a1, a2, a3}, {b0, b1}}, [&](auto get) {
-        const uint32_t lane = kvq::emulation::lane(), g = lane / 4, t = lane % 4;
-        for (uint32_t i = 0; i < 4; i++) {
-            const uint32_t row = i / 2, column = 2 * t + i % 2;
-            for (uint32_t k = 0; k < 4; k++) {
-                const Operands x = get(4 * g + k), y = get(4 * column + k);
-                for (uint32_t half = 0; half < 2; half++)
-                    for (uint32_t e = 0; e < 32; e += 8) c[i] += int(x.a[row + 2 * half] >> e & 255) * int(int8_t(y.b[half] >> e));
-            }
-        }
-        return 0;
+    emulate_mma(c, a0, a1, a2, a3, b0, b1, [](int &sum, uint32_t a, uint32_t b) {
+        for (uint32_t e = 0; e < 32; e += 8) sum += int(a >> e & 255) * int(int8_t(b >> e));
     });
 #elif __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -146,6 +140,24 @@ __device__ __forceinline__ float power_of_two(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 #endif
+}
+
+// Rotates a row of which a lane has four channels, 4 * lane to 4 * lane + 3, in blocks of `block` channels. Not unrolled: see `unlikely`.
+__device__ __forceinline__ void rotate_quads(float (&x)[4], uint32_t lane, uint32_t block) {
+    const float a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
+    x[0] = a + c, x[1] = b + d, x[2] = a - c, x[3] = b - d;
+#pragma unroll 1
+    for (uint32_t half = 1; half < block / 4; half *= 2) {
+        const bool upper = lane & half;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float other = __shfl_xor_sync(FULL, x[j], half);
+            x[j] = upper ? other - x[j] : x[j] + other;
+        }
+    }
+    const float norm = 1.f / sqrtf(float(block));
+#pragma unroll
+    for (int j = 0; j < 4; j++) x[j] *= norm;
 }
 
 // Sums N values over the warp; lane l gets that of value `owned<N>(l)`.
