@@ -8,7 +8,7 @@ use super::shift::kvq_rotation;
 use super::store::kvq_store_args;
 use super::{check, guard, output, release, shared};
 use crate::cuda::attend::{self, Size, Workspace};
-use crate::cuda::desc::{AttendCall, RotationDesc, StoreCall, StreamDesc};
+use crate::cuda::desc::{AttendCall, BlockDesc, RotationDesc, StoreCall, StreamDesc};
 use crate::cuda::{dequantize, store, Call, Device};
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
@@ -394,11 +394,7 @@ fn read_call(args: &kvq_attend_args) -> Result<AttendCall> {
         n_tokens: args.n_tokens,
         n_splits: 1,
         view: 0,
-        n_warps: 0,
-        shared_warps: 0,
-        shared_warp: 0,
-        coefficient_bytes: 0,
-        weight_bytes: 0,
+        block: BlockDesc::default(),
         streams: StreamDesc::default(),
     })
 }

@@ -32,16 +32,17 @@ struct Tile {
 
     __device__ static Tile of_block(const AttendStep &p, uint32_t rows) {
         Tile t;
-        t.head = blockIdx.x % p.layer.n_kv_heads;
-        t.index = blockIdx.x / p.layer.n_kv_heads;
+        // Most calls have one tile a head, and are to be spared divisions.
+        t.index = blockIdx.x < p.layer.n_kv_heads ? 0 : blockIdx.x / p.layer.n_kv_heads;
+        t.head = blockIdx.x - t.index * p.layer.n_kv_heads;
         t.split = blockIdx.y;
         t.first = t.index * rows;
         t.n_rows = min(rows, p.n_tokens * p.layer.gqa_ratio - t.first);
         return t;
     }
-    __device__ uint32_t token(const AttendStep &p, uint32_t row) const { return (first + row) / p.layer.gqa_ratio; }
+    __device__ uint32_t token(const AttendStep &p, uint32_t row) const { return first + row < p.layer.gqa_ratio ? 0 : (first + row) / p.layer.gqa_ratio; }
     __device__ uint32_t query_head(const AttendStep &p, uint32_t row) const {
-        return head * p.layer.gqa_ratio + (first + row) % p.layer.gqa_ratio;
+        return head * p.layer.gqa_ratio + first + row - token(p, row) * p.layer.gqa_ratio;
     }
 };
 
@@ -98,9 +99,9 @@ struct Turns {
 // Exact rows that are one piece of work.
 constexpr uint32_t EXACT_ROWS = 32;
 
-// The pages that a tile of rows may have to read.
-__device__ inline uint32_t pages_of(const AttendStep &p) {
-    const uint32_t planned = uint32_t(p.plan[p.plan_at.n_pages[p.view]]);
+// The pages that a tile of rows may have to read, `planned` being planned_pages.
+__device__ __forceinline__ uint32_t planned_pages(const AttendStep &p) { return uint32_t(p.plan[p.plan_at.n_pages[p.view]]); }
+__device__ __forceinline__ uint32_t pages_of(const AttendStep &p, uint32_t planned) {
     return min(planned, (min(p.n_kv, p.layer.n_cells) + p.layer.page - 1) / p.layer.page);
 }
 
@@ -191,9 +192,10 @@ struct Ending {
 // Whether this block is the last of its tile of rows to get here: then it sees what the others have written to p.partial.
 // `flag` is a word of shared memory.
 __device__ inline bool is_last_block(const AttendStep &p, uint32_t *flag) {
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        // What the other threads have written before the barrier is covered by this one's fence.
+        __threadfence();
         uint32_t *ticket = p.tickets + blockIdx.x;
         *flag = atomicAdd(ticket, 1) + 1 == p.n_splits;
         if (*flag) *ticket = 0;

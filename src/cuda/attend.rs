@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use super::desc::{AttendCall, AttendParams, LayerDesc, SideDesc, ABSENT, CODEC_CHANNEL, CODEC_GROUP};
+use super::desc::{AttendCall, AttendParams, BlockDesc, LayerDesc, SideDesc, ABSENT, CODEC_CHANNEL, CODEC_GROUP};
 use super::{plan_of, Call, Device, Launch, Limits};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
@@ -19,24 +19,19 @@ pub(super) struct Kernel {
     pub(super) fits: fn(&LayerDesc) -> bool,
     /// Blocks that keep a multiprocessor busy.
     pub(super) blocks_per_multiprocessor: u32,
-    /// The threads and the shared memory of a block, which has so many pieces of work.
-    pub(super) block: fn(&LayerDesc, &Kernel, n_pieces: u32, Limits) -> Option<Block>,
+    /// The most blocks that share a tile of rows.
+    pub(super) most_splits: fn(&LayerDesc, &Kernel, Limits) -> u32,
+    /// The threads and the shared memory of a block.
+    pub(super) block: fn(&LayerDesc, &Kernel, Work, Limits) -> Option<BlockDesc>,
 }
 
-/// Threads of a block and what they share; see the last fields of [`AttendCall`].
+/// What the blocks of a tile of rows have to do.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Block {
-    n_warps: u32,
-    shared_warps: u32,
-    shared_warp: u32,
-    coefficient_bytes: u32,
-    weight_bytes: u32,
-}
-
-impl Block {
-    fn shared_bytes(&self) -> u32 {
-        self.shared_warps + self.n_warps * self.shared_warp
-    }
+pub(super) struct Work {
+    n_pages: u32,
+    /// Pieces of [`EXACT_PIECE`] rows.
+    n_exact_pieces: u32,
+    n_splits: u32,
 }
 
 /// Of those that need the fewest tiles, the first is taken. The general ones take everything.
@@ -66,20 +61,39 @@ static KERNELS: &[Kernel] = &[
 ];
 
 const fn general(name: &'static str, tile_rows: u32) -> Kernel {
-    Kernel { name, tile_rows, reads_turned: true, fits: |_| true, blocks_per_multiprocessor: 3, block: general_block }
+    let most_splits = |_: &LayerDesc, _: &Kernel, _: Limits| MAX_SPLITS;
+    let (reads_turned, blocks_per_multiprocessor) = (true, 3);
+    Kernel {
+        name,
+        tile_rows,
+        reads_turned,
+        fits: |_| true,
+        blocks_per_multiprocessor,
+        most_splits,
+        block: general_block,
+    }
 }
 
 const fn fast(name: &'static str, tile_rows: u32, fits: fn(&LayerDesc) -> bool) -> Kernel {
-    Kernel { name, tile_rows, reads_turned: false, fits, blocks_per_multiprocessor: 1, block: fast_block }
+    let (reads_turned, blocks_per_multiprocessor) = (false, 1);
+    Kernel {
+        name,
+        tile_rows,
+        reads_turned,
+        fits,
+        blocks_per_multiprocessor,
+        most_splits: fast_splits,
+        block: fast_block,
+    }
 }
 
 /// See `attend_any.cu`.
-fn general_block(layer: &LayerDesc, kernel: &Kernel, _n_pieces: u32, limits: Limits) -> Option<Block> {
+fn general_block(layer: &LayerDesc, kernel: &Kernel, _work: Work, limits: Limits) -> Option<BlockDesc> {
     let (columns, rows) = (layer.page.max(128), kernel.tile_rows);
     let dim = layer.k.head_dim.max(layer.v.head_dim);
-    let shared_warps = 4 * (3 * rows * dim + 2 * rows * columns + 8 * rows + 2 * dim + 256 + 128);
-    let block = Block { n_warps: 4, shared_warps, shared_warp: 0, coefficient_bytes: 0, weight_bytes: 0 };
-    (block.shared_bytes() <= limits.shared_bytes).then_some(block)
+    let shared_bytes = 4 * (3 * rows * dim + 2 * rows * columns + 8 * rows + 2 * dim + 256 + 128);
+    let block = BlockDesc { n_warps: 4, shared_bytes, ..BlockDesc::default() };
+    (shared_bytes <= limits.shared_bytes).then_some(block)
 }
 
 /// What `attend_fast.cuh` can read.
@@ -104,15 +118,23 @@ fn is_known(layer: &LayerDesc, keys: [u32; 2], width_v: u32) -> bool {
 
 /// The fewest warps of a block of a fast kernel that are worth it.
 const LEAST_WARPS: u32 = 4;
-/// Most of them, for four query rows; the registers of eight leave room for [`FEW_WARPS`].
+/// Most of them, for four query rows.
 const MOST_WARPS: u32 = 12;
-/// Warps of a block with less than [`MANY_PIECES`] pieces of work.
+/// The same for eight, which need more registers.
 const FEW_WARPS: u32 = 8;
-/// More warps start later, and pay from so many pieces on.
-const MANY_PIECES: u32 = 48;
+
+/// Bytes that a warp or a block leaves of a tile of rows.
+fn source_bytes(layer: &LayerDesc, kernel: &Kernel) -> u32 {
+    4 * kernel.tile_rows * (layer.v.head_dim + 2)
+}
+
+/// The last block has what all have left in shared memory.
+fn fast_splits(layer: &LayerDesc, kernel: &Kernel, limits: Limits) -> u32 {
+    MAX_SPLITS.min(limits.shared_bytes / 2 / source_bytes(layer, kernel))
+}
 
 /// See `attend_fast.cuh`.
-fn fast_block(layer: &LayerDesc, kernel: &Kernel, n_pieces: u32, limits: Limits) -> Option<Block> {
+fn fast_block(layer: &LayerDesc, kernel: &Kernel, work: Work, limits: Limits) -> Option<BlockDesc> {
     let rows = kernel.tile_rows;
     // Columns of B, two for a query row, start half of all banks apart.
     let padded = |bytes: u32| bytes.next_multiple_of(128) + 64;
@@ -125,29 +147,48 @@ fn fast_block(layer: &LayerDesc, kernel: &Kernel, n_pieces: u32, limits: Limits)
     let weights = layer.page * if layer.v.width == 3 { 2 } else { 1 };
     let (coefficient_bytes, weight_bytes) = (padded(coefficients), padded(weights));
     let page = |side: &SideDesc| side.page_bytes.next_multiple_of(128);
-    // Of keys whose pages have no factors of their own, all warps have the same coefficients.
-    let (of_block, of_warp) = match layer.k.codec == CODEC_GROUP && layer.k.exponents == ABSENT {
-        true => (coefficient_bytes, weight_bytes),
-        false => (0, coefficient_bytes + weight_bytes),
+    // All warps have the same coefficients, unless a page has factors of its own.
+    let (of_block, of_warp) = match (layer.k.codec == CODEC_GROUP, layer.k.exponents == ABSENT) {
+        (true, true) => (coefficient_bytes, weight_bytes),
+        (true, false) => (coefficient_bytes, coefficient_bytes + weight_bytes),
+        (false, _) => (0, coefficient_bytes + weight_bytes),
     };
-    // What exact rows add up to lies where a page's will be, what a warp leaves at last from its first page on.
-    let outputs = rows * layer.v.head_dim * 4;
-    let shared_warp = page(&layer.k) + page(&layer.v) + (2 * rows * of_warp).max(outputs);
+    let source = source_bytes(layer, kernel);
+    // What a warp leaves at last lies from its first page on, and so does a piece of exact rows, but for its weights.
+    let piece = EXACT_PIECE * 2 * (layer.k.head_dim + 8 + layer.v.head_dim + 8);
+    let pages = (page(&layer.k) + page(&layer.v)).max(piece.next_multiple_of(128));
+    let shared_warp = (pages + 2 * rows * of_warp).max(source).next_multiple_of(128);
+    let exact_pieces = work.n_exact_pieces.div_ceil(work.n_splits).min(MOST_WARPS);
     let dim = layer.k.head_dim;
-    let states = |n_warps: u32| 4 * (5 * rows + n_warps * rows * 3 + 2 + layer.pool_rows);
-    let shared_warps = rows * (4 * dim.max(layer.v.head_dim) + 2 * (dim + 8)) + states(MOST_WARPS);
-    let shared_warps = shared_warps.next_multiple_of(128) + 2 * rows * of_block;
-    let mut block = Block { n_warps: 0, shared_warps, shared_warp, coefficient_bytes, weight_bytes };
-    block.shared_warps = block.shared_warps.next_multiple_of(128);
-    block.shared_warp = block.shared_warp.next_multiple_of(128);
-    let room = limits.shared_bytes.saturating_sub(block.shared_warps) / block.shared_warp;
-    let most = if n_pieces < MANY_PIECES || rows > 4 { FEW_WARPS } else { MOST_WARPS };
-    block.n_warps = n_pieces.clamp(LEAST_WARPS, most).min(room);
-    (room >= LEAST_WARPS).then_some(block)
+    let fixed = rows * (4 * dim.max(layer.v.head_dim) + 2 * (dim + 8)) + 4 * (5 * rows + 2 + layer.pool_rows);
+    let shared_exact = fixed.next_multiple_of(128);
+    let shared_warps = (shared_exact + exact_pieces * source).next_multiple_of(128) + 2 * rows * of_block;
+    let shared_warps = shared_warps.next_multiple_of(128);
+    let room = limits.shared_bytes.saturating_sub(shared_warps) / shared_warp;
+    let n_pages = work.n_pages.div_ceil(work.n_splits);
+    let most = if rows > 4 { FEW_WARPS } else { MOST_WARPS };
+    let n_warps = (n_pages + exact_pieces).clamp(LEAST_WARPS, most).min(room);
+    let sources = if work.n_splits > 1 { work.n_splits * source } else { 0 };
+    let shared_bytes = shared_warps + (n_warps * shared_warp).max(sources);
+    // Half of them at most where the others have pages enough, which are on their way meanwhile.
+    let exact_warps = exact_pieces.min((n_warps / 2).max(n_warps.saturating_sub(n_pages)));
+    let block = BlockDesc {
+        n_warps,
+        exact_warps,
+        shared_exact,
+        shared_warps,
+        shared_warp,
+        coefficient_bytes,
+        weight_bytes,
+        shared_bytes,
+    };
+    (room >= LEAST_WARPS && shared_bytes <= limits.shared_bytes).then_some(block)
 }
 
-/// Exact rows that are one piece of work.
-pub(super) const EXACT_ROWS: u32 = 32;
+/// Exact rows that a warp takes together.
+const EXACT_PIECE: u32 = 16;
+/// Pieces of work that are worth a block of their own.
+const PIECES_OF_BLOCK: u32 = 6;
 /// Most blocks that share a tile of rows: the last one weighs them in a table of so many.
 const MAX_SPLITS: u32 = 64;
 
@@ -168,7 +209,7 @@ struct Cut {
     /// Of a stream.
     n_tiles: u32,
     n_splits: u32,
-    block: Block,
+    block: BlockDesc,
 }
 
 impl Cut {
@@ -179,7 +220,8 @@ impl Cut {
             .filter(|rows| *rows > 0)
             .ok_or_else(|| Error::invalid(format!("{n_tokens} query tokens are not possible")))?;
         let cuts = KERNELS.iter().filter(|kernel| (kernel.fits)(layer) && (kernel.reads_turned || !turned));
-        let cuts = cuts.filter_map(|kernel| Self::with(kernel, device.limits(), layer, [rows, n_streams], n_kv));
+        let cuts =
+            cuts.filter_map(|kernel| Self::with(kernel, device.limits(), layer, [n_tokens, rows, n_streams], n_kv));
         cuts.min_by_key(|cut| cut.n_tiles)
             .ok_or_else(|| super::unsupported("no kernel of this build attends such a layer on this device"))
     }
@@ -188,16 +230,20 @@ impl Cut {
         kernel: &'static Kernel,
         limits: Limits,
         layer: &LayerDesc,
-        [rows, n_streams]: [u32; 2],
+        [n_tokens, rows, n_streams]: [u32; 3],
         n_kv: u32,
     ) -> Option<Self> {
         let n_tiles = rows.div_ceil(kernel.tile_rows);
         let n_heads = layer.n_kv_heads * n_streams;
-        let n_pieces = n_cells_seen(layer, n_kv).div_ceil(layer.page) + layer.n_slots.div_ceil(EXACT_ROWS) + 1;
+        let n_pages = n_cells_seen(layer, n_kv).div_ceil(layer.page);
+        let exact_pieces = [layer.n_slots, layer.pool_rows, n_tokens].map(|rows| rows.div_ceil(EXACT_PIECE));
+        let n_exact_pieces = exact_pieces.iter().sum::<u32>();
         let wanted = limits.n_multiprocessors * kernel.blocks_per_multiprocessor / (n_tiles * n_heads).max(1);
-        let n_splits = wanted.clamp(1, n_pieces.min(MAX_SPLITS));
+        let n_pieces = n_pages + n_exact_pieces;
+        let most = if n_pieces <= MOST_WARPS { 1 } else { n_pieces.div_ceil(PIECES_OF_BLOCK) };
+        let n_splits = wanted.clamp(1, most.min((kernel.most_splits)(layer, kernel, limits)));
         debug_assert!(n_splits == 1 || (n_tiles * n_heads) as usize * 4 <= TICKET_BYTES);
-        let block = (kernel.block)(layer, kernel, n_pieces.div_ceil(n_splits), limits)?;
+        let block = (kernel.block)(layer, kernel, Work { n_pages, n_exact_pieces, n_splits }, limits)?;
         Some(Self { kernel, n_streams, n_tiles, n_splits, block })
     }
 
@@ -272,13 +318,11 @@ pub(crate) unsafe fn enqueue(
     call.streams.partial = cut.partial_floats(&layer) as u64;
     call.n_splits = cut.n_splits;
     call.view = if call.k_cur.is_null() { View::After } else { View::Before } as u32;
-    let Block { n_warps, shared_warps, shared_warp, coefficient_bytes, weight_bytes } = cut.block;
-    (call.n_warps, call.shared_warps, call.shared_warp) = (n_warps, shared_warps, shared_warp);
-    (call.coefficient_bytes, call.weight_bytes) = (coefficient_bytes, weight_bytes);
+    call.block = cut.block;
     let launch = Launch {
         blocks: [layer.n_kv_heads * cut.n_tiles, cut.n_splits, n_streams],
-        threads: 32 * cut.block.n_warps,
-        shared_bytes: cut.block.shared_bytes(),
+        threads: 32 * call.block.n_warps,
+        shared_bytes: call.block.shared_bytes,
     };
     let mut params = AttendParams { call, layer, plan_at, rotation };
     // SAFETY: the kernel takes an AttendParams; the caller answers for the pointers in it.

@@ -450,7 +450,7 @@ template <int ROWS> struct Attend {
     __device__ void run() {
         load_query();
         const Pieces pieces = Pieces::of(p);
-        const uint32_t n_pages = pages_of(p);
+        const uint32_t n_pages = pages_of(p, planned_pages(p));
         uint32_t i = tile.split;
         for (; i < n_pages; i += p.n_splits) attend_page(i);
         unrotate();
@@ -516,11 +516,15 @@ template <int ROWS> struct Attend {
 
 KVQ_KERNEL(kvq_attend_any_4, kvq::THREADS, 3, kvq::AttendParams) {
     KVQ_SHARED(shared);
+    kvq::wait_for_stream();
+    kvq::let_next_start();
     const kvq::AttendStep step(p);
     kvq::Attend<4>(step, reinterpret_cast<float *>(shared)).run();
 }
 KVQ_KERNEL(kvq_attend_any_8, kvq::THREADS, 3, kvq::AttendParams) {
     KVQ_SHARED(shared);
+    kvq::wait_for_stream();
+    kvq::let_next_start();
     const kvq::AttendStep step(p);
     kvq::Attend<8>(step, reinterpret_cast<float *>(shared)).run();
 }

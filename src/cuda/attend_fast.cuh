@@ -42,6 +42,11 @@ struct Look {
     __device__ uint32_t get(uint32_t from) const { return __shfl_sync(FULL, word, from); }
 };
 
+// A query row's cells, put together: four channels a lane, relative to `reference`, in octaves.
+struct Joined {
+    float x[4], reference, sum;
+};
+
 // score = step * (scale * c + offset) + base
 struct Sum {
     float scale, offset;
@@ -54,7 +59,8 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES, int PAGE> struct Fast {
     static constexpr uint32_t BLOCKS = PAGE / 32;
     static constexpr int TILES = ROWS / 4;       // of columns of B
     static constexpr uint32_t COLUMNS = 2 * ROWS;
-    static constexpr uint32_t STATE = 3;         // floats of a warp's state of a row: reference, sum, factor
+    // A source is what somebody leaves of all rows: outputs [ROWS][DIM_V], then reference and sum [ROWS][2], as Partial has them.
+    static constexpr uint32_t SOURCE_BYTES = 4 * ROWS * (DIM_V + 2);
 
     const AttendStep &p;
     const LayerDesc &layer;
@@ -69,19 +75,21 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES, int PAGE> struct Fast {
     uint16_t *halves;  // [ROWS][dim + 8]: the same
     float *unit;       // [ROWS]: the largest of a query, times the scale
     float *slopes, *spoiled, *scales, *offsets;
-    float *states;     // [warp][ROWS][STATE]
     uint32_t *flag, *ticket;
     int *pooled;       // [pool_rows]: cells of the pool's members, or -1
+    uint8_t *exact_sources;  // of warps that take exact rows, [exact_warps]
     const uint8_t *k_region, *v_region;
     uint32_t first_token, last_token;
     bool mask_ahead;
-    uint8_t *own_memory, *k_page, *v_page, *scratch, *coefficients, *weights;
+    uint8_t *own_memory, *k_page, *v_page, *weights;
+    // B of keys: the block's, the warp's own where pages need that, and which of them is read.
+    uint8_t *block_coefficients, *own_coefficients, *coefficients;
     // Registers, of this lane's rows: own + 4 n.
     float acc[TILES][DIM_V / 32][2][4] = {};  // [..][rows of A 4 q + j, 4 q + j + 2 of a quad][own, neighbour's]
     float reference[TILES], sum[TILES] = {}, steps[TILES] = {};
     float scale[TILES], offset[TILES];  // see Sum
-    uint32_t seen_exponents = 0;        // of the quad that this lane prepares
-    bool is_prepared = false;
+    uint32_t block_exponents, seen_exponents = 0;  // of this lane's quad: those of the block's coefficients, and of the warp's own
+    bool is_prepared = false;                      // the latter
     float to_log2;
     // Where this lane's rows have their mask, what it is multiplied with; rows that are none see nothing.
     size_t mask_row[TILES];
@@ -93,6 +101,9 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES, int PAGE> struct Fast {
     __device__ uint32_t key_segments() const { return (KEYS ? DIM_V : k.head_dim) / 16; }
     __device__ uint32_t key_width() const { return KEYS ? uint32_t(KEYS) : k.width; }
     __device__ uint32_t value_width() const { return VALUES ? uint32_t(VALUES) : v.width; }
+    // Bytes from row to row of a piece in shared memory, so that rows do not meet in a bank.
+    __device__ uint32_t key_stride() const { return 2 * k.head_dim + 16; }
+    static constexpr uint32_t VALUE_STRIDE = 2 * DIM_V + 16;
     __device__ uint32_t row(int n) const { return own + 4 * n; }
     // The row of four whose sums lane t of four gets; also the lane that has row t.
     __device__ static uint32_t own_of(uint32_t t) { return t % 2 * 2 + t / 2; }
@@ -108,7 +119,7 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES, int PAGE> struct Fast {
 
     __device__ Fast(const AttendStep &step, uint8_t *shared)
         : p(step), layer(step.layer), k(layer.k), v(layer.v), tile(Tile::of_block(step, ROWS)), warp(__shfl_sync(FULL, threadIdx.x / 32, 0)),
-          lane(threadIdx.x % 32), n_warps(step.n_warps), g(lane / 4), t(lane % 4), quad((g >> 1) | (g & 1) << 2), own(own_of(t)), has_high(t < 2) {
+          lane(threadIdx.x % 32), n_warps(step.block.n_warps), g(lane / 4), t(lane % 4), quad((g >> 1) | (g & 1) << 2), own(own_of(t)), has_high(t < 2) {
         query = reinterpret_cast<float *>(shared);
         halves = reinterpret_cast<uint16_t *>(query + max(k.head_dim, uint32_t(DIM_V)) * ROWS);
         unit = reinterpret_cast<float *>(halves + ROWS * (k.head_dim + 8));
@@ -116,18 +127,21 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES, int PAGE> struct Fast {
         spoiled = slopes + ROWS;
         scales = spoiled + ROWS;
         offsets = scales + ROWS;
-        states = offsets + ROWS;
-        flag = reinterpret_cast<uint32_t *>(states + n_warps * ROWS * STATE);
+        flag = reinterpret_cast<uint32_t *>(offsets + ROWS);
         ticket = flag + 1;
         pooled = reinterpret_cast<int *>(flag + 2);
-        own_memory = shared + p.shared_warps + warp * p.shared_warp;
+        exact_sources = shared + p.block.shared_exact;
+        own_memory = shared + p.block.shared_warps + warp * p.block.shared_warp;
         k_page = own_memory;
         v_page = k_page + (k.page_bytes + 127) / 128 * 128;
-        scratch = v_page + (v.page_bytes + 127) / 128 * 128;
+        // Behind a page or a piece of exact rows.
+        const uint32_t pages = uint32_t(v_page - k_page) + (v.page_bytes + 127) / 128 * 128, piece = PIECE * (key_stride() + VALUE_STRIDE);
+        uint8_t *const scratch = own_memory + max(pages, (piece + 127) / 128 * 128);
         // Those of the block lie before the first warp's memory, where it has any.
-        const bool is_shared = is_grouped() && k.exponents == ABSENT;
-        coefficients = is_shared ? shared + p.shared_warps - COLUMNS * p.coefficient_bytes : scratch;
-        weights = is_shared ? scratch : scratch + COLUMNS * p.coefficient_bytes;
+        block_coefficients = shared + p.block.shared_warps - COLUMNS * p.block.coefficient_bytes;
+        own_coefficients = scratch;
+        coefficients = is_grouped() ? block_coefficients : own_coefficients;
+        weights = is_grouped() && k.exponents == ABSENT ? scratch : scratch + COLUMNS * p.block.coefficient_bytes;
         k_region = p.k_mem + tile.head * k.head_bytes;
         v_region = p.v_mem + tile.head * v.head_bytes;
         first_token = tile.token(p, 0);
@@ -138,10 +152,12 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES, int PAGE> struct Fast {
     }
 
     // fast_query.cuh: the query, and B for keys.
-    __device__ void load_query();
+    __device__ void read_query(uint32_t r, float (&x)[4]);
+    __device__ void load_query(float (&x)[4]);
     __device__ void put(const Fields::Field &field, uint32_t row, const float (&x)[4], const float (&factor)[4]);
     __device__ void clear_rest(const Words &w);
-    __device__ Sum code_row(const Words &w, uint32_t row, float (&x)[4], float unit);
+    __device__ Sum code_row(const Words &w, uint32_t row, float (&x)[4], float unit, uint32_t exponents);
+    __device__ uint32_t exponents_of_block();
     __device__ void prepare_group(const Words &w);
     __device__ void prepare_channel(const Words &w, const Segments &segments, const uint8_t *header, float (&base)[TILES]);
     __device__ void mean_base(float (&base)[TILES]);
@@ -153,12 +169,13 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES, int PAGE> struct Fast {
     __device__ void look(uint32_t page, Look &ahead);
     __device__ void load_pool();
     __device__ void hide_pooled(uint32_t page, Look &look);
-    __device__ bool is_plain(uint32_t page, const Look &look);
+    __device__ bool is_unmasked(uint32_t page, const Look &look);
     __device__ void prepare_mask();
     __device__ float masked(float score, int cell, int n);
     __device__ float capped(float score);
 
     // fast_page.cuh: pages.
+    __device__ void prefetch_page(uint32_t page);
     __device__ void fetch(SharedAt to, const uint8_t *region, const SideDesc &side, uint32_t page);
     __device__ uint32_t take();
     __device__ uint32_t next_page(uint32_t page, uint32_t end);
@@ -170,36 +187,47 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES, int PAGE> struct Fast {
     __device__ uint32_t attend_page(uint32_t page, Look &at, uint32_t end);
 
     // fast_exact.cuh: exact rows.
-    __device__ uint32_t n_exact_warps(const Pieces &pieces) const;
     __device__ void prefetch_exact(uint32_t piece);
+    __device__ void stage(const ExactRows &rows, uint32_t first, uint32_t n);
     __device__ void attend_exact(const ExactRows &rows, uint32_t first, uint32_t n, float (&out)[ROWS][4]);
-    __device__ void attend_all_exact(const Pieces &pieces, uint32_t first, uint32_t stride);
+    __device__ void attend_all_exact(uint32_t exact_warp, uint32_t first, uint32_t stride);
 
     // fast_join.cuh: what warps and blocks have, put together.
     __device__ void leave();
+    __device__ void leave_nothing();
+    __device__ void leave_state(float *source);
+    __device__ void add_sources(Joined &all, const uint8_t *sources, uint32_t stride, uint32_t n, uint32_t r);
+    __device__ void end_row(const Joined &all, uint32_t r);
     __device__ void finish();
 
     __device__ void run() {
-        const Pieces pieces = Pieces::of(p);
-        const uint32_t exact_warps = n_exact_warps(pieces), page_warps = n_warps - exact_warps, first = tile.split + p.n_splits * warp;
+        const uint32_t exact_warps = p.block.exact_warps, page_warps = n_warps - exact_warps, first = tile.split + p.n_splits * warp;
         // The first page is fetched before it is known that anybody sees it.
         const bool is_exact = warp >= page_warps, has_first = !is_exact && first < layer.n_pages && first * PAGE < p.n_kv;
+        const uint32_t exact_warp = n_warps - 1 - warp, first_piece = tile.split + p.n_splits * exact_warp;
+        if (is_exact) prefetch_exact(first_piece);
+        if (has_first) prefetch_page(first);
+        prefetch(p.plan + p.plan_at.n_pages[p.view]);
+        wait_for_stream();
+        let_next_start();
+        // What is waited for first is asked for first.
+        float x[4];
+        read_query(warp, x);
+        block_exponents = exponents_of_block();
+        Look at{};
+        if (has_first) look(first, at);
+        const uint32_t planned = planned_pages(p);
         if (has_first) fetch(shared_at(k_page), k_region, k, first);
         copy_commit();
         if (has_first) fetch(shared_at(v_page), v_region, v, first);
         copy_commit();
-        const uint32_t first_piece = tile.split + p.n_splits * (n_warps - 1 - warp);
-        if (is_exact) prefetch_exact(first_piece);
-        prefetch(p.plan + p.plan_at.n_pages[p.view]);
         if (threadIdx.x == 0) *ticket = page_warps;
-        load_query();
+        load_query(x);
         load_pool();
-        Look at{};
-        if (has_first) look(first, at);
         __syncthreads();
         prepare_mask();
-        if (is_exact) attend_all_exact(pieces, first_piece, p.n_splits * exact_warps);
-        const uint32_t end = pages_of(p);
+        if (is_exact) attend_all_exact(exact_warp, first_piece, p.n_splits * exact_warps);
+        const uint32_t end = pages_of(p, planned);
         uint32_t page = first;
         if (unlikely(is_exact || !(first < end && __any_sync(FULL, lane < BLOCKS && at.word != 0)))) {
             page = next_page(take(), end);
@@ -212,9 +240,11 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES, int PAGE> struct Fast {
                 copy_commit();
             }
         }
+        const bool has_page = page != ~0u;
         while (page != ~0u) page = __shfl_sync(FULL, attend_page(page, at, end), 0);
         copy_wait<0>();
-        leave();
+        if (has_page) leave();
+        else leave_nothing();
         __syncthreads();
         finish();
     }

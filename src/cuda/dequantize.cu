@@ -78,6 +78,8 @@ struct Dequantize {
 
 KVQ_KERNEL(kvq_dequantize_any, DEQUANTIZE_THREADS, 1, DequantizeParams) {
     KVQ_SHARED(shared);
+    wait_for_stream();
+    let_next_start();
     const Dequantize block(p);
     if (p.exact) block.exact(blockIdx.y);
     else block.chunk(blockIdx.y, shared);

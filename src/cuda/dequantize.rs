@@ -2,7 +2,6 @@
 
 use std::ffi::c_void;
 
-use super::attend::EXACT_ROWS;
 use super::desc::{AttendCall, AttendParams, DequantizeParams, DEQUANTIZE_THREADS};
 use super::{plan_of, Call, Device, Launch};
 use crate::error::Result;
@@ -11,6 +10,9 @@ use crate::plan::{View, CELLS_PER_WORD};
 
 /// The one kernel; see `dequantize.cu`.
 pub(super) const KERNEL: &str = "kvq_dequantize_any";
+
+/// Exact rows that are one piece of work: EXACT_ROWS of `attend.cuh`.
+const EXACT_ROWS: u32 = 32;
 
 /// Enqueues the decoding of one layer: `rows` are those of keys and of values, either of which may be NULL, the streams'
 /// one after the other.

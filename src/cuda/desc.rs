@@ -214,6 +214,28 @@ pub struct StreamDesc {
     pub partial: u64,
 }
 
+/// Threads of a block and what they share, for the attention kernels that let it vary.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct BlockDesc {
+    /// Warps.
+    pub n_warps: u32,
+    /// Of these, warps that take exact rows before they take pages.
+    pub exact_warps: u32,
+    /// Shared memory: bytes of it.
+    pub shared_bytes: u32,
+    /// Bytes before what the warps leave of exact rows.
+    pub shared_exact: u32,
+    /// Bytes before that of the first warp.
+    pub shared_warps: u32,
+    /// Shared memory of a warp.
+    pub shared_warp: u32,
+    /// Of that, bytes of a query row's coefficients for keys.
+    pub coefficient_bytes: u32,
+    /// And for values.
+    pub weight_bytes: u32,
+}
+
 /// What the attention kernels get of a call besides the layer. Pointers are the device's, those of the first stream; device
 /// code makes those of its own.
 #[repr(C)]
@@ -273,16 +295,8 @@ pub struct AttendCall {
     pub n_splits: u32,
     /// 0: the view before the store, 1: after.
     pub view: u32,
-    /// Warps of a block; this and all that follows: for the kernels that let it vary.
-    pub n_warps: u32,
-    /// Shared memory: bytes before that of the first warp.
-    pub shared_warps: u32,
-    /// Shared memory of a warp.
-    pub shared_warp: u32,
-    /// Of that, bytes of a query row's coefficients for keys.
-    pub coefficient_bytes: u32,
-    /// And for values.
-    pub weight_bytes: u32,
+    /// Threads of a block.
+    pub block: BlockDesc,
     /// From stream to stream.
     pub streams: StreamDesc,
 }

@@ -26,6 +26,20 @@ namespace kvq {
 
 constexpr uint32_t FULL = ~0u;
 
+// A kernel may start before the one enqueued before it has ended (driver.rs); it waits for that here, before it reads anything
+// but its parameters.
+__device__ __forceinline__ void wait_for_stream() {
+#if !defined(KVQ_EMULATE) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the next kernel start, and wait, once all blocks have come here.
+__device__ __forceinline__ void let_next_start() {
+#if !defined(KVQ_EMULATE) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Conditions that decide where code is put: what is rarely run must not lie between what is, because a page's code is fetched
 // anew for each of a block's warps once it is larger than the cache of instructions.
 __device__ __forceinline__ bool likely(bool is) { return __builtin_expect(is, 1); }

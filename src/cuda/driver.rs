@@ -20,6 +20,8 @@ pub(super) struct Cuda {
     modules: Vec<CUmodule>,
     functions: HashMap<&'static str, CUfunction>,
     limits: Limits,
+    /// Kernels may start before those before them have ended, which hides what a start takes.
+    starts_early: bool,
 }
 
 // SAFETY: handles of the driver API may be used by any thread; nothing here changes after `open`.
@@ -68,7 +70,8 @@ impl Cuda {
             check(sys::cuDevicePrimaryCtxRetain(&mut context, device), "opening the device")?;
         }
         let limits = Limits { n_multiprocessors: 0, shared_bytes: 0, capability: 0 };
-        let mut cuda = Cuda { device, context, modules: Vec::new(), functions: HashMap::new(), limits };
+        let mut cuda =
+            Cuda { device, context, modules: Vec::new(), functions: HashMap::new(), limits, starts_early: false };
         cuda.limits = cuda.read_limits()?;
         if cuda.limits.capability < 75 {
             let (major, minor) = (cuda.limits.capability / 10, cuda.limits.capability % 10);
@@ -111,14 +114,21 @@ impl Cuda {
             check(loaded, &format!("loading {name} (were kernels for this device built? see KVQ_CUDA_ARCHS)"))?;
             self.modules.push(module);
         }
+        let mut can_wait = self.limits.capability >= 90;
         for kernel in attend::kernel_names().chain([dequantize::KERNEL, store::KERNEL]) {
             let function = self.find(kernel)?;
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a function of a module that stays loaded.
             let set = unsafe { sys::cuFuncSetAttribute(function, attribute, self.limits.shared_bytes as i32) };
             check(set, kernel)?;
+            // Code for older devices, compiled anew for this one, does not wait.
+            let (mut version, of_code) = (0, sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION);
+            // SAFETY: writes one integer.
+            check(unsafe { sys::cuFuncGetAttribute(&mut version, of_code, function) }, kernel)?;
+            can_wait &= version >= 90;
             self.functions.insert(kernel, function);
         }
+        self.starts_early = can_wait;
         Ok(())
     }
 
@@ -178,24 +188,32 @@ impl Runner for Cuda {
         let function = function.ok_or_else(|| Error::new(Status::Internal, format!("no kernel {kernel}")))?;
         let _current = self.make_current()?;
         let (Launch { blocks: [x, y, z], threads, shared_bytes }, mut params) = (launch, [params]);
-        // SAFETY: the kernel takes one struct, which params points to, and the caller answers for what it names.
-        let launched = unsafe {
-            let extra = ptr::null_mut();
-            sys::cuLaunchKernel(
-                function,
-                x,
-                y,
-                z,
-                threads,
-                1,
-                1,
-                shared_bytes,
-                stream.cast(),
-                params.as_mut_ptr(),
-                extra,
-            )
+        let (stream, params, extra) = (stream.cast(), params.as_mut_ptr(), ptr::null_mut());
+        if !self.starts_early {
+            // SAFETY: the kernel takes one struct, which params points to, and the caller answers for what it names.
+            let launched =
+                unsafe { sys::cuLaunchKernel(function, x, y, z, threads, 1, 1, shared_bytes, stream, params, extra) };
+            return check(launched, kernel);
+        }
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        check(launched, kernel)
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes,
+            hStream: stream,
+            attrs: &mut early,
+            numAttrs: 1,
+        };
+        // SAFETY: as above; the kernel waits for what is before it in the stream, see `wait_for_stream` in device.cuh.
+        check(unsafe { sys::cuLaunchKernelEx(&config, function, params, extra) }, kernel)
     }
 }
 

@@ -45,18 +45,18 @@ __device__ inline bool is_zero(const uint8_t *at) {
     return (x[0] | x[1] | x[2] | x[3]) == 0;
 }
 
-// Whether all cells of the page are to be read and the mask adds nothing to any.
-KVQ_FAST_MEMBER(bool)::is_plain(uint32_t page, const Look &look) {
-    bool plain = (lane >= BLOCKS || look.word == ~0u) && page * PAGE + PAGE <= p.n_kv;
-    if (plain && p.mask != nullptr && 4 * lane < PAGE) {
+// Whether the mask adds nothing to any cell of the page.
+KVQ_FAST_MEMBER(bool)::is_unmasked(uint32_t page, const Look &look) {
+    bool is = page * PAGE + PAGE <= p.n_kv;
+    if (is && p.mask != nullptr && 4 * lane < PAGE) {
         const bool ahead = has_mask_ahead(page);
-        if (ahead) plain = (look.mask.x | look.mask.y) == 0;
+        if (ahead) is = (look.mask.x | look.mask.y) == 0;
         for (uint32_t token = first_token + (ahead ? 1 : 0); token <= last_token; token++) {
             const uint8_t *at = mask_at(token, page);
-            plain &= p.mask_is_f16 ? is_zero(at) : is_zero(at) && is_zero(at + 8);
+            is &= p.mask_is_f16 ? is_zero(at) : is_zero(at) && is_zero(at + 8);
         }
     }
-    return __all_sync(FULL, plain);
+    return __all_sync(FULL, is);
 }
 
 KVQ_FAST_MEMBER(void)::prepare_mask() {

@@ -3,6 +3,17 @@
 
 namespace kvq {
 
+// Asks for a page that cannot be fetched yet.
+KVQ_FAST_MEMBER(void)::prefetch_page(uint32_t page) {
+    const auto ask = [&](const uint8_t *region, const SideDesc &side) {
+        const uint8_t *from = region + side.pages + size_t(page) * side.page_bytes;
+#pragma unroll 1
+        for (uint32_t at = 128 * lane; at < side.page_bytes; at += 32 * 128) prefetch(from + at);
+    };
+    ask(k_region, k);
+    ask(v_region, v);
+}
+
 KVQ_FAST_MEMBER(void)::fetch(SharedAt to, const uint8_t *region, const SideDesc &side, uint32_t page) {
     const uint8_t *from = region + side.pages + size_t(page) * side.page_bytes + 16 * lane;
     // Lane l takes pieces l, l + 32, ...: of rows l / 8, l / 8 + 4, ..., whose exchange is one of two.
@@ -71,7 +82,7 @@ KVQ_FAST_MEMBER(void)::move_down(float (&score)[TILES][BLOCKS][4]) {
 
 // Scores of this lane's rows: [..][token 4 quad + i of a block].
 KVQ_FAST_MEMBER(void)::score_page(const Words &words, uint32_t step_base, const float (&base)[TILES], float (&score)[TILES][BLOCKS][4]) {
-    const uint8_t *coefs = coefficients + g * p.coefficient_bytes;
+    const uint8_t *coefs = coefficients + g * p.block.coefficient_bytes;
     // What steps are read short of.
     const float step_unit = is_grouped() ? power(min(127u + step_base - 112u, 254u)) : 1.f;
     float times[TILES], plus[TILES];
@@ -83,7 +94,7 @@ KVQ_FAST_MEMBER(void)::score_page(const Words &words, uint32_t step_base, const 
     for (uint32_t pair = 0; pair < BLOCKS; pair += 2) {
         move_down(score);
         Sums<TILES, 2> sums = {};
-        multiply<true, (KEYS > CHANNEL)>(words, k_page, pair, quad, coefs, 8 * p.coefficient_bytes, sums);
+        multiply<true, (KEYS > CHANNEL)>(words, k_page, pair, quad, coefs, 8 * p.block.coefficient_bytes, sums);
 #pragma unroll
         for (uint32_t b = 0; b < 2; b++) {
             const uint32_t codes = is_grouped() ? *reinterpret_cast<const uint32_t *>(k_page + swizzle(k.steps + 32 * (pair + b) + 4 * quad)) : 0;
@@ -115,7 +126,7 @@ KVQ_FAST_MEMBER(void)::add_values(float (&score)[TILES][BLOCKS][4], const float 
     const uint32_t most_exponent = warp_most(largest) >> 4;
     const float relative = UNIT * power(126 + 15 - most_exponent);
     const float low_factor = relative * fields.of[0].factor, high_factor = three ? relative * fields.of[1].factor : 0.f;
-    uint8_t *high_at = weights + high_column(own) * p.weight_bytes + 4 * quad, *low_at = weights + low_column(own) * p.weight_bytes + 4 * quad;
+    uint8_t *high_at = weights + high_column(own) * p.block.weight_bytes + 4 * quad, *low_at = weights + low_column(own) * p.block.weight_bytes + 4 * quad;
     float sums[TILES] = {};
     uint32_t step_sums[TILES] = {};
 #pragma unroll 1
@@ -136,8 +147,8 @@ KVQ_FAST_MEMBER(void)::add_values(float (&score)[TILES][BLOCKS][4], const float 
                 }
                 const auto put = [&](uint32_t at) {
                     const TwoBytes bytes = TwoBytes::of(y);
-                    *reinterpret_cast<uint32_t *>(high_at + 8 * n * p.weight_bytes + at) = bytes.high;
-                    *reinterpret_cast<uint32_t *>(low_at + 8 * n * p.weight_bytes + at) = bytes.low;
+                    *reinterpret_cast<uint32_t *>(high_at + 8 * n * p.block.weight_bytes + at) = bytes.high;
+                    *reinterpret_cast<uint32_t *>(low_at + 8 * n * p.block.weight_bytes + at) = bytes.low;
                 };
                 put(32 * (pair + b));
                 if (three) {
@@ -160,11 +171,11 @@ KVQ_FAST_MEMBER(void)::add_values(float (&score)[TILES][BLOCKS][4], const float 
         of_other[n] = of_neighbour(factor) * step_unit / PLACE * float(half());
     }
     __syncwarp();
-    const uint8_t *coefs = weights + g * p.weight_bytes;
+    const uint8_t *coefs = weights + g * p.block.weight_bytes;
 #pragma unroll
     for (int pair = 0; pair < DIM_V / 32; pair += 2) {
         Sums<TILES, 2> sums_of_pair = {};
-        multiply<UNEVEN, VALUES != 0>(words, v_page, pair, quad, coefs, 8 * p.weight_bytes, sums_of_pair);
+        multiply<UNEVEN, VALUES != 0>(words, v_page, pair, quad, coefs, 8 * p.block.weight_bytes, sums_of_pair);
 #pragma unroll
         for (int n = 0; n < TILES; n++)
 #pragma unroll
@@ -212,14 +223,19 @@ KVQ_FAST_MEMBER(uint32_t)::attend_page(uint32_t page, Look &at, uint32_t end) {
                 for (uint32_t i = 0; i < 4; i++) f(n, b, i, score[n][b][i]);
     };
     if (unlikely(p.softcap > 0.f)) each([&](int, uint32_t, uint32_t, float &s) { s = capped(s); });
-    if (unlikely(!is_plain(page, now))) {
+    const bool all_in_page = __all_sync(FULL, lane >= BLOCKS || now.word == ~0u), is_masked = !is_unmasked(page, now);
+    if (unlikely(is_masked || !all_in_page)) {
         uint32_t bits[BLOCKS];
 #pragma unroll
         for (uint32_t b = 0; b < BLOCKS; b++) bits[b] = now.get(b);
-        each([&](int n, uint32_t b, uint32_t i, float &s) {
-            const uint32_t token = 4 * quad + i;
-            s = masked(s, bits[b] >> token & 1 ? int(page * PAGE + 32 * b + token) : -1, n);
-        });
+        if (is_masked) {
+            each([&](int n, uint32_t b, uint32_t i, float &s) {
+                const uint32_t token = 4 * quad + i;
+                s = masked(s, bits[b] >> token & 1 ? int(page * PAGE + 32 * b + token) : -1, n);
+            });
+        } else {
+            each([&](int, uint32_t b, uint32_t i, float &s) { s = bits[b] >> (4 * quad + i) & 1 ? s : -infinity(); });
+        }
     }
     float most[TILES];
     for (int n = 0; n < TILES; n++) most[n] = DEAD;

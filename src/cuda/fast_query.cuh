@@ -3,19 +3,27 @@
 
 namespace kvq {
 
-KVQ_FAST_MEMBER(void)::load_query() {
+// Asks for what load_query needs of a row first.
+KVQ_FAST_MEMBER(void)::read_query(uint32_t r, float (&x)[4]) {
+    const bool is_there = r < tile.n_rows && 4 * lane < k.head_dim;
+    const float *q = p.q;
+    if (is_there) q += tile.token(p, r) * p.q_stride_token + tile.query_head(p, r) * p.q_stride_head + 4 * lane;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) x[i] = is_there ? q[i] : 0.f;
+}
+
+// `x`: of row `warp`, as read_query gives it.
+KVQ_FAST_MEMBER(void)::load_query(float (&x)[4]) {
     const uint32_t dim = k.head_dim, c = 4 * lane;
     const Words words = Words::of(Segments::uniform(key_width(), key_segments()), key_segments());
 #pragma unroll 1
     for (uint32_t r = warp; r < ROWS; r += n_warps) {
-        const bool is_row = r < tile.n_rows;
-        const float *q = p.q;
-        if (is_row) q += tile.token(p, r) * p.q_stride_token + tile.query_head(p, r) * p.q_stride_head;
-        float x[4], most = 0.f;
+        if (unlikely(r != warp)) read_query(r, x);
+        float most = 0.f;
         bool is_finite = true;
 #pragma unroll
         for (uint32_t i = 0; i < 4; i++) {
-            x[i] = is_row && c < dim ? q[c + i] * p.scale : 0.f;
+            x[i] *= p.scale;
             is_finite &= fabsf(x[i]) <= MAX_QUERY;
             most = fmaxf(most, fabsf(x[i]));
         }
@@ -31,14 +39,14 @@ KVQ_FAST_MEMBER(void)::load_query() {
         if (lane == 0) {
             unit[r] = most;
             spoiled[r] = is_finite ? 0.f : 1.f;
-            slopes[r] = is_row ? alibi_slope(p, tile.query_head(p, r)) : 0.f;
+            slopes[r] = r < tile.n_rows ? alibi_slope(p, tile.query_head(p, r)) : 0.f;
         }
-        if (is_grouped() && k.exponents == ABSENT) {
-            const Sum sums = code_row(words, r, x, most);
+        if (is_grouped()) {
+            const Sum sums = code_row(words, r, x, most, block_exponents);
             if (lane == 0) scales[r] = sums.scale, offsets[r] = sums.offset;
         }
     }
-    if (is_grouped() && k.exponents == ABSENT && warp == n_warps - 1) clear_rest(words);
+    if (is_grouped() && warp == n_warps - 1) clear_rest(words);
 }
 
 // Puts x * factor, rounded, for four channels of a query row.
@@ -47,9 +55,9 @@ KVQ_FAST_MEMBER(void)::put(const Fields::Field &field, uint32_t row, const float
 #pragma unroll
     for (int j = 0; j < 4; j++) y[j] = x[j] * factor[j] + AS_INTEGER;
     const TwoBytes bytes = TwoBytes::of(y);
-    uint8_t *tile_at = coefficients + row / 4 * 8 * p.coefficient_bytes + field.at;
-    uint32_t *high = reinterpret_cast<uint32_t *>(tile_at + high_column(row % 4) * p.coefficient_bytes);
-    uint32_t *low = reinterpret_cast<uint32_t *>(tile_at + low_column(row % 4) * p.coefficient_bytes);
+    uint8_t *tile_at = coefficients + row / 4 * 8 * p.block.coefficient_bytes + field.at;
+    uint32_t *high = reinterpret_cast<uint32_t *>(tile_at + high_column(row % 4) * p.block.coefficient_bytes);
+    uint32_t *low = reinterpret_cast<uint32_t *>(tile_at + low_column(row % 4) * p.block.coefficient_bytes);
     high[0] = bytes.high, low[0] = bytes.low;
     if (field.twice) high[1] = bytes.high, low[1] = bytes.low;
 }
@@ -57,13 +65,17 @@ KVQ_FAST_MEMBER(void)::put(const Fields::Field &field, uint32_t row, const float
 // The fourth lane of a group of three words multiplies with nothing.
 KVQ_FAST_MEMBER(void)::clear_rest(const Words &w) {
     if (w.native || w.n % 4 != 3) return;
-    for (uint32_t i = lane; i < 8 * COLUMNS; i += 32) *reinterpret_cast<uint32_t *>(coefficients + i / 8 * p.coefficient_bytes + w.at(w.n - 1) + 32 + 4 * (i % 8)) = 0;
+    for (uint32_t i = lane; i < 8 * COLUMNS; i += 32) *reinterpret_cast<uint32_t *>(coefficients + i / 8 * p.block.coefficient_bytes + w.at(w.n - 1) + 32 + 4 * (i % 8)) = 0;
 }
 
-// Codec `group`: puts the coefficients of a row, a quad of it in each lane, relative to `unit`. Gives what is made of a sum of
-// products.
-KVQ_FAST_MEMBER(Sum)::code_row(const Words &w, uint32_t r, float (&x)[4], float unit) {
+// Codec `group`: puts the coefficients of a row, a quad of it and of the page's exponents in each lane, relative to `unit`. Gives
+// what is made of a sum of products.
+KVQ_FAST_MEMBER(Sum)::code_row(const Words &w, uint32_t r, float (&x)[4], float unit, uint32_t exponents) {
     const uint32_t n_quads = k.head_dim / 4;
+    if (k.exponents != ABSENT) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) x[j] *= smooth_factor(int8_t(exponents >> 8 * j));
+    }
     if (k.rotate) rotate_quads(x, lane, k.head_dim & (0u - k.head_dim));
     float most = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
     most = fmaxf(warp_max_positive(most), 1e-30f);
@@ -79,29 +91,35 @@ KVQ_FAST_MEMBER(Sum)::code_row(const Words &w, uint32_t r, float (&x)[4], float 
     return {most * times / (UNIT * PLACE), -0.5f * float((1u << key_width()) - 1) * times * total};
 }
 
-// The same for all rows, as the factors of this page want it; without factors, load_query has done it.
+// The exponents of a page whose factors load_query makes coefficients of: those of a head's pages hardly ever differ.
+KVQ_FAST_MEMBER(uint32_t)::exponents_of_block() {
+    if (k.exponents == ABSENT || lane >= k.head_dim / 4) return 0;
+    const uint32_t page = min(tile.split, layer.n_pages - 1);
+    return *reinterpret_cast<const uint32_t *>(k_region + k.pages + size_t(page) * k.page_bytes + k.exponents + 4 * lane);
+}
+
+// The coefficients of all rows, as the factors of this page want them: those of load_query, or the warp's own.
 KVQ_FAST_MEMBER(void)::prepare_group(const Words &w) {
     const uint32_t n_quads = k.head_dim / 4;
-    if (k.exponents == ABSENT) {
+    const bool has_factors = k.exponents != ABSENT && lane < n_quads;
+    const uint32_t exponents = has_factors ? *reinterpret_cast<const uint32_t *>(k_page + swizzle(k.exponents + 4 * lane)) : 0;
+    if (likely(__all_sync(FULL, exponents == block_exponents))) {
+        coefficients = block_coefficients;
+        is_prepared = false;
 #pragma unroll
         for (int n = 0; n < TILES; n++) scale[n] = scales[row(n)], offset[n] = offsets[row(n)];
         return;
     }
-    bool same = is_prepared;
-    uint32_t exponents = 0;
-    if (lane < n_quads) {
-        exponents = *reinterpret_cast<const uint32_t *>(k_page + swizzle(k.exponents + 4 * lane));
-        same &= exponents == seen_exponents;
-    }
-    if (__all_sync(FULL, same)) return;
+    if (__all_sync(FULL, is_prepared && exponents == seen_exponents)) return;
+    coefficients = own_coefficients;
     is_prepared = true;
     seen_exponents = exponents;
 #pragma unroll 1
     for (uint32_t r = 0; r < ROWS; r++) {
         float x[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) x[j] = lane < n_quads ? query_at(4 * lane + j)[r] * smooth_factor(int8_t(exponents >> 8 * j)) : 0.f;
-        const Sum sums = code_row(w, r, x, unit[r]);
+        for (int j = 0; j < 4; j++) x[j] = lane < n_quads ? query_at(4 * lane + j)[r] : 0.f;
+        const Sum sums = code_row(w, r, x, unit[r], exponents);
 #pragma unroll
         for (int n = 0; n < TILES; n++) {
             scale[n] = row(n) == r ? sums.scale : scale[n];

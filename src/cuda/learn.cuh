@@ -16,7 +16,7 @@ __device__ inline void forget(const Store &b, const Side &side) {
     __syncthreads();
 }
 
-// Adds the squares of the queries to the moments. Ends with a barrier.
+// Adds the squares of the queries to the moments. No barrier at the end.
 __device__ inline void learn_queries(const Store &b, const Side &keys) {
     const StoreStep &p = b.p;
     const uint32_t dim = keys.desc.head_dim, gqa = p.layer.gqa_ratio;
@@ -37,11 +37,15 @@ __device__ inline void learn_queries(const Store &b, const Side &keys) {
         }
         __syncthreads();
     };
-    constexpr uint32_t N = 4, AT_ONCE = N * STORE_WARPS;
+    constexpr uint32_t N = 4, AT_ONCE = N * STORE_WARPS, FEW = 8;
     static_assert(AT_ONCE <= 64, "there is room for the rows of a page");
-    if (n_rows <= STORE_WARPS) {
-        for (uint32_t at = b.lane; b.warp < n_rows && at < dim; at += 32) b.row(b.warp)[at] = finite(row_of(b.warp)(at));
-        add(n_rows);
+    if (n_rows <= FEW) {
+        float x[FEW];
+#pragma unroll
+        for (uint32_t i = 0; i < FEW; i++) x[i] = c < dim && i < n_rows ? finite(row_of(i)(c)) : 0.f;
+#pragma unroll
+        for (uint32_t i = 0; i < FEW; i++)
+            if (i < n_rows) sum += x[i] * x[i];
     } else if (dim <= 128) {
         // What is read next is on its way while sums are made.
         RowsAhead<N> rows;
@@ -62,8 +66,9 @@ __device__ inline void learn_queries(const Store &b, const Side &keys) {
         }
     }
     if (c < dim) means[c] = mean + (sum - mean * n) / (seen + n);
+    // All have read how many were seen, but for few rows.
+    if (n_rows <= FEW) __syncthreads();
     if (b.thread == 0) means[dim] = fminf(seen + n, 4096.f);
-    __syncthreads();
 }
 
 // Puts the last queries into the ring. Ends with a barrier.
@@ -125,29 +130,32 @@ __device__ inline void find_attention(const Store &b, const Side &keys) {
     __syncthreads();
 }
 
-// Whether a cell's row is still in its page or slot after this store; answered by a warp.
-__device__ inline bool holds(const Store &b, uint32_t cell) {
+// Removes the members of both sides whose cells hold no token any more, or another one, and those that are named a second
+// time: the first one stays, whatever other threads have removed. Ends with a barrier.
+__device__ inline void drop_stale(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values) {
     const StoreStep &p = b.p;
-    if (cell >= p.layer.n_cells) return false;
-    bool is_new = false, is_in_slot = false;
-    for (uint32_t i = b.lane; i < p.n_tokens; i += 32) is_new |= uint32_t(b.plan(p.plan_at.row_cells + i)) == cell;
-    for (uint32_t i = b.lane; i < p.layer.n_slots; i += 32) is_in_slot |= uint32_t(b.plan(p.plan_at.slot_cells[1] + i)) == cell;
-    const bool is_in_page = uint32_t(b.plan(p.plan_at.page_bits[1] + cell / 32)) >> cell % 32 & 1;
-    const bool no = __any_sync(FULL, is_new), yes = __any_sync(FULL, is_in_slot) || is_in_page;
-    return !no && yes;
-}
-
-// Removes the members whose cells hold no token any more, or another one, and those that are named a second time: the first
-// one stays, whatever the other warps have removed. Ends with a barrier.
-__device__ inline void drop_stale(const Store &b, const Side &side) {
-    uint32_t *table = side.pool_table();
-    for (uint32_t i = b.warp; i < b.p.layer.pool_rows; i += STORE_WARPS) {
-        const uint32_t entry = table[i];
-        if (entry == 0) continue;
-        bool is_known = false;
-        for (uint32_t j = b.lane; j < i; j += 32) is_known |= table[j] == entry;
-        const bool stays = holds(b, entry - 1) && !__any_sync(FULL, is_known);
-        if (b.lane == 0 && !stays) table[i] = 0;
+    // So many lanes look for a member.
+    constexpr uint32_t PARTS = 4, AT_ONCE = STORE_THREADS / PARTS;
+    const uint32_t n_pool = p.layer.pool_rows, part = b.lane % PARTS, group = b.lane - part;
+    const auto is_listed = [&](const int *cells, uint32_t n, uint32_t cell) {
+        bool is = false;
+#pragma unroll 4
+        for (uint32_t j = part; j < n; j += PARTS) is |= uint32_t(cells[j]) == cell;
+        return is;
+    };
+    for (uint32_t first = 0; first < 2 * n_pool; first += AT_ONCE) {
+        const uint32_t i = first + b.thread / PARTS, own = i < n_pool ? i : i - n_pool;
+        const bool is_there = i < 2 * n_pool && (i < n_pool ? has_keys : has_values);
+        uint32_t *table = (i < n_pool ? keys : values).pool_table();
+        const uint32_t entry = is_there ? table[own] : 0, cell = entry - 1;
+        bool is_gone = false, is_held = false;
+        if (entry != 0 && cell < p.layer.n_cells) {
+            is_gone = is_listed(p.plan + p.plan_at.row_cells, p.n_tokens, cell) || is_listed(reinterpret_cast<const int *>(table), own, entry);
+            is_held = uint32_t(b.plan(p.plan_at.page_bits[1] + cell / 32)) >> cell % 32 & 1;
+            if (!is_held) is_held = is_listed(p.plan + p.plan_at.slot_cells[1], p.layer.n_slots, cell);
+        }
+        const uint32_t gone = __ballot_sync(FULL, is_gone), held = __ballot_sync(FULL, is_held), of_group = ((1u << PARTS) - 1) << group;
+        if (part == 0 && entry != 0 && ((gone & of_group) != 0 || (held & of_group) == 0)) table[own] = 0;
     }
     __syncthreads();
 }

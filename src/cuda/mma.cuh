@@ -104,7 +104,7 @@ __device__ __forceinline__ void copy_async(SharedAt to, const uint8_t *from) {
 #elif __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 #else
-    const uint4 x = *reinterpret_cast<const uint4 *>(from);
+    const uint4 x = __ldcg(reinterpret_cast<const uint4 *>(from));
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 #endif
 }

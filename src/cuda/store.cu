@@ -73,21 +73,36 @@ __device__ inline void seal_side(const Store &b, const Side &side, uint32_t page
 }
 
 // Writes the ubatch's rows that stay exact to their slots, those of one turn.
-__device__ inline void write_slots(const Store &b, const Side &side, uint32_t turn, uint32_t turns) {
+__device__ inline void write_slots(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t turn, uint32_t turns) {
+    constexpr uint32_t PARTS = MAX_DIM / 32;
     const uint32_t stride = STORE_WARPS * turns;
     for (uint32_t first = STORE_WARPS * turn + b.warp; first < b.p.n_tokens; first += 32 * stride) {
         const uint32_t own = first + b.lane * stride;
         const int slot_of_lane = own < b.p.n_tokens ? b.plan(b.p.plan_at.row_slots + own) : -1;
         for (uint32_t exact = __ballot_sync(FULL, slot_of_lane >= 0); exact != 0; exact &= exact - 1) {
             const uint32_t from = uint32_t(__ffs(exact)) - 1, slot = uint32_t(__shfl_sync(FULL, slot_of_lane, from));
-            const float *row = side.current + size_t(first + from * stride) * side.stride_token;
-#pragma unroll 4
-            for (uint32_t c = b.lane; c < side.desc.head_dim; c += 32) side.slot(slot)[c] = float_to_half(finite(row[c]));
+            // Both sides' rows are on their way together.
+            float x[2][PARTS];
+            const auto read = [&](const Side &side, float(&x)[PARTS]) {
+                const float *row = side.current + size_t(first + from * stride) * side.stride_token;
+#pragma unroll
+                for (uint32_t i = 0; i < PARTS; i++) x[i] = row[min(b.lane + 32 * i, side.desc.head_dim - 1)];
+            };
+            const auto write = [&](const Side &side, const float(&x)[PARTS]) {
+                uint16_t *row = side.slot(slot);
+#pragma unroll
+                for (uint32_t i = 0; i < PARTS; i++)
+                    if (b.lane + 32 * i < side.desc.head_dim) row[b.lane + 32 * i] = float_to_half(finite(x[i]));
+            };
+            if (has_keys) read(keys, x[0]);
+            if (has_values) read(values, x[1]);
+            if (has_keys) write(keys, x[0]);
+            if (has_values) write(values, x[1]);
         }
     }
 }
 
-// What comes before any page: forgetting, queries, members of the pool that are gone.
+// What comes before any page: forgetting, queries, members of the pool that are gone. Ends with a barrier.
 __device__ inline void learn(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values) {
     const StoreStep &p = b.p;
     if (b.plan(p.plan_at.starts_anew)) {
@@ -98,10 +113,8 @@ __device__ inline void learn(const Store &b, const Side &keys, const Side &value
         learn_queries(b, keys);
         if (p.lse != nullptr && p.layer.attn_window > 0) remember_queries(b, keys);
     }
-    if (p.layer.pool_rows > 0) {
-        if (has_keys) drop_stale(b, keys);
-        if (has_values) drop_stale(b, values);
-    }
+    if (p.layer.pool_rows > 0) drop_stale(b, keys, values, has_keys, has_values);
+    else __syncthreads();
 }
 
 // What a head's blocks leave each other between launches, in StoreParams::notes.
@@ -176,6 +189,8 @@ __device__ inline void seal_pages(const Store &b, const Side &keys, const Side &
 KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
     KVQ_SHARED(shared);
     const uint32_t thread = threadIdx.x;
+    wait_for_stream();
+    let_next_start();
     const StoreStep step(p);
     float *rows = step.rows == nullptr ? reinterpret_cast<float *>(shared + STORE_SCRATCH_BYTES) : step.rows;
     const Store b = {step, *reinterpret_cast<Scratch *>(shared), rows, blockIdx.x, thread, thread % 32, thread / 32};
@@ -197,8 +212,7 @@ KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
             }
         }
         // Records read slots as they were before.
-        if (has_keys) write_slots(b, keys, turn, turns);
-        if (has_values) write_slots(b, values, turn, turns);
+        write_slots(b, keys, values, has_keys, has_values, turn, turns);
     }
 }
 

@@ -42,6 +42,8 @@ struct Asked {
     short: usize,
     /// Positions have moved, rows of a page by several distances.
     turned: bool,
+    /// Channels of keys change in size from ubatch to ubatch, so that pages have factors of their own.
+    uneven: bool,
 }
 
 const PLAIN: Asked = Asked {
@@ -52,6 +54,7 @@ const PLAIN: Asked = Asked {
     stored: false,
     short: 0,
     turned: false,
+    uneven: false,
 };
 
 /// What a mask says: some cells hidden, by token, some weighed.
@@ -249,7 +252,11 @@ fn compare(lab: &Lab, spec: &str, shape: Shape, n_cells: usize, ubatches: &[usiz
             turn_pages(&mut ints, &layer);
         }
         at += n;
-        let ubatch = layer.ubatch(&mut rng, n);
+        let mut ubatch = layer.ubatch(&mut rng, n);
+        if asked.uneven {
+            let channels = ubatch.k.iter_mut().enumerate();
+            channels.for_each(|(at, x)| *x *= [0.05, 4.0, 1.0][(at % shape.head_dim_k as usize * (i + 3) / 7) % 3]);
+        }
         let n_kv = at.next_multiple_of(64).min(n_cells).saturating_sub(asked.short).max(1);
         let mask = mask_of(&mut rng, n, n_kv);
         let half: Vec<u16> = mask.iter().map(|x| half::f16::from_f32(*x).to_bits()).collect();
@@ -320,6 +327,18 @@ fn fill_levels() {
         for spec in ["2", "on", "qaq:bits=2.25", "ott"] {
             for ubatches in [&[1][..], &[20], &[256, 5], &[600, 16], &[900, 2]] {
                 compare(&lab, spec, shape(1, 4, 128, 128), 1000, ubatches, PLAIN);
+            }
+        }
+    }
+}
+
+#[test]
+fn factors_that_change_from_page_to_page() {
+    for lab in Lab::all() {
+        for spec in ["skvq:k=2,v=2", "skvq:k=3,v=3", "skvq:k=4,v=4", "skvq:k=2,v=3,page=64"] {
+            for mask in [MaskKind::None, MaskKind::F16] {
+                let asked = Asked { mask, uneven: true, ..PLAIN };
+                compare(&lab, spec, shape(2, 4, 128, 128), 1024, &[300, 300, 200, 2], asked);
             }
         }
     }
