@@ -208,6 +208,7 @@ template <int ROWS, int DIM_V, int KEYS, int VALUES, int PAGE> struct Fast {
         if (is_exact) prefetch_exact(first_piece);
         if (has_first) prefetch_page(first);
         prefetch(p.plan + p.plan_at.n_pages[p.view]);
+        if (32 * threadIdx.x < layer.pool_rows) prefetch(k_region + k.pool_table + 128 * threadIdx.x);
         wait_for_stream();
         let_next_start();
         // What is waited for first is asked for first.

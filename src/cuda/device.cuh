@@ -40,6 +40,15 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
+// Asks for the line of an address.
+__device__ __forceinline__ void prefetch(const void *from) {
+#ifdef KVQ_EMULATE
+    (void)from;
+#else
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#endif
+}
+
 // Conditions that decide where code is put: what is rarely run must not lie between what is, because a page's code is fetched
 // anew for each of a block's warps once it is larger than the cache of instructions.
 __device__ __forceinline__ bool likely(bool is) { return __builtin_expect(is, 1); }

@@ -9,6 +9,7 @@ KVQ_FAST_MEMBER(void)::prefetch_page(uint32_t page) {
         const uint8_t *from = region + side.pages + size_t(page) * side.page_bytes;
 #pragma unroll 1
         for (uint32_t at = 128 * lane; at < side.page_bytes; at += 32 * 128) prefetch(from + at);
+        if (lane == 0) prefetch(region + side.headers + 4 * size_t(page));
     };
     ask(k_region, k);
     ask(v_region, v);

@@ -122,15 +122,6 @@ template <int Pending> __device__ __forceinline__ void copy_wait() {
     __syncwarp();
 }
 
-// Asks for the line of an address.
-__device__ __forceinline__ void prefetch(const void *from) {
-#ifdef KVQ_EMULATE
-    (void)from;
-#else
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-#endif
-}
-
 // 2^x.
 __device__ __forceinline__ float power_of_two(float x) {
 #ifdef KVQ_EMULATE

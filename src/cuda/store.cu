@@ -186,11 +186,15 @@ __device__ inline void seal_pages(const Store &b, const Side &keys, const Side &
     if (notes.exist() && has_keys && turn == 0 && b.thread == 0) notes.first[0] = __uint_as_float(n_pages);
 }
 
+// Asks for what a head has learned, which lies in main memory, while the kernel before this one still runs.
+__device__ inline void prefetch_learned(const Store &b, const Side &side) {
+    const uint64_t end = max(side.desc.learned_end, side.desc.pool_table + 4 * b.p.layer.pool_rows);
+    for (uint64_t at = side.desc.pool_table + 128 * b.thread; at < end; at += 128 * STORE_THREADS) prefetch(side.region + at);
+}
+
 KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
     KVQ_SHARED(shared);
     const uint32_t thread = threadIdx.x;
-    wait_for_stream();
-    let_next_start();
     const StoreStep step(p);
     float *rows = step.rows == nullptr ? reinterpret_cast<float *>(shared + STORE_SCRATCH_BYTES) : step.rows;
     const Store b = {step, *reinterpret_cast<Scratch *>(shared), rows, blockIdx.x, thread, thread % 32, thread / 32};
@@ -198,6 +202,12 @@ KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
     const bool has_keys = blockIdx.y < step.n_key_blocks, has_values = !has_keys || step.n_value_blocks == 0;
     const Notes notes = {step.notes, step.n_pages};
     const uint32_t turn = has_keys ? blockIdx.y : blockIdx.y - step.n_key_blocks, turns = has_keys ? step.n_key_blocks : step.n_value_blocks;
+    if (step.phases & STORE_LEARN) {
+        if (has_keys) prefetch_learned(b, keys);
+        if (has_values) prefetch_learned(b, values);
+    }
+    wait_for_stream();
+    let_next_start();
     if (step.phases & STORE_LEARN) {
         learn(b, keys, values, has_keys, has_values);
         if (step.layer.pool_rows > 0 && notes.exist()) fill_pool_of_all(b, keys, values, notes);
