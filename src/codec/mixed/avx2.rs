@@ -1,36 +1,20 @@
-//! AVX2 byte dot products straight on the codes of a mixed tile.
+//! AVX2 byte dot products straight on the codes of a mixed tile, also with AVX-VNNI.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
 
 use super::lanes_avx2::{lane_sums, quad};
-use super::vector::MixedVector;
-use super::{listed, MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH, NMSE, SEGMENT, SEGMENT_QUADS};
+use super::vector::{MixedVector, MAX_ROWS, ROUNDED};
+use super::{MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH, NMSE, SEGMENT, SEGMENT_QUADS};
 use crate::codec::quantizer::NORMAL_LEVELS;
 use crate::codec::query::{allowed, is_coarse, REST};
-use crate::codec::tile::avx2::{add_quad, Sums, MAX_ROWS, STRIP};
+use crate::codec::tile::avx2::{add_quad, Sums};
 use crate::codec::tile::vector::{Codes, Coefficients};
 use crate::simd::avx2::{gather, load, load_bytes, prefetch_next, reduce_add, reduce_max, store};
 use crate::simd::isa::Avx2;
-use crate::simd::vector::{by_instructions, Vector};
+use crate::simd::vector::Vector;
 
-/// Calls a kernel with the kind of levels and the number of rows as constants.
-macro_rules! by_levels_and_rows {
-    ($normal:expr, $rows:expr, $call:ident ( $($arg:expr),* )) => {
-        match ($normal, $rows) {
-            (false, 1) => $call::<false, 1>($($arg),*),
-            (false, 2) => $call::<false, 2>($($arg),*),
-            (false, 3) => $call::<false, 3>($($arg),*),
-            (false, _) => $call::<false, 4>($($arg),*),
-            (true, 1) => $call::<true, 1>($($arg),*),
-            (true, 2) => $call::<true, 2>($($arg),*),
-            (true, 3) => $call::<true, 3>($($arg),*),
-            (true, _) => $call::<true, 4>($($arg),*),
-        }
-    };
-}
-
-impl MixedVector for Avx2 {
+impl<const VNNI: bool> MixedVector for Avx2<VNNI> {
     #[inline(always)]
     fn mixed_dot<const NORMAL: bool, const R: usize>(
         self,
@@ -40,8 +24,7 @@ impl MixedVector for Avx2 {
         strip: usize,
         coefficients: Coefficients,
     ) -> Sums<R> {
-        // SAFETY: the token proves that the CPU has the instructions.
-        unsafe { dot::<NORMAL, R>(tile, segments, codes.bytes, strip, coefficients) }
+        dot::<VNNI, NORMAL, R>(self, tile, segments, codes.bytes, strip, coefficients)
     }
 
     #[inline(always)]
@@ -54,8 +37,7 @@ impl MixedVector for Avx2 {
         out: &mut [f32],
         stride: usize,
     ) {
-        // SAFETY: the token proves that the CPU has the instructions.
-        unsafe { lane_sums::<R>(tile, segments, codes, weights, out, stride) }
+        lane_sums::<VNNI, R>(self, tile, segments, codes, weights, out, stride);
     }
 
     #[inline(always)]
@@ -63,91 +45,29 @@ impl MixedVector for Avx2 {
         self.gather(x, index)
     }
 
-    by_instructions! {
-        fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) = {
-            add_products(page, x, out, stride)
-        };
-    }
-}
-
-/// [`MixedPage::add_products`] on the codes as they are, with coefficients rounded to int8.
-#[target_feature(enable = "avx2,fma")]
-fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) {
-    let depth = page.factors.len();
-    for (group, x) in x.chunks(MAX_ROWS * depth).enumerate() {
-        let out = &mut out[group * MAX_ROWS * stride..];
-        let n = x.len() / depth;
-        let coarse = by_levels_and_rows!(page.normal, n, add_rows(page, x, out, stride, group == 0));
-        let (rows, n) = listed(&coarse[..n]);
-        if n > 0 {
-            by_levels_and_rows!(page.normal, n, add_rest(page, x, &rows, out, stride));
+    #[inline(always)]
+    fn round_rows<const R: usize, const IS_REST: bool>(
+        self,
+        page: &MixedPage,
+        x: &[f32],
+        rows: &[usize; MAX_ROWS],
+        int8: &mut [i8],
+    ) -> [Rounded; R] {
+        let depth = page.factors.len();
+        let row_of = depth.next_multiple_of(ROUNDED);
+        let mut rounded = [Rounded { unit: 0.0, offset: 0.0, is_coarse: false }; R];
+        for i in 0..R {
+            let (x, int8) = (&x[rows[i] * depth..][..depth], &mut int8[i * row_of..][..depth]);
+            // SAFETY: the token proves that the CPU has the instructions.
+            rounded[i] = unsafe { round::<IS_REST>(page, x, int8) };
         }
+        rounded
     }
-}
 
-/// Adds the products of `R` rows and gives which of them are coarse.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn add_rows<const NORMAL: bool, const R: usize>(
-    page: &MixedPage,
-    x: &[f32],
-    out: &mut [f32],
-    stride: usize,
-    prefetch: bool,
-) -> [bool; MAX_ROWS] {
-    add::<NORMAL, R, false>(page, x, &std::array::from_fn(|row| row), out, stride, prefetch)
-}
-
-/// Adds what rounding left of the `R` coarse rows `rows`.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn add_rest<const NORMAL: bool, const R: usize>(
-    page: &MixedPage,
-    x: &[f32],
-    rows: &[usize; MAX_ROWS],
-    out: &mut [f32],
-    stride: usize,
-) {
-    add::<NORMAL, R, true>(page, x, rows, out, stride, false);
-}
-
-/// Adds the products of the rows `rows[..R]` of `x`, or of what rounding left of them, to the same rows of `out`.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn add<const NORMAL: bool, const R: usize, const IS_REST: bool>(
-    page: &MixedPage,
-    x: &[f32],
-    rows: &[usize; MAX_ROWS],
-    out: &mut [f32],
-    stride: usize,
-    prefetch: bool,
-) -> [bool; MAX_ROWS] {
-    let depth = page.factors.len();
-    let mut int8 = [0i8; MAX_ROWS * MAX_DEPTH];
-    let mut scale = [_mm256_setzero_ps(); R];
-    let mut offset = [_mm256_setzero_ps(); R];
-    let mut coarse = [false; MAX_ROWS];
-    for i in 0..R {
-        let rounded = round::<IS_REST>(page, &x[rows[i] * depth..][..depth], &mut int8[i * depth..][..depth]);
-        (scale[i], offset[i]) = (_mm256_set1_ps(rounded.unit), _mm256_set1_ps(rounded.offset));
-        coarse[i] = rounded.is_coarse;
+    #[inline(always)]
+    fn ask_codes(self, page: &MixedPage, part: usize, parts: usize) {
+        prefetch_next::<_MM_HINT_T0>(page.codes, page.page_bytes, part, parts);
     }
-    let strips = page.tile.lanes / STRIP;
-    for strip in 0..strips {
-        if prefetch {
-            prefetch_next::<_MM_HINT_T0>(page.codes, page.page_bytes, strip, strips);
-        }
-        let coefficients = Coefficients { bytes: &int8[..R * depth], stride: depth };
-        let sums = dot::<NORMAL, R>(page.tile, &page.segments, page.codes, strip, coefficients);
-        for row in 0..R {
-            for half in 0..2 {
-                let at = rows[row] * stride + strip * STRIP + half * 8;
-                let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[row][half]), scale[row], offset[row]);
-                store(out, at, _mm256_add_ps(load(out, at), sum));
-            }
-        }
-    }
-    coarse
 }
 
 /// Puts a row of coefficients times the factors in the order of the depth and rounds it, or what rounding leaves of it, to
@@ -220,9 +140,9 @@ const fn flush(normal: bool) -> usize {
 }
 
 /// Dot products of the lanes of strip `strip` with `R` coefficient rows, which are in the order of the depth.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn dot<const NORMAL: bool, const R: usize>(
+#[inline(always)]
+fn dot<const VNNI: bool, const NORMAL: bool, const R: usize>(
+    v: Avx2<VNNI>,
     tile: &MixedTile,
     segments: &Segments,
     bytes: &[u8],
@@ -236,20 +156,23 @@ fn dot<const NORMAL: bool, const R: usize>(
     );
     // Word `w` of the strip is at byte `128 * w`.
     let base = &bytes[strip / 2 * tile.block_bytes()..][..tile.block_bytes()][strip % 2 * 64..];
-    let mut sums = [[_mm256_setzero_si256(); 2]; R];
-    for first in (0..n * SEGMENT_QUADS).step_by(flush(NORMAL)) {
-        let mut partial = [[_mm256_setzero_si256(); 2]; R];
-        for at in first..(n * SEGMENT_QUADS).min(first + flush(NORMAL)) {
+    let flush = if VNNI { n * SEGMENT_QUADS } else { flush(NORMAL) };
+    let mut sums: Sums<R> = v.no_sums();
+    for first in (0..n * SEGMENT_QUADS).step_by(flush) {
+        let mut partial: Sums<R> = v.no_sums();
+        for at in first..(n * SEGMENT_QUADS).min(first + flush) {
             let segment = at / SEGMENT_QUADS;
-            let mut codes = quad(base, segments, segment, at % SEGMENT_QUADS);
-            if NORMAL {
-                codes = normal_levels(codes, segments.bits(segment));
-            }
             // SAFETY: the quad belongs to one of the `n` segments, whose coefficients the assertion above covers.
-            unsafe { add_quad(&mut partial, codes, coefficients, at) };
+            unsafe {
+                let mut codes = quad(base, segments, segment, at % SEGMENT_QUADS);
+                if NORMAL {
+                    codes = normal_levels(codes, segments.bits(segment));
+                }
+                add_quad(v, &mut partial, codes, coefficients, at);
+            }
         }
         for (sum, partial) in sums.as_flattened_mut().iter_mut().zip(partial.as_flattened()) {
-            *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(*partial, _mm256_set1_epi16(1)));
+            *sum = v.add_i32(*sum, v.widen(*partial));
         }
     }
     sums
