@@ -3,12 +3,12 @@
 
 use std::arch::x86_64::*;
 
-use super::lanes_avx2::{lane_sums, quad};
+use super::lanes_avx2::lane_sums;
 use super::vector::{MixedVector, MAX_ROWS, ROUNDED};
-use super::{MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH, NMSE, SEGMENT, SEGMENT_QUADS};
-use crate::codec::quantizer::NORMAL_LEVELS;
+use super::{MixedPage, MixedTile, Rounded, Segments, MAX_BITS, MAX_DEPTH, NMSE, SEGMENT, SEGMENT_QUADS};
+use crate::codec::quantizer::{NORMAL_CENTRE, NORMAL_LEVELS};
 use crate::codec::query::{allowed, is_coarse, REST};
-use crate::codec::tile::avx2::{add_quad, Sums};
+use crate::codec::tile::avx2::{add_quad, field, load_codes, with_high_bit, Sums};
 use crate::codec::tile::vector::{Codes, Coefficients};
 use crate::simd::avx2::{gather, load, load_bytes, prefetch_next, reduce_add, reduce_max, store};
 use crate::simd::isa::Avx2;
@@ -130,12 +130,54 @@ fn round<const IS_REST: bool>(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> R
     }
 }
 
-/// Quads whose products are added in 16 bits before they are widened: `2 * 127 * 15` each, or `2 * 127 * 126`.
-const fn flush(normal: bool) -> usize {
-    if normal {
-        1
-    } else {
-        2 * SEGMENT_QUADS
+/// Most that products of a segment of codes of `bits` bits with int8 coefficients add to a sum of 16 bits: two in each quad.
+const fn most(bits: usize) -> i16 {
+    (SEGMENT_QUADS * 2 * 127 * ((1 << bits) - 1)) as i16
+}
+
+// What `dot` takes for granted: a segment of any width fits, and normal levels leave room for a quad of their own.
+const _: () = assert!(SEGMENT_QUADS * 2 * 127 * ((1 << MAX_BITS) - 1) <= i16::MAX as usize);
+const _: () = assert!(2 * 127 * (2 * NORMAL_CENTRE as usize) <= i16::MAX as usize);
+
+/// Sums of 32 bits and, without VNNI, those of 16 bits that come before.
+struct Totals<const R: usize> {
+    wide: Sums<R>,
+    narrow: Sums<R>,
+    /// What may still be added to each of the latter.
+    room: i16,
+}
+
+/// Adds sums of 16 bits to those of 32.
+#[inline(always)]
+fn flush<const VNNI: bool, const R: usize>(v: Avx2<VNNI>, sums: &mut Totals<R>) {
+    for (wide, narrow) in sums.wide.as_flattened_mut().iter_mut().zip(sums.narrow.as_flattened_mut()) {
+        *wide = v.add_i32(*wide, v.widen(*narrow));
+        *narrow = v.splat_i32(0);
+    }
+    sums.room = i16::MAX;
+}
+
+/// Adds the products of one unpacked quad of codes of `bits` bits.
+///
+/// # Safety
+///
+/// As [`add_quad`].
+#[inline(always)]
+unsafe fn add_levels<const VNNI: bool, const NORMAL: bool, const R: usize>(
+    v: Avx2<VNNI>,
+    sums: &mut Totals<R>,
+    codes: [__m256i; 2],
+    bits: usize,
+    coefficients: Coefficients,
+    quad: usize,
+) {
+    // SAFETY: by this function's contract.
+    unsafe {
+        let codes = if NORMAL { normal_levels(codes, bits) } else { codes };
+        add_quad(v, &mut sums.narrow, codes, coefficients, quad);
+    }
+    if NORMAL && !VNNI {
+        flush(v, sums);
     }
 }
 
@@ -149,33 +191,67 @@ fn dot<const VNNI: bool, const NORMAL: bool, const R: usize>(
     strip: usize,
     coefficients: Coefficients,
 ) -> Sums<R> {
-    let n = tile.n_segments();
-    assert!(
-        segments.0.iter().sum::<usize>() == n
-            && (R - 1) * coefficients.stride + n * SEGMENT <= coefficients.bytes.len()
-    );
+    let [four, three, two, one] = segments.0;
+    let n = four + three + two + one;
+    assert!(n == tile.n_segments() && (R - 1) * coefficients.stride + n * SEGMENT <= coefficients.bytes.len());
     // Word `w` of the strip is at byte `128 * w`.
     let base = &bytes[strip / 2 * tile.block_bytes()..][..tile.block_bytes()][strip % 2 * 64..];
-    let flush = if VNNI { n * SEGMENT_QUADS } else { flush(NORMAL) };
-    let mut sums: Sums<R> = v.no_sums();
-    for first in (0..n * SEGMENT_QUADS).step_by(flush) {
-        let mut partial: Sums<R> = v.no_sums();
-        for at in first..(n * SEGMENT_QUADS).min(first + flush) {
-            let segment = at / SEGMENT_QUADS;
-            // SAFETY: the quad belongs to one of the `n` segments, whose coefficients the assertion above covers.
-            unsafe {
-                let mut codes = quad(base, segments, segment, at % SEGMENT_QUADS);
-                if NORMAL {
-                    codes = normal_levels(codes, segments.bits(segment));
+    let plane = 2 * four + three + two;
+    let mut sums = Totals { wide: v.no_sums(), narrow: v.no_sums(), room: i16::MAX };
+    for segment in 0..n {
+        let bits = segments.bits(segment);
+        if !VNNI && !NORMAL {
+            if sums.room < most(bits) {
+                flush(v, &mut sums);
+            }
+            sums.room -= most(bits);
+        }
+        let quad = segment * SEGMENT_QUADS;
+        // SAFETY: the segment is one of `n`, whose coefficients the assertion above covers.
+        unsafe {
+            match bits {
+                4 => {
+                    for half in 0..2 {
+                        let words = load_codes(base, (2 * segment + half) * 128);
+                        for f in 0..2 {
+                            let codes = field(words, f, 4);
+                            add_levels::<VNNI, NORMAL, R>(v, &mut sums, codes, 4, coefficients, quad + 2 * half + f);
+                        }
+                    }
                 }
-                add_quad(v, &mut partial, codes, coefficients, at);
+                3 => {
+                    let low = load_codes(base, (four + segment) * 128);
+                    let high = single_bits(base, plane, segment - four);
+                    for f in 0..SEGMENT_QUADS {
+                        let codes = with_high_bit(field(low, f, 2), high, f);
+                        add_levels::<VNNI, NORMAL, R>(v, &mut sums, codes, 3, coefficients, quad + f);
+                    }
+                }
+                2 => {
+                    let words = load_codes(base, (four + segment) * 128);
+                    for f in 0..SEGMENT_QUADS {
+                        add_levels::<VNNI, NORMAL, R>(v, &mut sums, field(words, f, 2), 2, coefficients, quad + f);
+                    }
+                }
+                _ => {
+                    let words = single_bits(base, plane, segment - four - two);
+                    for f in 0..SEGMENT_QUADS {
+                        add_levels::<VNNI, NORMAL, R>(v, &mut sums, field(words, f, 1), 1, coefficients, quad + f);
+                    }
+                }
             }
         }
-        for (sum, partial) in sums.as_flattened_mut().iter_mut().zip(partial.as_flattened()) {
-            *sum = v.add_i32(*sum, v.widen(*partial));
-        }
     }
-    sums
+    flush(v, &mut sums);
+    sums.wide
+}
+
+/// The bits of segment `odd` of those with an odd width, from bit 0 of every byte on.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn single_bits(base: &[u8], plane: usize, odd: usize) -> [__m256i; 2] {
+    let count = _mm_cvtsi32_si128((odd % 2 * SEGMENT_QUADS) as i32);
+    load_codes(base, (plane + odd / 2) * 128).map(|words| _mm256_srl_epi16(words, count))
 }
 
 /// What codes of `bits` bits stand for in pages with normal levels.

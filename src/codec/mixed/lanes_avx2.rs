@@ -103,7 +103,7 @@ fn store_sums(to: &mut [f32], sums: __m256i) {
 /// Quad `f` of a segment, unpacked.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn quad(base: &[u8], segments: &Segments, segment: usize, f: usize) -> [__m256i; 2] {
+fn quad(base: &[u8], segments: &Segments, segment: usize, f: usize) -> [__m256i; 2] {
     let [four, three, two, _] = segments.0;
     let plane = 2 * four + three + two;
     let single = |odd: usize| (load_codes(base, (plane + odd / 2) * 128), odd % 2 * SEGMENT_QUADS + f);
