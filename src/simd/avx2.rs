@@ -153,7 +153,7 @@ fn add_all(total: __m256i, x: [__m256i; 4]) -> __m256i {
 /// Packs pairs of vectors to 16 bits.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn pairs(x: [__m256i; 4]) -> [__m256i; 2] {
+pub(crate) fn pairs(x: [__m256i; 4]) -> [__m256i; 2] {
     [_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3])]
 }
 
@@ -161,7 +161,7 @@ fn pairs(x: [__m256i; 4]) -> [__m256i; 2] {
 /// of four vectors' lane l.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn store_bytes(x: &mut [i8], at: usize, value: __m256i) {
+pub(crate) fn store_bytes(x: &mut [i8], at: usize, value: __m256i) {
     let x = &mut x[at..at + 32];
     let value = _mm256_permutevar8x32_epi32(value, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     // SAFETY: the slice holds 32 bytes.

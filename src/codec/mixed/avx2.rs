@@ -10,7 +10,7 @@ use crate::codec::quantizer::{NORMAL_CENTRE, NORMAL_LEVELS};
 use crate::codec::query::{allowed, is_coarse, REST};
 use crate::codec::tile::avx2::{add_quad, field, load_codes, with_high_bit, Sums};
 use crate::codec::tile::vector::{Codes, Coefficients};
-use crate::simd::avx2::{gather, load, load_bytes, prefetch_next, reduce_add, reduce_max, store};
+use crate::simd::avx2::{gather, load, load_bytes, pairs, prefetch_next, reduce_add, reduce_max, store, store_bytes};
 use crate::simd::isa::Avx2;
 use crate::simd::vector::Vector;
 
@@ -54,12 +54,13 @@ impl<const VNNI: bool> MixedVector for Avx2<VNNI> {
         int8: &mut [i8],
     ) -> [Rounded; R] {
         let depth = page.factors.len();
-        let row_of = depth.next_multiple_of(ROUNDED);
+        let (row_of, spans) = (depth.next_multiple_of(ROUNDED), Spans::of(page));
+        let mut scaled = [0f32; MAX_DEPTH];
         let mut rounded = [Rounded { unit: 0.0, offset: 0.0, is_coarse: false }; R];
         for i in 0..R {
             let (x, int8) = (&x[rows[i] * depth..][..depth], &mut int8[i * row_of..][..depth]);
             // SAFETY: the token proves that the CPU has the instructions.
-            rounded[i] = unsafe { round::<IS_REST>(page, x, int8) };
+            rounded[i] = unsafe { round::<IS_REST>(page, &spans, x, &mut scaled, int8) };
         }
         rounded
     }
@@ -70,14 +71,38 @@ impl<const VNNI: bool> MixedVector for Avx2<VNNI> {
     }
 }
 
+/// What a page says about the places of each segment.
+struct Spans {
+    /// Middle of what codes stand for.
+    centre: [f32; MAX_DEPTH / SEGMENT],
+    /// See [`MixedPage::spread`].
+    spread: [f32; MAX_DEPTH / SEGMENT],
+}
+
+impl Spans {
+    fn of(page: &MixedPage) -> Self {
+        let mut spans = Spans { centre: [0.0; MAX_DEPTH / SEGMENT], spread: [0.0; MAX_DEPTH / SEGMENT] };
+        for segment in 0..page.tile.n_segments() {
+            spans.centre[segment] = 0.5 * page.twice_centre(page.segments.bits(segment)) as f32;
+            spans.spread[segment] = page.spread(segment);
+        }
+        spans
+    }
+}
+
 /// Puts a row of coefficients times the factors in the order of the depth and rounds it, or what rounding leaves of it, to
 /// int8.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn round<const IS_REST: bool>(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> Rounded {
+fn round<const IS_REST: bool>(
+    page: &MixedPage,
+    spans: &Spans,
+    x: &[f32],
+    scaled: &mut [f32; MAX_DEPTH],
+    int8: &mut [i8],
+) -> Rounded {
     let depth = page.factors.len();
-    assert!(x.len() == depth && int8.len() == depth && (page.order.is_empty() || page.order.len() == depth));
-    let mut scaled = [0f32; MAX_DEPTH];
+    assert!(x.len() == depth && depth.is_multiple_of(32) && (page.order.is_empty() || page.order.len() == depth));
     let (mut max, mut mid) = (_mm256_setzero_ps(), _mm256_setzero_ps());
     for d in (0..depth).step_by(8) {
         let x = if page.order.is_empty() { load(x, d) } else { gather(x, load_bytes(page.order, d)) };
@@ -86,7 +111,7 @@ fn round<const IS_REST: bool>(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> R
         }
         let product = _mm256_mul_ps(x, load(page.factors, d));
         max = _mm256_max_ps(max, _mm256_andnot_ps(_mm256_set1_ps(-0.0), product));
-        store(&mut scaled, d, product);
+        store(scaled, d, product);
     }
     let max = reduce_max(max);
     if max == 0.0 || !max.is_finite() {
@@ -95,34 +120,33 @@ fn round<const IS_REST: bool>(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> R
     }
     let inverse = _mm256_set1_ps(127.0 / max);
     let allowed = _mm256_set1_ps(-allowed(NMSE));
-    let mut centres = _mm256_setzero_si256();
+    // Whole numbers and halves, of which floats hold the sums exactly.
+    let mut centres = _mm256_setzero_ps();
     let (mut sum, mut lost, mut excess) = (_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps());
-    for d in (0..depth).step_by(SEGMENT) {
-        let x = [d, d + 8].map(|d| _mm256_mul_ps(load(&scaled, d), inverse));
-        let mut n = x.map(|x| _mm256_cvtps_epi32(x));
-        if page.weights {
-            let spread = _mm256_set1_ps(page.spread(d / SEGMENT));
-            for i in 0..2 {
-                let error = _mm256_sub_ps(x[i], _mm256_cvtepi32_ps(n[i]));
-                let (weight, by_spread) = (_mm256_mul_ps(x[i], spread), _mm256_mul_ps(error, spread));
+    for d in (0..depth).step_by(32) {
+        let mut whole = [_mm256_setzero_si256(); 4];
+        for i in 0..4 {
+            let segment = d / SEGMENT + i / 2;
+            let x = _mm256_mul_ps(load(scaled, d + 8 * i), inverse);
+            whole[i] = _mm256_cvtps_epi32(x);
+            if page.weights {
+                let spread = _mm256_set1_ps(spans.spread[segment]);
+                let error = _mm256_sub_ps(x, _mm256_cvtepi32_ps(whole[i]));
+                let (weight, by_spread) = (_mm256_mul_ps(x, spread), _mm256_mul_ps(error, spread));
                 (sum, lost) = (_mm256_add_ps(sum, weight), _mm256_add_ps(lost, by_spread));
                 excess = _mm256_fmadd_ps(_mm256_mul_ps(weight, weight), allowed, excess);
                 excess = _mm256_fmadd_ps(by_spread, by_spread, excess);
                 if IS_REST {
-                    n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(error, _mm256_set1_ps(REST)));
+                    whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(error, _mm256_set1_ps(REST)));
                 }
             }
+            centres = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[i]), _mm256_set1_ps(spans.centre[segment]), centres);
         }
-        let twice = _mm256_set1_epi32(page.twice_centre(page.segments.bits(d / SEGMENT)));
-        centres = _mm256_add_epi32(centres, _mm256_mullo_epi32(_mm256_add_epi32(n[0], n[1]), twice));
-        let n = _mm256_permute4x64_epi64::<0xd8>(_mm256_packs_epi32(n[0], n[1]));
-        let n = _mm_packs_epi16(_mm256_castsi256_si128(n), _mm256_extracti128_si256::<1>(n));
-        let to = &mut int8[d..d + SEGMENT];
-        // SAFETY: the slice holds sixteen bytes.
-        unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), n) };
+        let [a, b] = pairs(whole);
+        store_bytes(int8, d, _mm256_packs_epi16(a, b));
     }
     let unit = if IS_REST { max / (127.0 * REST) } else { max / 127.0 };
-    let of_centres = -0.5 * unit * reduce_add(_mm256_cvtepi32_ps(centres));
+    let of_centres = -unit * reduce_add(centres);
     Rounded {
         unit,
         offset: if IS_REST { of_centres } else { reduce_add(mid) + of_centres },

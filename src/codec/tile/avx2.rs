@@ -101,6 +101,20 @@ const fn unit(width: u8, unsigned: bool) -> (usize, usize) {
     }
 }
 
+/// Most that [`unit`] lets a sum of 16 bits become, codes having `levels` levels.
+const fn most(width: u8, unsigned: bool, levels: usize) -> usize {
+    let (quads, flush) = unit(width, unsigned);
+    let tail = if width == 1 { 2 } else { 0 };
+    (quads * flush + tail) * 2 * (if unsigned { 255 } else { 127 }) * (levels - 1)
+}
+
+const _: () = {
+    const ROOM: usize = i16::MAX as usize;
+    assert!(most(1, false, 3) <= ROOM && most(2, false, 4) <= ROOM && most(3, false, 8) <= ROOM);
+    assert!(most(1, true, 3) <= ROOM && most(2, true, 4) <= ROOM && most(3, true, 8) <= ROOM);
+    assert!(most(4, false, 16) <= ROOM && most(4, true, 16) <= ROOM);
+};
+
 #[inline]
 #[target_feature(enable = "avx2")]
 pub(crate) fn load_codes(bytes: &[u8], at: usize) -> [__m256i; 2] {
