@@ -76,7 +76,7 @@ step "cargo build" cargo build --release
 # Tests of all instruction sets pass over those that this processor lacks; the library says which.
 rm -f "$logs/isas"
 step "instruction sets of this processor" list_isas
-for isa in scalar avx2 avx512; do
+for isa in scalar avx2 avxvnni avx512; do
     if grep -q -x "$isa" "$logs/isas"; then
         step "cargo test, $isa" env KVQ_ISA="$isa" cargo test --release
     else

@@ -1,4 +1,4 @@
-//! Vectors of AVX2 (with FMA and F16C).
+//! Vectors of AVX2 (with FMA and F16C), and of AVX-VNNI, which adds products to sums in one instruction.
 
 use std::arch::x86_64::*;
 
@@ -6,7 +6,7 @@ use crate::simd::exact::ExactRows;
 use crate::simd::isa::Avx2;
 use crate::simd::vector::{by_instructions, Vector, MAX_LANES};
 
-impl Vector for Avx2 {
+impl<const VNNI: bool> Vector for Avx2<VNNI> {
     const LANES: usize = 8;
     const REGISTERS: usize = 16;
     type F32 = __m256;
@@ -15,11 +15,21 @@ impl Vector for Avx2 {
     #[inline(always)]
     fn run<R>(self, kernel: impl FnOnce(Self) -> R) -> R {
         #[target_feature(enable = "avx2,fma,f16c")]
-        fn compiled<R>(proof: Avx2, kernel: impl FnOnce(Avx2) -> R) -> R {
+        fn compiled<T, R>(proof: T, kernel: impl FnOnce(T) -> R) -> R {
+            kernel(proof)
+        }
+        #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+        fn compiled_with_vnni<T, R>(proof: T, kernel: impl FnOnce(T) -> R) -> R {
             kernel(proof)
         }
         // SAFETY: the token proves that the CPU has the features.
-        unsafe { compiled(self, kernel) }
+        unsafe {
+            if VNNI {
+                compiled_with_vnni(self, kernel)
+            } else {
+                compiled(self, kernel)
+            }
+        }
     }
 
     by_instructions! {
@@ -55,7 +65,13 @@ impl Vector for Avx2 {
 
         fn load_i32(x: &[i32], at: usize) -> __m256i = load_i32(x, at);
         fn store_i32(x: &mut [i32], at: usize, value: __m256i) = store_i32(x, at, value);
-        fn add_words(sum: __m256i, a: __m256i, b: __m256i) -> __m256i = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+        fn add_words(sum: __m256i, a: __m256i, b: __m256i) -> __m256i = {
+            if VNNI {
+                _mm256_dpwssd_avx_epi32(sum, a, b)
+            } else {
+                _mm256_add_epi32(sum, _mm256_madd_epi16(a, b))
+            }
+        };
         fn splat_i32(x: i32) -> __m256i = _mm256_set1_epi32(x);
         fn add_i32(a: __m256i, b: __m256i) -> __m256i = _mm256_add_epi32(a, b);
         fn and(a: __m256i, b: __m256i) -> __m256i = _mm256_and_si256(a, b);
@@ -137,7 +153,7 @@ fn add_all(total: __m256i, x: [__m256i; 4]) -> __m256i {
 /// Packs pairs of vectors to 16 bits.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn pairs(x: [__m256i; 4]) -> [__m256i; 2] {
+pub(crate) fn pairs(x: [__m256i; 4]) -> [__m256i; 2] {
     [_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3])]
 }
 
@@ -145,7 +161,7 @@ fn pairs(x: [__m256i; 4]) -> [__m256i; 2] {
 /// of four vectors' lane l.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn store_bytes(x: &mut [i8], at: usize, value: __m256i) {
+pub(crate) fn store_bytes(x: &mut [i8], at: usize, value: __m256i) {
     let x = &mut x[at..at + 32];
     let value = _mm256_permutevar8x32_epi32(value, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     // SAFETY: the slice holds 32 bytes.

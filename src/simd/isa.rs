@@ -12,27 +12,33 @@ pub enum Isa {
     Scalar,
     /// AVX2, FMA and F16C.
     Avx2,
+    /// These and AVX-VNNI (Alder Lake, Zen 5 and newer), which AVX-512 does not imply.
+    AvxVnni,
     /// AVX-512 F, BW, DQ, VL, VNNI and VBMI (Ice Lake, Zen 4 and newer).
     Avx512,
 }
 
 impl Isa {
     /// Every instruction set, simplest first.
-    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512];
 
     /// The name that `KVQ_ISA` takes.
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
+            Isa::AvxVnni => "avxvnni",
             Isa::Avx512 => "avx512",
         }
     }
 }
 
-/// Proof that the CPU has AVX2, FMA and F16C: only detection makes one.
+/// Proof that the CPU has AVX2, FMA and F16C, and with `VNNI` AVX-VNNI: only detection makes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Avx2(());
+pub struct Avx2<const VNNI: bool = false>(());
+
+/// Proof that the CPU has what [`Isa::AvxVnni`] lists.
+pub type AvxVnni = Avx2<true>;
 
 /// Proof that the CPU has what [`Isa::Avx512`] lists: only detection makes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,9 +53,17 @@ impl Avx2 {
 }
 
 #[cfg(target_arch = "x86_64")]
+impl AvxVnni {
+    fn detect() -> Option<Self> {
+        Avx2::<false>::detect()?;
+        is_x86_feature_detected!("avxvnni").then_some(Avx2(()))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
 impl Avx512 {
     fn detect() -> Option<Self> {
-        Avx2::detect()?;
+        Avx2::<false>::detect()?;
         (is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
@@ -61,7 +75,7 @@ impl Avx512 {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-impl Avx2 {
+impl<const VNNI: bool> Avx2<VNNI> {
     fn detect() -> Option<Self> {
         None
     }
@@ -81,6 +95,8 @@ pub enum IsaToken {
     Scalar,
     /// [`Isa::Avx2`]
     Avx2(Avx2),
+    /// [`Isa::AvxVnni`]
+    AvxVnni(AvxVnni),
     /// [`Isa::Avx512`]
     Avx512(Avx512),
 }
@@ -98,6 +114,8 @@ macro_rules! kernels_of {
             #[cfg(target_arch = "x86_64")]
             $crate::simd::isa::IsaToken::Avx2(proof) => Box::leak(Box::new(proof)),
             #[cfg(target_arch = "x86_64")]
+            $crate::simd::isa::IsaToken::AvxVnni(proof) => Box::leak(Box::new(proof)),
+            #[cfg(target_arch = "x86_64")]
             $crate::simd::isa::IsaToken::Avx512(proof) => Box::leak(Box::new(proof)),
             _ => &$crate::simd::isa::Scalar,
         };
@@ -111,7 +129,8 @@ impl IsaToken {
     pub fn new(isa: Isa) -> Option<IsaToken> {
         match isa {
             Isa::Scalar => Some(IsaToken::Scalar),
-            Isa::Avx2 => Avx2::detect().map(IsaToken::Avx2),
+            Isa::Avx2 => Avx2::<false>::detect().map(IsaToken::Avx2),
+            Isa::AvxVnni => AvxVnni::detect().map(IsaToken::AvxVnni),
             Isa::Avx512 => Avx512::detect().map(IsaToken::Avx512),
         }
     }
@@ -121,6 +140,7 @@ impl IsaToken {
         match self {
             IsaToken::Scalar => Isa::Scalar,
             IsaToken::Avx2(_) => Isa::Avx2,
+            IsaToken::AvxVnni(_) => Isa::AvxVnni,
             IsaToken::Avx512(_) => Isa::Avx512,
         }
     }
@@ -141,7 +161,7 @@ impl IsaToken {
             return Ok(Isa::ALL.iter().rev().find_map(|isa| IsaToken::new(*isa)).unwrap_or(IsaToken::Scalar));
         };
         match Isa::ALL.iter().find(|isa| isa.name() == wanted) {
-            None => fail(format!("KVQ_ISA={wanted}: use scalar, avx2 or avx512")),
+            None => fail(format!("KVQ_ISA={wanted}: use scalar, avx2, avxvnni or avx512")),
             Some(isa) => match IsaToken::new(*isa) {
                 Some(token) => Ok(token),
                 None => fail(format!("KVQ_ISA={wanted}: this CPU does not have it")),
@@ -163,10 +183,25 @@ mod tests {
     }
 
     #[test]
+    fn every_name_chooses_its_set_or_says_that_it_is_missing() {
+        for isa in Isa::ALL {
+            match (IsaToken::new(isa), IsaToken::choose(Some(isa.name()))) {
+                (Some(token), Ok(chosen)) => assert_eq!(token, chosen),
+                (None, Err(error)) => {
+                    assert_eq!(error.message(), format!("KVQ_ISA={}: this CPU does not have it", isa.name()));
+                }
+                (token, chosen) => panic!("{}: {token:?} {chosen:?}", isa.name()),
+            }
+        }
+        let best = Isa::ALL.into_iter().filter_map(IsaToken::new).next_back();
+        assert_eq!(IsaToken::choose(None).ok(), best);
+    }
+
+    #[test]
     fn override_is_obeyed_or_refused() {
         assert_eq!(IsaToken::choose(Some("scalar")).unwrap().isa(), Isa::Scalar);
         assert!(IsaToken::choose(None).is_ok());
         let error = IsaToken::choose(Some("sse9")).unwrap_err();
-        assert_eq!(error.message(), "KVQ_ISA=sse9: use scalar, avx2 or avx512");
+        assert_eq!(error.message(), "KVQ_ISA=sse9: use scalar, avx2, avxvnni or avx512");
     }
 }

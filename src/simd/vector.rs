@@ -111,12 +111,12 @@ pub(crate) fn dot_floats<V: Vector>(v: V, a: &[f32], b: &[f32]) -> f32 {
     v.sum(sum)
 }
 
-/// Methods of a trait over vectors, each one expression of the instruction set's functions.
+/// Methods over vectors, each one expression of the instruction set's functions.
 macro_rules! by_instructions {
-    ($($(#[$meta:meta])* fn $name:ident $(<$(const $c:ident: $ct:ty),*>)? ($($arg:ident: $type:ty),*) $(-> $out:ty)? = $body:expr;)*) => {$(
+    ($($(#[$meta:meta])* $vis:vis fn $name:ident $(<$(const $c:ident: $ct:ty),*>)? ($($arg:ident: $type:ty),*) $(-> $out:ty)? = $body:expr;)*) => {$(
         #[inline(always)]
         $(#[$meta])*
-        fn $name $(<$(const $c: $ct),*>)? (self, $($arg: $type),*) $(-> $out)? {
+        $vis fn $name $(<$(const $c: $ct),*>)? (self, $($arg: $type),*) $(-> $out)? {
             // SAFETY: the token proves that the CPU has the instructions.
             unsafe { $body }
         }

@@ -5,7 +5,7 @@ use super::{scalar, AdaptiveCodec, PageRef, Probabilities, Query, QueryForm, Sea
 use crate::codec::float8::vector::{e4m3_decode, step_decode};
 use crate::codec::hadamard;
 use crate::codec::kernels::Kernels;
-use crate::codec::mixed::vector::{by_levels_and_rows, MixedVector};
+use crate::codec::mixed::vector::{add_products, by_levels_and_rows, MixedVector};
 use crate::codec::mixed::{Segments, SEGMENT};
 use crate::codec::tile::vector::{Codes, Coefficients};
 use crate::codec::tile::LANE_BLOCK;
@@ -46,7 +46,7 @@ impl<V: MixedVector> Kernels<AdaptiveCodec> for V {
             #[inline(always)]
             move |v| {
                 v.ask_behind(page.bytes, codec.codes_bytes());
-                scalar::accumulate(codec, page, p, acc, |page, x, out, n| v.add_products(page, x, out, n));
+                scalar::accumulate(codec, page, p, acc, |page, x, out, n| add_products(v, page, x, out, n));
             },
         );
     }

@@ -277,7 +277,7 @@ fn kernels_follow_the_specification() {
         };
         let want = attended(&reference, &mut p, n_rows);
         let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
-        for codec in [Isa::Avx2, Isa::Avx512].into_iter().filter_map(of) {
+        for codec in Isa::ALL.into_iter().filter_map(of).filter(|codec| codec.token.isa() != Isa::Scalar) {
             for n in [1, 2, 3, 4, n_rows] {
                 let found = attended(&codec, &mut p, n);
                 let what = format!("{spec} {dim} {page} {:?} {n}", codec.token);

@@ -3,7 +3,7 @@
 
 use super::{scalar, ChannelCodec, PageRef, Probabilities, Query, SealRows};
 use crate::codec::kernels::Kernels;
-use crate::codec::mixed::vector::MixedVector;
+use crate::codec::mixed::vector::{add_products, MixedVector};
 
 impl<V: MixedVector> Kernels<ChannelCodec> for V {
     fn seal(&self, codec: &ChannelCodec, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {
@@ -18,7 +18,7 @@ impl<V: MixedVector> Kernels<ChannelCodec> for V {
             #[inline(always)]
             move |v| {
                 v.ask_behind(page.bytes, codec.tile.bytes());
-                scalar::scores(codec, page, query, out, |page, x, out, n| v.add_products(page, x, out, n));
+                scalar::scores(codec, page, query, out, |page, x, out, n| add_products(v, page, x, out, n));
             },
         );
     }

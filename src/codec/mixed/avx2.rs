@@ -1,36 +1,20 @@
-//! AVX2 byte dot products straight on the codes of a mixed tile.
+//! AVX2 byte dot products straight on the codes of a mixed tile, also with AVX-VNNI.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
 
-use super::lanes_avx2::{lane_sums, quad};
-use super::vector::MixedVector;
-use super::{listed, MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH, NMSE, SEGMENT, SEGMENT_QUADS};
-use crate::codec::quantizer::NORMAL_LEVELS;
+use super::lanes_avx2::lane_sums;
+use super::vector::{MixedVector, MAX_ROWS, ROUNDED};
+use super::{MixedPage, MixedTile, Rounded, Segments, MAX_BITS, MAX_DEPTH, NMSE, SEGMENT, SEGMENT_QUADS};
+use crate::codec::quantizer::{NORMAL_CENTRE, NORMAL_LEVELS};
 use crate::codec::query::{allowed, is_coarse, REST};
-use crate::codec::tile::avx2::{add_quad, Sums, MAX_ROWS, STRIP};
+use crate::codec::tile::avx2::{add_quad, field, load_codes, with_high_bit, Sums};
 use crate::codec::tile::vector::{Codes, Coefficients};
-use crate::simd::avx2::{gather, load, load_bytes, prefetch_next, reduce_add, reduce_max, store};
+use crate::simd::avx2::{gather, load, load_bytes, pairs, prefetch_next, reduce_add, reduce_max, store, store_bytes};
 use crate::simd::isa::Avx2;
-use crate::simd::vector::{by_instructions, Vector};
+use crate::simd::vector::Vector;
 
-/// Calls a kernel with the kind of levels and the number of rows as constants.
-macro_rules! by_levels_and_rows {
-    ($normal:expr, $rows:expr, $call:ident ( $($arg:expr),* )) => {
-        match ($normal, $rows) {
-            (false, 1) => $call::<false, 1>($($arg),*),
-            (false, 2) => $call::<false, 2>($($arg),*),
-            (false, 3) => $call::<false, 3>($($arg),*),
-            (false, _) => $call::<false, 4>($($arg),*),
-            (true, 1) => $call::<true, 1>($($arg),*),
-            (true, 2) => $call::<true, 2>($($arg),*),
-            (true, 3) => $call::<true, 3>($($arg),*),
-            (true, _) => $call::<true, 4>($($arg),*),
-        }
-    };
-}
-
-impl MixedVector for Avx2 {
+impl<const VNNI: bool> MixedVector for Avx2<VNNI> {
     #[inline(always)]
     fn mixed_dot<const NORMAL: bool, const R: usize>(
         self,
@@ -40,8 +24,7 @@ impl MixedVector for Avx2 {
         strip: usize,
         coefficients: Coefficients,
     ) -> Sums<R> {
-        // SAFETY: the token proves that the CPU has the instructions.
-        unsafe { dot::<NORMAL, R>(tile, segments, codes.bytes, strip, coefficients) }
+        dot::<VNNI, NORMAL, R>(self, tile, segments, codes.bytes, strip, coefficients)
     }
 
     #[inline(always)]
@@ -54,8 +37,7 @@ impl MixedVector for Avx2 {
         out: &mut [f32],
         stride: usize,
     ) {
-        // SAFETY: the token proves that the CPU has the instructions.
-        unsafe { lane_sums::<R>(tile, segments, codes, weights, out, stride) }
+        lane_sums::<VNNI, R>(self, tile, segments, codes, weights, out, stride);
     }
 
     #[inline(always)]
@@ -63,101 +45,64 @@ impl MixedVector for Avx2 {
         self.gather(x, index)
     }
 
-    by_instructions! {
-        fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) = {
-            add_products(page, x, out, stride)
-        };
-    }
-}
-
-/// [`MixedPage::add_products`] on the codes as they are, with coefficients rounded to int8.
-#[target_feature(enable = "avx2,fma")]
-fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) {
-    let depth = page.factors.len();
-    for (group, x) in x.chunks(MAX_ROWS * depth).enumerate() {
-        let out = &mut out[group * MAX_ROWS * stride..];
-        let n = x.len() / depth;
-        let coarse = by_levels_and_rows!(page.normal, n, add_rows(page, x, out, stride, group == 0));
-        let (rows, n) = listed(&coarse[..n]);
-        if n > 0 {
-            by_levels_and_rows!(page.normal, n, add_rest(page, x, &rows, out, stride));
+    #[inline(always)]
+    fn round_rows<const R: usize, const IS_REST: bool>(
+        self,
+        page: &MixedPage,
+        x: &[f32],
+        rows: &[usize; MAX_ROWS],
+        int8: &mut [i8],
+    ) -> [Rounded; R] {
+        let depth = page.factors.len();
+        let (row_of, spans) = (depth.next_multiple_of(ROUNDED), Spans::of(page));
+        let mut scaled = [0f32; MAX_DEPTH];
+        let mut rounded = [Rounded { unit: 0.0, offset: 0.0, is_coarse: false }; R];
+        for i in 0..R {
+            let (x, int8) = (&x[rows[i] * depth..][..depth], &mut int8[i * row_of..][..depth]);
+            // SAFETY: the token proves that the CPU has the instructions.
+            rounded[i] = unsafe { round::<IS_REST>(page, &spans, x, &mut scaled, int8) };
         }
+        rounded
+    }
+
+    #[inline(always)]
+    fn ask_codes(self, page: &MixedPage, part: usize, parts: usize) {
+        prefetch_next::<_MM_HINT_T0>(page.codes, page.page_bytes, part, parts);
     }
 }
 
-/// Adds the products of `R` rows and gives which of them are coarse.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn add_rows<const NORMAL: bool, const R: usize>(
-    page: &MixedPage,
-    x: &[f32],
-    out: &mut [f32],
-    stride: usize,
-    prefetch: bool,
-) -> [bool; MAX_ROWS] {
-    add::<NORMAL, R, false>(page, x, &std::array::from_fn(|row| row), out, stride, prefetch)
+/// What a page says about the places of each segment.
+struct Spans {
+    /// Middle of what codes stand for.
+    centre: [f32; MAX_DEPTH / SEGMENT],
+    /// See [`MixedPage::spread`].
+    spread: [f32; MAX_DEPTH / SEGMENT],
 }
 
-/// Adds what rounding left of the `R` coarse rows `rows`.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn add_rest<const NORMAL: bool, const R: usize>(
-    page: &MixedPage,
-    x: &[f32],
-    rows: &[usize; MAX_ROWS],
-    out: &mut [f32],
-    stride: usize,
-) {
-    add::<NORMAL, R, true>(page, x, rows, out, stride, false);
-}
-
-/// Adds the products of the rows `rows[..R]` of `x`, or of what rounding left of them, to the same rows of `out`.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn add<const NORMAL: bool, const R: usize, const IS_REST: bool>(
-    page: &MixedPage,
-    x: &[f32],
-    rows: &[usize; MAX_ROWS],
-    out: &mut [f32],
-    stride: usize,
-    prefetch: bool,
-) -> [bool; MAX_ROWS] {
-    let depth = page.factors.len();
-    let mut int8 = [0i8; MAX_ROWS * MAX_DEPTH];
-    let mut scale = [_mm256_setzero_ps(); R];
-    let mut offset = [_mm256_setzero_ps(); R];
-    let mut coarse = [false; MAX_ROWS];
-    for i in 0..R {
-        let rounded = round::<IS_REST>(page, &x[rows[i] * depth..][..depth], &mut int8[i * depth..][..depth]);
-        (scale[i], offset[i]) = (_mm256_set1_ps(rounded.unit), _mm256_set1_ps(rounded.offset));
-        coarse[i] = rounded.is_coarse;
-    }
-    let strips = page.tile.lanes / STRIP;
-    for strip in 0..strips {
-        if prefetch {
-            prefetch_next::<_MM_HINT_T0>(page.codes, page.page_bytes, strip, strips);
+impl Spans {
+    fn of(page: &MixedPage) -> Self {
+        let mut spans = Spans { centre: [0.0; MAX_DEPTH / SEGMENT], spread: [0.0; MAX_DEPTH / SEGMENT] };
+        for segment in 0..page.tile.n_segments() {
+            spans.centre[segment] = 0.5 * page.twice_centre(page.segments.bits(segment)) as f32;
+            spans.spread[segment] = page.spread(segment);
         }
-        let coefficients = Coefficients { bytes: &int8[..R * depth], stride: depth };
-        let sums = dot::<NORMAL, R>(page.tile, &page.segments, page.codes, strip, coefficients);
-        for row in 0..R {
-            for half in 0..2 {
-                let at = rows[row] * stride + strip * STRIP + half * 8;
-                let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[row][half]), scale[row], offset[row]);
-                store(out, at, _mm256_add_ps(load(out, at), sum));
-            }
-        }
+        spans
     }
-    coarse
 }
 
 /// Puts a row of coefficients times the factors in the order of the depth and rounds it, or what rounding leaves of it, to
 /// int8.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn round<const IS_REST: bool>(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> Rounded {
+fn round<const IS_REST: bool>(
+    page: &MixedPage,
+    spans: &Spans,
+    x: &[f32],
+    scaled: &mut [f32; MAX_DEPTH],
+    int8: &mut [i8],
+) -> Rounded {
     let depth = page.factors.len();
-    assert!(x.len() == depth && int8.len() == depth && (page.order.is_empty() || page.order.len() == depth));
-    let mut scaled = [0f32; MAX_DEPTH];
+    assert!(x.len() == depth && depth.is_multiple_of(32) && (page.order.is_empty() || page.order.len() == depth));
     let (mut max, mut mid) = (_mm256_setzero_ps(), _mm256_setzero_ps());
     for d in (0..depth).step_by(8) {
         let x = if page.order.is_empty() { load(x, d) } else { gather(x, load_bytes(page.order, d)) };
@@ -166,7 +111,7 @@ fn round<const IS_REST: bool>(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> R
         }
         let product = _mm256_mul_ps(x, load(page.factors, d));
         max = _mm256_max_ps(max, _mm256_andnot_ps(_mm256_set1_ps(-0.0), product));
-        store(&mut scaled, d, product);
+        store(scaled, d, product);
     }
     let max = reduce_max(max);
     if max == 0.0 || !max.is_finite() {
@@ -175,34 +120,33 @@ fn round<const IS_REST: bool>(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> R
     }
     let inverse = _mm256_set1_ps(127.0 / max);
     let allowed = _mm256_set1_ps(-allowed(NMSE));
-    let mut centres = _mm256_setzero_si256();
+    // Whole numbers and halves, of which floats hold the sums exactly.
+    let mut centres = _mm256_setzero_ps();
     let (mut sum, mut lost, mut excess) = (_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps());
-    for d in (0..depth).step_by(SEGMENT) {
-        let x = [d, d + 8].map(|d| _mm256_mul_ps(load(&scaled, d), inverse));
-        let mut n = x.map(|x| _mm256_cvtps_epi32(x));
-        if page.weights {
-            let spread = _mm256_set1_ps(page.spread(d / SEGMENT));
-            for i in 0..2 {
-                let error = _mm256_sub_ps(x[i], _mm256_cvtepi32_ps(n[i]));
-                let (weight, by_spread) = (_mm256_mul_ps(x[i], spread), _mm256_mul_ps(error, spread));
+    for d in (0..depth).step_by(32) {
+        let mut whole = [_mm256_setzero_si256(); 4];
+        for i in 0..4 {
+            let segment = d / SEGMENT + i / 2;
+            let x = _mm256_mul_ps(load(scaled, d + 8 * i), inverse);
+            whole[i] = _mm256_cvtps_epi32(x);
+            if page.weights {
+                let spread = _mm256_set1_ps(spans.spread[segment]);
+                let error = _mm256_sub_ps(x, _mm256_cvtepi32_ps(whole[i]));
+                let (weight, by_spread) = (_mm256_mul_ps(x, spread), _mm256_mul_ps(error, spread));
                 (sum, lost) = (_mm256_add_ps(sum, weight), _mm256_add_ps(lost, by_spread));
                 excess = _mm256_fmadd_ps(_mm256_mul_ps(weight, weight), allowed, excess);
                 excess = _mm256_fmadd_ps(by_spread, by_spread, excess);
                 if IS_REST {
-                    n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(error, _mm256_set1_ps(REST)));
+                    whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(error, _mm256_set1_ps(REST)));
                 }
             }
+            centres = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[i]), _mm256_set1_ps(spans.centre[segment]), centres);
         }
-        let twice = _mm256_set1_epi32(page.twice_centre(page.segments.bits(d / SEGMENT)));
-        centres = _mm256_add_epi32(centres, _mm256_mullo_epi32(_mm256_add_epi32(n[0], n[1]), twice));
-        let n = _mm256_permute4x64_epi64::<0xd8>(_mm256_packs_epi32(n[0], n[1]));
-        let n = _mm_packs_epi16(_mm256_castsi256_si128(n), _mm256_extracti128_si256::<1>(n));
-        let to = &mut int8[d..d + SEGMENT];
-        // SAFETY: the slice holds sixteen bytes.
-        unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), n) };
+        let [a, b] = pairs(whole);
+        store_bytes(int8, d, _mm256_packs_epi16(a, b));
     }
     let unit = if IS_REST { max / (127.0 * REST) } else { max / 127.0 };
-    let of_centres = -0.5 * unit * reduce_add(_mm256_cvtepi32_ps(centres));
+    let of_centres = -unit * reduce_add(centres);
     Rounded {
         unit,
         offset: if IS_REST { of_centres } else { reduce_add(mid) + of_centres },
@@ -210,49 +154,128 @@ fn round<const IS_REST: bool>(page: &MixedPage, x: &[f32], int8: &mut [i8]) -> R
     }
 }
 
-/// Quads whose products are added in 16 bits before they are widened: `2 * 127 * 15` each, or `2 * 127 * 126`.
-const fn flush(normal: bool) -> usize {
-    if normal {
-        1
-    } else {
-        2 * SEGMENT_QUADS
+/// Most that products of a segment of codes of `bits` bits with int8 coefficients add to a sum of 16 bits: two in each quad.
+const fn most(bits: usize) -> i16 {
+    (SEGMENT_QUADS * 2 * 127 * ((1 << bits) - 1)) as i16
+}
+
+// What `dot` takes for granted: a segment of any width fits, and normal levels leave room for a quad of their own.
+const _: () = assert!(SEGMENT_QUADS * 2 * 127 * ((1 << MAX_BITS) - 1) <= i16::MAX as usize);
+const _: () = assert!(2 * 127 * (2 * NORMAL_CENTRE as usize) <= i16::MAX as usize);
+
+/// Sums of 32 bits and, without VNNI, those of 16 bits that come before.
+struct Totals<const R: usize> {
+    wide: Sums<R>,
+    narrow: Sums<R>,
+    /// What may still be added to each of the latter.
+    room: i16,
+}
+
+/// Adds sums of 16 bits to those of 32.
+#[inline(always)]
+fn flush<const VNNI: bool, const R: usize>(v: Avx2<VNNI>, sums: &mut Totals<R>) {
+    for (wide, narrow) in sums.wide.as_flattened_mut().iter_mut().zip(sums.narrow.as_flattened_mut()) {
+        *wide = v.add_i32(*wide, v.widen(*narrow));
+        *narrow = v.splat_i32(0);
+    }
+    sums.room = i16::MAX;
+}
+
+/// Adds the products of one unpacked quad of codes of `bits` bits.
+///
+/// # Safety
+///
+/// As [`add_quad`].
+#[inline(always)]
+unsafe fn add_levels<const VNNI: bool, const NORMAL: bool, const R: usize>(
+    v: Avx2<VNNI>,
+    sums: &mut Totals<R>,
+    codes: [__m256i; 2],
+    bits: usize,
+    coefficients: Coefficients,
+    quad: usize,
+) {
+    // SAFETY: by this function's contract.
+    unsafe {
+        let codes = if NORMAL { normal_levels(codes, bits) } else { codes };
+        add_quad(v, &mut sums.narrow, codes, coefficients, quad);
+    }
+    if NORMAL && !VNNI {
+        flush(v, sums);
     }
 }
 
 /// Dot products of the lanes of strip `strip` with `R` coefficient rows, which are in the order of the depth.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn dot<const NORMAL: bool, const R: usize>(
+#[inline(always)]
+fn dot<const VNNI: bool, const NORMAL: bool, const R: usize>(
+    v: Avx2<VNNI>,
     tile: &MixedTile,
     segments: &Segments,
     bytes: &[u8],
     strip: usize,
     coefficients: Coefficients,
 ) -> Sums<R> {
-    let n = tile.n_segments();
-    assert!(
-        segments.0.iter().sum::<usize>() == n
-            && (R - 1) * coefficients.stride + n * SEGMENT <= coefficients.bytes.len()
-    );
+    let [four, three, two, one] = segments.0;
+    let n = four + three + two + one;
+    assert!(n == tile.n_segments() && (R - 1) * coefficients.stride + n * SEGMENT <= coefficients.bytes.len());
     // Word `w` of the strip is at byte `128 * w`.
     let base = &bytes[strip / 2 * tile.block_bytes()..][..tile.block_bytes()][strip % 2 * 64..];
-    let mut sums = [[_mm256_setzero_si256(); 2]; R];
-    for first in (0..n * SEGMENT_QUADS).step_by(flush(NORMAL)) {
-        let mut partial = [[_mm256_setzero_si256(); 2]; R];
-        for at in first..(n * SEGMENT_QUADS).min(first + flush(NORMAL)) {
-            let segment = at / SEGMENT_QUADS;
-            let mut codes = quad(base, segments, segment, at % SEGMENT_QUADS);
-            if NORMAL {
-                codes = normal_levels(codes, segments.bits(segment));
+    let plane = 2 * four + three + two;
+    let mut sums = Totals { wide: v.no_sums(), narrow: v.no_sums(), room: i16::MAX };
+    for segment in 0..n {
+        let bits = segments.bits(segment);
+        if !VNNI && !NORMAL {
+            if sums.room < most(bits) {
+                flush(v, &mut sums);
             }
-            // SAFETY: the quad belongs to one of the `n` segments, whose coefficients the assertion above covers.
-            unsafe { add_quad(&mut partial, codes, coefficients, at) };
+            sums.room -= most(bits);
         }
-        for (sum, partial) in sums.as_flattened_mut().iter_mut().zip(partial.as_flattened()) {
-            *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(*partial, _mm256_set1_epi16(1)));
+        let quad = segment * SEGMENT_QUADS;
+        // SAFETY: the segment is one of `n`, whose coefficients the assertion above covers.
+        unsafe {
+            match bits {
+                4 => {
+                    for half in 0..2 {
+                        let words = load_codes(base, (2 * segment + half) * 128);
+                        for f in 0..2 {
+                            let codes = field(words, f, 4);
+                            add_levels::<VNNI, NORMAL, R>(v, &mut sums, codes, 4, coefficients, quad + 2 * half + f);
+                        }
+                    }
+                }
+                3 => {
+                    let low = load_codes(base, (four + segment) * 128);
+                    let high = single_bits(base, plane, segment - four);
+                    for f in 0..SEGMENT_QUADS {
+                        let codes = with_high_bit(field(low, f, 2), high, f);
+                        add_levels::<VNNI, NORMAL, R>(v, &mut sums, codes, 3, coefficients, quad + f);
+                    }
+                }
+                2 => {
+                    let words = load_codes(base, (four + segment) * 128);
+                    for f in 0..SEGMENT_QUADS {
+                        add_levels::<VNNI, NORMAL, R>(v, &mut sums, field(words, f, 2), 2, coefficients, quad + f);
+                    }
+                }
+                _ => {
+                    let words = single_bits(base, plane, segment - four - two);
+                    for f in 0..SEGMENT_QUADS {
+                        add_levels::<VNNI, NORMAL, R>(v, &mut sums, field(words, f, 1), 1, coefficients, quad + f);
+                    }
+                }
+            }
         }
     }
-    sums
+    flush(v, &mut sums);
+    sums.wide
+}
+
+/// The bits of segment `odd` of those with an odd width, from bit 0 of every byte on.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn single_bits(base: &[u8], plane: usize, odd: usize) -> [__m256i; 2] {
+    let count = _mm_cvtsi32_si128((odd % 2 * SEGMENT_QUADS) as i32);
+    load_codes(base, (plane + odd / 2) * 128).map(|words| _mm256_srl_epi16(words, count))
 }
 
 /// What codes of `bits` bits stand for in pages with normal levels.

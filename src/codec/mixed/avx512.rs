@@ -4,39 +4,15 @@
 use std::arch::x86_64::*;
 
 use super::lanes_avx512::lane_sums;
-use super::vector::MixedVector;
-use super::{listed, MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH, NMSE, SEGMENT, SEGMENT_QUADS};
+use super::vector::{MixedVector, MAX_ROWS, ROUNDED};
+use super::{MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH, NMSE, SEGMENT, SEGMENT_QUADS};
 use crate::codec::quantizer::NORMAL_LEVELS;
 use crate::codec::query::{allowed, is_coarse, REST};
-use crate::codec::tile::avx512::{add_quad, field, Sums, MAX_ROWS};
+use crate::codec::tile::avx512::{add_quad, field, Sums};
 use crate::codec::tile::vector::{Codes, Coefficients};
-use crate::codec::tile::LANE_BLOCK;
-use crate::simd::avx512::{load, load_bytes, pack_bytes, store, store_bytes};
+use crate::simd::avx512::{load, load_bytes, pack_bytes, store_bytes};
 use crate::simd::isa::Avx512;
 use crate::simd::vector::by_instructions;
-
-/// Calls a kernel with the kind of levels and the number of rows as constants.
-macro_rules! by_levels_and_rows {
-    ($normal:expr, $rows:expr, $call:ident ( $($arg:expr),* )) => {
-        if $normal {
-            by_levels_and_rows!(@rows true, $rows, $call($($arg),*))
-        } else {
-            by_levels_and_rows!(@rows false, $rows, $call($($arg),*))
-        }
-    };
-    (@rows $normal:literal, $rows:expr, $call:ident ( $($arg:expr),* )) => {
-        match $rows {
-            1 => $call::<$normal, 1>($($arg),*),
-            2 => $call::<$normal, 2>($($arg),*),
-            3 => $call::<$normal, 3>($($arg),*),
-            4 => $call::<$normal, 4>($($arg),*),
-            5 => $call::<$normal, 5>($($arg),*),
-            6 => $call::<$normal, 6>($($arg),*),
-            7 => $call::<$normal, 7>($($arg),*),
-            _ => $call::<$normal, 8>($($arg),*),
-        }
-    };
-}
 
 impl MixedVector for Avx512 {
     #[inline(always)]
@@ -66,93 +42,18 @@ impl MixedVector for Avx512 {
         unsafe { lane_sums::<R>(tile, segments, codes, weights, out, stride) }
     }
 
+    #[inline(always)]
+    fn ask_codes(self, _page: &MixedPage, _part: usize, _parts: usize) {}
+
     by_instructions! {
         fn permute<const B: usize>(x: &[f32], index: __m512i) -> __m512 = permute::<B>(x, index);
-        fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) = {
-            add_products(page, x, out, stride)
-        };
+        fn round_rows<const R: usize, const IS_REST: bool>(
+            page: &MixedPage, x: &[f32], rows: &[usize; MAX_ROWS], int8: &mut [i8]
+        ) -> [Rounded; R] = round_rows::<R, IS_REST>(page, x, rows, int8);
     }
 }
 
-/// [`MixedPage::add_products`] on the codes as they are, with coefficients rounded to int8.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn add_products(page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) {
-    let depth = page.factors.len();
-    for (group, x) in x.chunks(MAX_ROWS * depth).enumerate() {
-        let out = &mut out[group * MAX_ROWS * stride..];
-        let n = x.len() / depth;
-        let coarse = by_levels_and_rows!(page.normal, n, add_rows(page, x, out, stride, group == 0));
-        let (rows, n) = listed(&coarse[..n]);
-        if n > 0 {
-            by_levels_and_rows!(page.normal, n, add_rest(page, x, &rows, out, stride));
-        }
-    }
-}
-
-/// Adds the products of `R` rows and gives which of them are coarse.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn add_rows<const NORMAL: bool, const R: usize>(
-    page: &MixedPage,
-    x: &[f32],
-    out: &mut [f32],
-    stride: usize,
-    prefetch: bool,
-) -> [bool; MAX_ROWS] {
-    let out = &mut out[..(R - 1) * stride + page.tile.lanes];
-    add::<NORMAL, R, false>(page, x, &std::array::from_fn(|row| row), out, stride, prefetch)
-}
-
-/// Adds what rounding left of the `R` coarse rows `rows`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn add_rest<const NORMAL: bool, const R: usize>(
-    page: &MixedPage,
-    x: &[f32],
-    rows: &[usize; MAX_ROWS],
-    out: &mut [f32],
-    stride: usize,
-) {
-    add::<NORMAL, R, true>(page, x, rows, out, stride, false);
-}
-
-/// Adds the products of the rows `rows[..R]` of `x`, or of what rounding left of them, to the same rows of `out`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn add<const NORMAL: bool, const R: usize, const IS_REST: bool>(
-    page: &MixedPage,
-    x: &[f32],
-    rows: &[usize; MAX_ROWS],
-    out: &mut [f32],
-    stride: usize,
-    prefetch: bool,
-) -> [bool; MAX_ROWS] {
-    let stride_int8 = page.factors.len().next_multiple_of(ROUNDED);
-    let mut int8 = [[0i8; MAX_DEPTH]; R];
-    let int8 = &mut int8.as_flattened_mut()[..R * stride_int8];
-    let rounded = round_rows::<R, IS_REST>(page, x, rows, int8);
-    let scale: [__m512; R] = std::array::from_fn(|i| _mm512_set1_ps(rounded[i].unit));
-    let offset: [__m512; R] = std::array::from_fn(|i| _mm512_set1_ps(rounded[i].offset));
-    let codes = Codes::new(page.codes, page.page_bytes, prefetch);
-    for block in 0..page.tile.lanes / LANE_BLOCK {
-        let coefficients = Coefficients { bytes: int8, stride: stride_int8 };
-        let sums = dot::<NORMAL, R>(page.tile, &page.segments, codes, block, coefficients);
-        for row in 0..R {
-            for half in 0..2 {
-                let at = rows[row] * stride + block * LANE_BLOCK + half * 16;
-                let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[row][half]), scale[row], offset[row]);
-                store(out, at, _mm512_add_ps(load(out, at), sum));
-            }
-        }
-    }
-    std::array::from_fn(|i| i < R && rounded[i.min(R - 1)].is_coarse)
-}
-
-/// Coefficients that are rounded together.
-const ROUNDED: usize = 64;
-
-/// Puts the rows `rows[..R]` of coefficients times the factors in the order of the depth and rounds them, or what rounding
-/// leaves of them, to int8, rows a whole number of [`ROUNDED`] apart.
+/// [`MixedVector::round_rows`]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn round_rows<const R: usize, const IS_REST: bool>(

@@ -1,9 +1,12 @@
-//! AVX2 byte dot products straight on the codes of a tile.
+//! AVX2 byte dot products straight on the codes of a tile, also with AVX-VNNI.
 //!
 //! Without VNNI a byte dot product is `maddubs`, which adds pairs of products in 16 bits. Codes of up to 4 bits leave
 //! room there for several quads, so a quad costs two instructions per vector and row, and sums are widened once in a
-//! while. Codes of 8 bits would saturate; their even and odd bytes are multiplied by 16-bit coefficients instead
-//! (`madd`), which does both int8 planes of a coefficient at once.
+//! while. With it that is one instruction, and sums have 32 bits from the start. Codes of 8 bits would saturate `maddubs`;
+//! their even and odd bytes are multiplied by 16-bit coefficients instead (`madd`), which does both int8 planes of a
+//! coefficient at once.
+//!
+//! What ends up in one of the two differs by the token. Functions over tokens are `#[inline(always)]`, as those over vectors are.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
@@ -13,7 +16,7 @@ use super::{Tile, QUAD};
 use crate::codec::query::PLANE;
 use crate::simd::avx2::prefetch_next;
 use crate::simd::isa::Avx2;
-use crate::simd::vector::by_instructions;
+use crate::simd::vector::{by_instructions, Vector};
 
 /// Query rows that one pass over the codes serves: with two vectors of lanes, eight of the sixteen registers are sums.
 pub(crate) const MAX_ROWS: usize = 4;
@@ -23,7 +26,7 @@ pub(crate) const STRIP: usize = 16;
 /// Sums of one strip of lanes for `R` rows, 32 or 16 bits each: `[row][half of the strip]`.
 pub(crate) type Sums<const R: usize> = [[__m256i; 2]; R];
 
-impl TileVector for Avx2 {
+impl<const VNNI: bool> TileVector for Avx2<VNNI> {
     const MAX_ROWS: usize = MAX_ROWS;
     /// int16, with the two middle ones of each quad swapped, so that a 32-bit word holds what the even or the odd bytes of a quad
     /// are multiplied by.
@@ -37,8 +40,7 @@ impl TileVector for Avx2 {
         strip: usize,
         coefficients: Coefficients<UNSIGNED>,
     ) -> Sums<R> {
-        // SAFETY: the token proves that the CPU has the instructions.
-        unsafe { dot::<W, R, UNSIGNED>(tile, codes.bytes, strip, coefficients) }
+        dot::<VNNI, W, R, UNSIGNED>(self, tile, codes.bytes, strip, coefficients)
     }
 
     #[inline(always)]
@@ -83,7 +85,7 @@ impl<const UNSIGNED: bool> Coefficients<'_, UNSIGNED> {
     }
 }
 
-/// Quads that are unpacked together, and how many times that many can be added in 16 bits: `maddubs` gives at most
+/// Quads that are unpacked together, and without VNNI how many times that many can be added in 16 bits: `maddubs` gives at most
 /// `2 * 127 * (levels - 1)`, or with 255 instead of 127. Ternary leaves room for two quads from the tail.
 const fn unit(width: u8, unsigned: bool) -> (usize, usize) {
     match (width, unsigned) {
@@ -98,6 +100,20 @@ const fn unit(width: u8, unsigned: bool) -> (usize, usize) {
         (_, true) => (5, 6),
     }
 }
+
+/// Most that [`unit`] lets a sum of 16 bits become, codes having `levels` levels.
+const fn most(width: u8, unsigned: bool, levels: usize) -> usize {
+    let (quads, flush) = unit(width, unsigned);
+    let tail = if width == 1 { 2 } else { 0 };
+    (quads * flush + tail) * 2 * (if unsigned { 255 } else { 127 }) * (levels - 1)
+}
+
+const _: () = {
+    const ROOM: usize = i16::MAX as usize;
+    assert!(most(1, false, 3) <= ROOM && most(2, false, 4) <= ROOM && most(3, false, 8) <= ROOM);
+    assert!(most(1, true, 3) <= ROOM && most(2, true, 4) <= ROOM && most(3, true, 8) <= ROOM);
+    assert!(most(4, false, 16) <= ROOM && most(4, true, 16) <= ROOM);
+};
 
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -116,9 +132,9 @@ pub(crate) fn field(words: [__m256i; 2], index: usize, bits: usize) -> [__m256i;
 }
 
 /// Dot products of the lanes of a strip of a tile with `R` rows of coefficients of the tile's depth.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn dot<const W: u8, const R: usize, const UNSIGNED: bool>(
+#[inline(always)]
+fn dot<const VNNI: bool, const W: u8, const R: usize, const UNSIGNED: bool>(
+    v: Avx2<VNNI>,
     tile: &Tile,
     bytes: &[u8],
     strip: usize,
@@ -130,40 +146,68 @@ fn dot<const W: u8, const R: usize, const UNSIGNED: bool>(
     let base = &bytes[strip / 2 * tile.block_bytes()..][..tile.block_bytes()][strip % 2 * 64..];
     let (per_unit, flush) = unit(W, UNSIGNED);
     let units = (quads - tile.tail_quads()).div_ceil(per_unit);
-    let mut sums = [[_mm256_setzero_si256(); 2]; R];
+    let flush = if VNNI { units } else { flush };
+    let mut sums: Sums<R> = v.no_sums();
     for first in (0..units).step_by(flush) {
-        let mut partial = [[_mm256_setzero_si256(); 2]; R];
+        let mut partial: Sums<R> = v.no_sums();
         // SAFETY: every quad below is less than `quads`, and the assertion above covers the last quad of the last row.
         unsafe {
             for unit in first..units.min(first + flush) {
                 match W {
-                    2 => add_fields::<4, R, UNSIGNED>(base, unit, 2, coefficients, &mut partial),
-                    3 => add_3(base, quads, unit, coefficients, &mut partial),
-                    4 => add_fields::<2, R, UNSIGNED>(base, unit, 4, coefficients, &mut partial),
-                    8 => add_8(base, unit, coefficients, &mut partial),
-                    _ => add_ternary(base, quads, unit, coefficients, &mut partial),
+                    2 => add_fields::<VNNI, 4, R, UNSIGNED>(v, base, unit, 2, coefficients, &mut partial),
+                    3 => add_3(v, base, quads, unit, coefficients, &mut partial),
+                    4 => add_fields::<VNNI, 2, R, UNSIGNED>(v, base, unit, 4, coefficients, &mut partial),
+                    8 => add_8(v, base, unit, coefficients, &mut partial),
+                    _ => add_ternary(v, base, quads, unit, coefficients, &mut partial),
                 }
             }
             if W == 1 && first == 0 {
-                add_tail(tile, bytes, strip, coefficients, &mut partial);
+                add_tail(v, tile, bytes, strip, coefficients, &mut partial);
             }
         }
         for (sum, partial) in sums.as_flattened_mut().iter_mut().zip(partial.as_flattened()) {
-            let wide = if W == 8 { *partial } else { _mm256_madd_epi16(*partial, _mm256_set1_epi16(1)) };
-            *sum = _mm256_add_epi32(*sum, wide);
+            *sum = v.add_i32(*sum, if W == 8 { *partial } else { v.widen(*partial) });
         }
     }
     sums
 }
 
-/// Adds the products of one unpacked quad, in 16 bits.
+impl<const VNNI: bool> Avx2<VNNI> {
+    /// Sums of nothing yet.
+    #[inline(always)]
+    pub(crate) fn no_sums<const R: usize>(self) -> Sums<R> {
+        [[self.splat_i32(0); 2]; R]
+    }
+
+    by_instructions! {
+        /// Adds products of the bytes of `a`, which have no sign, and `b`: pairs of them in 16 bits or, with VNNI, fours in 32.
+        pub(crate) fn add_bytes(sum: __m256i, a: __m256i, b: __m256i) -> __m256i = {
+            if VNNI {
+                _mm256_dpbusd_avx_epi32(sum, a, b)
+            } else {
+                _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b))
+            }
+        };
+        /// Sums of 32 bits of what [`Avx2::add_bytes`] summed up.
+        pub(crate) fn widen(sums: __m256i) -> __m256i = {
+            if VNNI {
+                sums
+            } else {
+                _mm256_madd_epi16(sums, _mm256_set1_epi16(1))
+            }
+        };
+    }
+}
+
+/// Adds the products of one unpacked quad.
 ///
 /// # Safety
 ///
-/// As [`Coefficients::word`] for all rows below `R` and the words of all quads that are added; so for what follows.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(crate) unsafe fn add_quad<const R: usize, const UNSIGNED: bool>(
+/// As [`Coefficients::word`] for all rows below `R` and the words of all quads that are added; so for what follows. The token
+/// proves that the CPU has the instructions.
+#[inline(always)]
+pub(crate) unsafe fn add_quad<const VNNI: bool, const R: usize, const UNSIGNED: bool>(
+    v: Avx2<VNNI>,
     sums: &mut Sums<R>,
     codes: [__m256i; 2],
     coefficients: Coefficients<UNSIGNED>,
@@ -175,7 +219,7 @@ pub(crate) unsafe fn add_quad<const R: usize, const UNSIGNED: bool>(
         for (sum, codes) in sums.iter_mut().zip(codes) {
             // Which of the two is unsigned decides the order.
             let (a, b) = if UNSIGNED { (c, codes) } else { (codes, c) };
-            *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(a, b));
+            *sum = v.add_bytes(*sum, a, b);
         }
     }
 }
@@ -185,20 +229,36 @@ pub(crate) unsafe fn add_quad<const R: usize, const UNSIGNED: bool>(
 /// # Safety
 ///
 /// As [`add_quad`].
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn add_fields<const N: usize, const R: usize, const U: bool>(
+#[inline(always)]
+unsafe fn add_fields<const VNNI: bool, const N: usize, const R: usize, const U: bool>(
+    v: Avx2<VNNI>,
     base: &[u8],
     word: usize,
     bits: usize,
     c: Coefficients<U>,
     sums: &mut Sums<R>,
 ) {
-    let words = load_codes(base, word * 128);
-    for f in 0..N {
-        // SAFETY: by this function's contract.
-        unsafe { add_quad(sums, field(words, f, bits), c, word * N + f) };
+    // SAFETY: by this function's contract.
+    unsafe {
+        let words = load_codes(base, word * 128);
+        for f in 0..N {
+            add_quad(v, sums, field(words, f, bits), c, word * N + f);
+        }
     }
+}
+
+/// Codes of 3 bits: fields of 2 bits and bit `bit` of every byte of `high`, which is worth 4.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn with_high_bit(low: [__m256i; 2], high: [__m256i; 2], bit: usize) -> [__m256i; 2] {
+    std::array::from_fn(|i| {
+        let moved = if bit < 2 {
+            _mm256_sll_epi16(high[i], _mm_cvtsi32_si128(2 - bit as i32))
+        } else {
+            _mm256_srl_epi16(high[i], _mm_cvtsi32_si128(bit as i32 - 2))
+        };
+        _mm256_or_si256(_mm256_and_si256(moved, _mm256_set1_epi8(4)), low[i])
+    })
 }
 
 /// Adds the eight quads of a word of the high plane.
@@ -206,35 +266,34 @@ unsafe fn add_fields<const N: usize, const R: usize, const U: bool>(
 /// # Safety
 ///
 /// As [`add_quad`].
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn add_3<const R: usize, const U: bool>(
+#[inline(always)]
+unsafe fn add_3<const VNNI: bool, const R: usize, const U: bool>(
+    v: Avx2<VNNI>,
     base: &[u8],
     quads: usize,
     pair: usize,
     c: Coefficients<U>,
     sums: &mut Sums<R>,
 ) {
-    let high_mask = _mm256_set1_epi8(4);
-    let high = load_codes(base, (quads / 4 + pair) * 128);
-    for half in 0..2 {
-        let low = load_codes(base, (pair * 2 + half) * 128);
-        for f in 0..4 {
-            let bit = half * 4 + f;
-            let low = field(low, f, 2);
-            let codes = std::array::from_fn(|i| {
-                // Bring the bit to the place worth 4.
-                let moved = if bit < 2 {
-                    _mm256_sll_epi16(high[i], _mm_cvtsi32_si128(2 - bit as i32))
-                } else {
-                    _mm256_srl_epi16(high[i], _mm_cvtsi32_si128(bit as i32 - 2))
-                };
-                _mm256_or_si256(_mm256_and_si256(moved, high_mask), low[i])
-            });
-            // SAFETY: by this function's contract.
-            unsafe { add_quad(sums, codes, c, pair * 8 + bit) };
+    // SAFETY: by this function's contract.
+    unsafe {
+        let high = load_codes(base, (quads / 4 + pair) * 128);
+        for half in 0..2 {
+            let low = load_codes(base, (pair * 2 + half) * 128);
+            for f in 0..4 {
+                let bit = half * 4 + f;
+                add_quad(v, sums, with_high_bit(field(low, f, 2), high, bit), c, pair * 8 + bit);
+            }
         }
     }
+}
+
+/// The even and the odd bytes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn even_and_odd(words: [__m256i; 2]) -> [[__m256i; 2]; 2] {
+    let even = words.map(|w| _mm256_and_si256(w, _mm256_set1_epi16(0xff)));
+    [even, words.map(|w| _mm256_srli_epi16::<8>(w))]
 }
 
 /// Adds a quad of 8-bit codes, in 32 bits.
@@ -242,18 +301,23 @@ unsafe fn add_3<const R: usize, const U: bool>(
 /// # Safety
 ///
 /// As [`add_quad`].
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn add_8<const R: usize, const U: bool>(base: &[u8], quad: usize, c: Coefficients<U>, sums: &mut Sums<R>) {
-    let words = load_codes(base, quad * 128);
-    let even = words.map(|w| _mm256_and_si256(w, _mm256_set1_epi16(0xff)));
-    let odd = words.map(|w| _mm256_srli_epi16::<8>(w));
-    for (i, codes) in [even, odd].iter().enumerate() {
-        for (row, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: by this function's contract.
-            let c = unsafe { c.word(row, 2 * quad + i) };
-            sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(codes[0], c));
-            sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(codes[1], c));
+#[inline(always)]
+unsafe fn add_8<const VNNI: bool, const R: usize, const U: bool>(
+    v: Avx2<VNNI>,
+    base: &[u8],
+    quad: usize,
+    c: Coefficients<U>,
+    sums: &mut Sums<R>,
+) {
+    // SAFETY: by this function's contract.
+    unsafe {
+        for (i, codes) in even_and_odd(load_codes(base, quad * 128)).iter().enumerate() {
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let c = c.word(row, 2 * quad + i);
+                for half in 0..2 {
+                    sums[half] = v.add_words(sums[half], codes[half], c);
+                }
+            }
         }
     }
 }
@@ -263,20 +327,22 @@ unsafe fn add_8<const R: usize, const U: bool>(base: &[u8], quad: usize, c: Coef
 /// # Safety
 ///
 /// As [`add_quad`].
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn add_ternary<const R: usize, const U: bool>(
+#[inline(always)]
+unsafe fn add_ternary<const VNNI: bool, const R: usize, const U: bool>(
+    v: Avx2<VNNI>,
     base: &[u8],
     quads: usize,
     word: usize,
     c: Coefficients<U>,
     sums: &mut Sums<R>,
 ) {
-    let [a, b] = load_codes(base, word * 128).map(|w| base_3(w));
-    for (f, (a, b)) in a.into_iter().zip(b).enumerate() {
-        if word * 5 + f < quads {
-            // SAFETY: by this function's contract.
-            unsafe { add_quad(sums, [a, b], c, word * 5 + f) };
+    // SAFETY: by this function's contract.
+    unsafe {
+        let [a, b] = load_codes(base, word * 128);
+        for (f, (a, b)) in base_3(a).into_iter().zip(base_3(b)).enumerate() {
+            if word * 5 + f < quads {
+                add_quad(v, sums, [a, b], c, word * 5 + f);
+            }
         }
     }
 }
@@ -309,9 +375,9 @@ fn base_3(x: __m256i) -> [__m256i; 5] {
 /// # Safety
 ///
 /// As [`add_quad`].
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn add_tail<const R: usize, const U: bool>(
+#[inline(always)]
+unsafe fn add_tail<const VNNI: bool, const R: usize, const U: bool>(
+    v: Avx2<VNNI>,
     tile: &Tile,
     bytes: &[u8],
     strip: usize,
@@ -321,9 +387,11 @@ unsafe fn add_tail<const R: usize, const U: bool>(
     let first = tile.depth() / QUAD - tile.tail_quads();
     for u in 0..tile.tail_quads() {
         let entry = u * (tile.lanes() / STRIP) + strip;
-        let words = load_codes(bytes, tile.tail_offset() + entry / 4 * 64);
         // SAFETY: by this function's contract.
-        unsafe { add_quad(sums, field(words, entry % 4, 2), c, first + u) };
+        unsafe {
+            let words = load_codes(bytes, tile.tail_offset() + entry / 4 * 64);
+            add_quad(v, sums, field(words, entry % 4, 2), c, first + u);
+        }
     }
 }
 
@@ -363,19 +431,23 @@ mod tests {
     use crate::codec::tile::vector::by_width_and_rows;
     use crate::codec::tile::Width;
     use crate::simd::isa::{Isa, IsaToken};
-    use crate::simd::vector::Vector;
 
     /// Compares all strips with sums over single codes, for coefficients that the kernels may be given: with a sign, and
     /// where codes leave room for it, of twice the size without.
-    fn check<V, const W: u8, const R: usize>(_: V, tile: &Tile, bytes: &[u8], c: &[Vec<i32>]) {
-        check_signs::<W, R, false>(tile, bytes, c);
+    fn check<V: TileVector, const W: u8, const R: usize>(v: V, tile: &Tile, bytes: &[u8], c: &[Vec<i32>]) {
+        check_signs::<V, W, R, false>(v, tile, bytes, c);
         if W != 8 {
             let c: Vec<Vec<i32>> = c.iter().map(|c| c.iter().map(|c| c + 128).collect()).collect();
-            check_signs::<W, R, true>(tile, bytes, &c);
+            check_signs::<V, W, R, true>(v, tile, bytes, &c);
         }
     }
 
-    fn check_signs<const W: u8, const R: usize, const U: bool>(tile: &Tile, bytes: &[u8], c: &[Vec<i32>]) {
+    fn check_signs<V: TileVector, const W: u8, const R: usize, const U: bool>(
+        v: V,
+        tile: &Tile,
+        bytes: &[u8],
+        c: &[Vec<i32>],
+    ) {
         let stride = planes(W) * tile.depth();
         let quad = |q: &[i32]| match W {
             8 => [q[0], q[2], q[1], q[3]].iter().flat_map(|x| (*x as i16).to_le_bytes()).collect(),
@@ -383,14 +455,15 @@ mod tests {
         };
         let packed: Vec<i8> = c.iter().flat_map(|c| c.chunks_exact(4).flat_map(quad)).map(|x| x as i8).collect();
         for strip in 0..tile.lanes() / STRIP {
-            // SAFETY: the caller has a token.
-            let sums = unsafe { dot::<W, R, U>(tile, bytes, strip, Coefficients { bytes: &packed, stride }) };
+            let codes = Codes::new(bytes, 0, false);
+            let sums = v.dot::<W, R, U>(tile, codes, strip, Coefficients { bytes: &packed, stride });
             for (row, sums) in sums.iter().enumerate() {
-                for lane in 0..STRIP {
-                    // SAFETY: both are eight 32-bit integers.
-                    let sums: [i32; 8] = unsafe { std::mem::transmute(sums[lane / 8]) };
+                let mut lanes = [0; STRIP];
+                v.store_i32(&mut lanes, 0, sums[0]);
+                v.store_i32(&mut lanes, STRIP / 2, sums[1]);
+                for (lane, sum) in lanes.into_iter().enumerate() {
                     let at = |d| i32::from(tile.get(bytes, strip * STRIP + lane, d)) * c[row][d];
-                    assert_eq!(sums[lane % 8], (0..tile.depth()).map(at).sum::<i32>(), "{tile:?} {strip} {row} {lane}");
+                    assert_eq!(sum, (0..tile.depth()).map(at).sum::<i32>(), "{v:?} {tile:?} {strip} {row} {lane}");
                 }
             }
         }
@@ -398,9 +471,15 @@ mod tests {
 
     #[test]
     fn sums_are_exact_up_to_the_largest_codes_and_coefficients() {
-        let Some(IsaToken::Avx2(v)) = IsaToken::new(Isa::Avx2) else {
-            return;
-        };
+        if let Some(IsaToken::Avx2(v)) = IsaToken::new(Isa::Avx2) {
+            sums_are_exact(v);
+        }
+        if let Some(IsaToken::AvxVnni(v)) = IsaToken::new(Isa::AvxVnni) {
+            sums_are_exact(v);
+        }
+    }
+
+    fn sums_are_exact<V: TileVector>(v: V) {
         for width in Width::ALL {
             let (levels, top) = (width.levels() as usize, if width == Width::Bits8 { 127 * PLANE } else { 127 });
             for (lanes, depth) in [(32, 32), (64, 64), (96, 128), (64, 160), (32, 256)] {
@@ -418,7 +497,7 @@ mod tests {
                     };
                     let c: Vec<Vec<i32>> = (0..4).map(|row| (0..depth as i32).map(|d| c(row, d)).collect()).collect();
                     for rows in 1..=4 {
-                        by_width_and_rows!(v: Avx2, width, rows, check(&tile, &bytes, &c[..rows]));
+                        by_width_and_rows!(v: V, width, rows, check(&tile, &bytes, &c[..rows]));
                     }
                 }
             }
