@@ -19,8 +19,8 @@ pub(super) struct Kernel {
     pub(super) fits: fn(&LayerDesc) -> bool,
     /// Blocks that keep a multiprocessor busy.
     pub(super) blocks_per_multiprocessor: u32,
-    /// The most blocks that share a tile of rows.
-    pub(super) most_splits: fn(&LayerDesc, &Kernel, Limits) -> u32,
+    /// The most blocks that share a tile of rows, of so many pages and pieces of exact rows.
+    pub(super) most_splits: fn(&LayerDesc, &Kernel, [u32; 2], Limits) -> u32,
     /// The threads and the shared memory of a block.
     pub(super) block: fn(&LayerDesc, &Kernel, Work, Limits) -> Option<BlockDesc>,
 }
@@ -61,17 +61,9 @@ static KERNELS: &[Kernel] = &[
 ];
 
 const fn general(name: &'static str, tile_rows: u32) -> Kernel {
-    let most_splits = |_: &LayerDesc, _: &Kernel, _: Limits| MAX_SPLITS;
     let (reads_turned, blocks_per_multiprocessor) = (true, 3);
-    Kernel {
-        name,
-        tile_rows,
-        reads_turned,
-        fits: |_| true,
-        blocks_per_multiprocessor,
-        most_splits,
-        block: general_block,
-    }
+    let (most_splits, block) = (general_splits, general_block);
+    Kernel { name, tile_rows, reads_turned, fits: |_| true, blocks_per_multiprocessor, most_splits, block }
 }
 
 const fn fast(name: &'static str, tile_rows: u32, fits: fn(&LayerDesc) -> bool) -> Kernel {
@@ -85,6 +77,11 @@ const fn fast(name: &'static str, tile_rows: u32, fits: fn(&LayerDesc) -> bool) 
         most_splits: fast_splits,
         block: fast_block,
     }
+}
+
+/// A page, or 32 exact rows, are worth a block.
+fn general_splits(_: &LayerDesc, _: &Kernel, [n_pages, n_exact_pieces]: [u32; 2], _: Limits) -> u32 {
+    (n_pages + n_exact_pieces.div_ceil(2)).min(MAX_SPLITS)
 }
 
 /// See `attend_any.cu`.
@@ -128,9 +125,11 @@ fn source_bytes(layer: &LayerDesc, kernel: &Kernel) -> u32 {
     4 * kernel.tile_rows * (layer.v.head_dim + 2)
 }
 
-/// The last block has what all have left in shared memory.
-fn fast_splits(layer: &LayerDesc, kernel: &Kernel, limits: Limits) -> u32 {
-    MAX_SPLITS.min(limits.shared_bytes / 2 / source_bytes(layer, kernel))
+/// Blocks with few pieces of work are for few cells; the last block has what all have left in shared memory.
+fn fast_splits(layer: &LayerDesc, kernel: &Kernel, [n_pages, n_exact_pieces]: [u32; 2], limits: Limits) -> u32 {
+    let n_pieces = n_pages + n_exact_pieces;
+    let worth = if n_pieces <= MOST_WARPS { 1 } else { n_pieces.div_ceil(PIECES_OF_BLOCK) };
+    worth.min(MAX_SPLITS).min(limits.shared_bytes / 2 / source_bytes(layer, kernel))
 }
 
 /// See `attend_fast.cuh`.
@@ -239,9 +238,8 @@ impl Cut {
         let exact_pieces = [layer.n_slots, layer.pool_rows, n_tokens].map(|rows| rows.div_ceil(EXACT_PIECE));
         let n_exact_pieces = exact_pieces.iter().sum::<u32>();
         let wanted = limits.n_multiprocessors * kernel.blocks_per_multiprocessor / (n_tiles * n_heads).max(1);
-        let n_pieces = n_pages + n_exact_pieces;
-        let most = if n_pieces <= MOST_WARPS { 1 } else { n_pieces.div_ceil(PIECES_OF_BLOCK) };
-        let n_splits = wanted.clamp(1, most.min((kernel.most_splits)(layer, kernel, limits)));
+        let most = (kernel.most_splits)(layer, kernel, [n_pages, n_exact_pieces], limits);
+        let n_splits = wanted.clamp(1, most.max(1));
         debug_assert!(n_splits == 1 || (n_tiles * n_heads) as usize * 4 <= TICKET_BYTES);
         let block = (kernel.block)(layer, kernel, Work { n_pages, n_exact_pieces, n_splits }, limits)?;
         Some(Self { kernel, n_streams, n_tiles, n_splits, block })
