@@ -145,6 +145,14 @@ step "tables of the docs" patches/tables.py --check
 step "patched and unpatched llama.cpp: build" patches/build.sh --tests --stock
 step "seams of the pinned llama.cpp" patches/check.sh build/stock/llama.cpp
 step "llama.cpp integration" patches/integration.sh
+step "llama.cpp's own tests and programs" patches/programs.py --check docs/results/programs.csv
+rc=0
+patches/tests/binding.py --fetch >"$logs/binding.log" 2>&1 || rc=$?
+if ((rc == 3)); then
+    skip "llama-cpp-python" "$(tail -n 1 "$logs/binding.log")"
+else
+    step "llama-cpp-python on the patched library" patches/tests/binding.py
+fi
 # A newer llama.cpp: that the patches apply there, and that what they touch compiles.
 rc=0
 patches/build.sh --newer --stock --tree >"$logs/newer.log" 2>&1 || rc=$?
