@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Every check of the project, from a fresh clone: Rust, C, patches, patched llama.cpp. About 17 minutes on 2 cores the
+# Every check of the project, from a fresh clone: Rust, C, patches, patched llama.cpp. About 40 minutes on 2 cores the
 # first time. Ends with "N passed, N failed, N skipped" and a status; each step's output is in build/checks.
 set -euo pipefail
 # shellcheck source=patches/lib.sh
 . "$(dirname "$0")/../patches/lib.sh"
 
 logs=$root/build/checks
+target=${CARGO_TARGET_DIR:-$root/target}
 cmake_dir=$root/build/c_tests
 mkdir -p "$logs"
 cd "$root"
 
-passed=0 failed=0 skipped=0 skipped_names=
+# A line of each step, by whichever lane ran it: passed, failed, or skipped and its name.
+results=$logs/results
+: >"$results"
 skip() {
-    skipped=$((skipped + 1))
-    skipped_names+="${skipped_names:+, }$1"
+    echo "skipped $1" >>"$results"
     echo "SKIP    $1: $2"
 }
 
@@ -25,12 +27,13 @@ step() {
     shift
     # In a subshell, since die and a failing command end the shell they run in.
     if (set -e; run_logged "$log" "$name" "$@"); then
-        passed=$((passed + 1))
+        echo passed >>"$results"
         echo "ok      $name ($((SECONDS - start)) s)"
     else
-        failed=$((failed + 1))
-        echo "FAILED  $name ($((SECONDS - start)) s): $log"
-        grep -E -A 12 '^(FAILED|error)|panicked|[0-9]+ failed' "$log" | head -n 60 | sed 's/^/        /' || true
+        echo failed >>"$results"
+        # In one piece, since another lane may write as well.
+        echo "$(echo "FAILED  $name ($((SECONDS - start)) s): $log"
+            grep -E -A 12 '^(FAILED|error)|panicked|[0-9]+ failed' "$log" | head -n 60 | sed 's/^/        /')"
     fi
 }
 
@@ -50,14 +53,21 @@ warned() {
         grep 'does not fit this model.*use --kvq on'
 }
 
+# The instruction sets that this processor has, one a line: the library says "" to one that it has not.
 list_isas() {
-    cargo run --quiet --release --example isa | tee "$logs/isas"
+    local isa
+    for isa in scalar avx2 avxvnni avx512; do
+        KVQ_ISA=$isa python3 -c 'import ctypes, sys
+isa = ctypes.CDLL(sys.argv[1]).kvq_isa
+isa.restype = ctypes.c_char_p
+print(isa().decode())' "$target/release/libkvq.so"
+    done | grep . | tee "$logs/isas"
 }
 
 c_tests() {
     local variant=$1
     shift
-    cmake -S c_tests -B "$cmake_dir/$variant" -G Ninja "-DKVQ_LIB_DIR=${CARGO_TARGET_DIR:-$root/target}/release" "$@" &&
+    cmake -S c_tests -B "$cmake_dir/$variant" -G Ninja "-DKVQ_LIB_DIR=$target/release" "$@" &&
         cmake --build "$cmake_dir/$variant" --parallel "$jobs"
 }
 
@@ -68,36 +78,56 @@ if command -v rustup >/dev/null; then
     { cargo fmt --version && cargo clippy --version; } >/dev/null 2>&1 || rustup component add rustfmt clippy
 fi
 
-step "rustfmt" cargo fmt --check
-step "clippy" cargo clippy --release --all-targets -- -D warnings
-step "cargo doc" env RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
-step "cargo package" cargo package --allow-dirty
-step "cargo build" cargo build --release
-# Tests of all instruction sets pass over those that this processor lacks; the library says which.
-rm -f "$logs/isas"
-step "instruction sets of this processor" list_isas
-for isa in scalar avx2 avxvnni avx512; do
-    if grep -q -x "$isa" "$logs/isas"; then
-        step "cargo test, $isa" env KVQ_ISA="$isa" cargo test --release
-    else
-        skip "$isa in every test" "this processor does not have all of it"
-    fi
-done
-step "cargo test, debug assertions and overflow checks" cargo test
+# Two lanes beside each other, as rustc compiles the library on one core: one has target/debug to itself, the other all else.
+release_lane() {
+    local isa
+    step "clippy" cargo clippy --release --all-targets -- -D warnings
+    step "cargo build" cargo build --release
+    # Tests of all instruction sets pass over those that this processor lacks; the library says which.
+    rm -f "$logs/isas"
+    step "instruction sets of this processor" list_isas
+    for isa in scalar avx2 avxvnni avx512; do
+        if grep -q -x "$isa" "$logs/isas"; then
+            step "cargo test, $isa" env KVQ_ISA="$isa" cargo test --release
+        else
+            skip "$isa in every test" "this processor does not have all of it"
+        fi
+    done
+}
 
-step "imports of src/" c_tests/floors.py
-# Kernels: run on the CPU, and compiled for the oldest GPU and one of today's; KVQ_CUDA_ARCHS="75 80 86 89 90 100 120" for all, which
-# takes ten minutes on two cores. GPU tests say that they were skipped where there is none.
-step "cargo test, kernels emulated" cargo test --release --features cuda-emulation device
-rc=0
-nvcc=$(patches/nvcc.sh 2>"$logs/nvcc.log") || rc=$?
-if ((rc == 3)); then
-    skip "kernels for GPUs" "$(tail -n 1 "$logs/nvcc.log")"
-else
-    step "kernels for GPUs" env CARGO_PROFILE_RELEASE_LTO=off KVQ_CUDA_ARCHS="${KVQ_CUDA_ARCHS:-75 90}" NVCC="$nvcc" CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$root/target}/cuda" cargo build --release --features cuda
-    step "the library with CUDA, where there may be no GPU" c_tests cuda "-DKVQ_LIB_DIR=${CARGO_TARGET_DIR:-$root/target}/cuda/release"
+debug_lane() {
+    step "cargo doc" env RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
+    # With kernels for GPUs that run on the CPU: more tests, and the others as they are.
+    step "cargo test, debug assertions, overflow checks, kernels emulated" cargo test --lib --features cuda-emulation
+    step "cargo package" cargo package --allow-dirty
+}
+
+# Kernels, compiled for the oldest GPU and one of today's; KVQ_CUDA_ARCHS="75 80 86 89 90 100 120" for all, which takes ten minutes on
+# two cores. Nothing here is timed or runs for long, so the library around them is not optimised.
+cuda_lane() {
+    local rc=0 nvcc
+    nvcc=$(patches/nvcc.sh 2>"$logs/nvcc.log") || rc=$?
+    if ((rc == 3)); then
+        skip "kernels for GPUs" "$(tail -n 1 "$logs/nvcc.log")"
+        return
+    fi
+    step "kernels for GPUs" env KVQ_CUDA_ARCHS="${KVQ_CUDA_ARCHS:-75 90}" NVCC="$nvcc" CARGO_TARGET_DIR="$target/cuda" \
+        cargo build --features cuda
+    step "the library with CUDA, where there may be no GPU" c_tests cuda "-DKVQ_LIB_DIR=$target/cuda/debug"
+    # GPU tests say that they were skipped where there is none.
     step "C tests with CUDA" ctest --test-dir "$cmake_dir/cuda" --output-on-failure -LE valgrind -R 'device|abi|boundary'
-fi
+}
+
+step "rustfmt" cargo fmt --check
+step "imports of src/" c_tests/floors.py
+# In a process group of its own, so that it ends when this does.
+set -m
+debug_lane &
+set +m
+lane=$!
+trap 'kill -- -"$lane" 2>/dev/null || true' EXIT
+release_lane
+cuda_lane
 
 step "C tests: build" c_tests plain
 step "C tests" ctest --test-dir "$cmake_dir/plain" --output-on-failure -LE valgrind
@@ -106,6 +136,8 @@ step "C tests: build with sanitizers" c_tests asan -DKVQ_SANITIZE=ON
 step "C tests: sanitizers" ctest --test-dir "$cmake_dir/asan" --output-on-failure -LE valgrind
 
 step "installed, found by CMake and pkg-config" c_tests/install.sh
+wait "$lane"
+trap - EXIT
 
 step "patch budget" patch_budget
 step "scripts of patches/" python3 -B patches/tests/test_scripts.py
@@ -113,6 +145,14 @@ step "tables of the docs" patches/tables.py --check
 step "patched and unpatched llama.cpp: build" patches/build.sh --tests --stock
 step "seams of the pinned llama.cpp" patches/check.sh build/stock/llama.cpp
 step "llama.cpp integration" patches/integration.sh
+step "llama.cpp's own tests and programs" patches/programs.py --check docs/results/programs.csv
+rc=0
+patches/tests/binding.py --fetch >"$logs/binding.log" 2>&1 || rc=$?
+if ((rc == 3)); then
+    skip "llama-cpp-python" "$(tail -n 1 "$logs/binding.log")"
+else
+    step "llama-cpp-python on the patched library" patches/tests/binding.py
+fi
 # A newer llama.cpp: that the patches apply there, and that what they touch compiles.
 rc=0
 patches/build.sh --newer --stock --tree >"$logs/newer.log" 2>&1 || rc=$?
@@ -148,5 +188,7 @@ else
     skip "pass-key retrieval" "no $eval_model"
 fi
 
-echo "$passed passed, $failed failed, $skipped skipped${skipped_names:+: $skipped_names}"
-((failed == 0))
+count() { grep -c "^$1" "$results" || true; }
+skipped_names=$(sed -n 's/^skipped //p' "$results" | paste -sd ,)
+echo "$(count passed) passed, $(count failed) failed, $(count skipped) skipped${skipped_names:+: ${skipped_names//,/, }}"
+(($(count failed) == 0))

@@ -3,7 +3,7 @@
 #
 #   patches/build.sh             patched llama.cpp into build/llama/bin
 #   patches/build.sh --cuda      for NVIDIA GPUs as well: needs nvcc of CUDA 12.8 or later, but no GPU
-#   patches/build.sh --tests     and the programs that patches/integration.sh runs
+#   patches/build.sh --tests     and the programs that patches/integration.sh and patches/programs.py run
 #   patches/build.sh --stock     and llama-perplexity of the same tree without patches, into build/stock/llama/bin
 #   patches/build.sh --tree      only the patched source tree, build/llama.cpp; with --stock the one without patches instead
 #   patches/build.sh --objects   only what the patches and the glue touch, compiled: seconds to minutes, no programs
@@ -27,7 +27,7 @@ targets=(llama-perplexity llama-bench llama-completion llama-server llama-cli ll
 want_stock=no want_tests=no want_cuda=no tree_only=no objects_only=no newer=
 for arg in "$@"; do
     case $arg in
-        --tests) want_tests=yes targets+=(test-llama-archs) ;;
+        --tests) want_tests=yes ;;
         --stock) want_stock=yes ;;
         --cuda) want_cuda=yes ;;
         --tree) tree_only=yes ;;
@@ -210,6 +210,9 @@ fi
 need cmake=cmake ninja=ninja-build ccache=ccache g++=g++ patch=patch python3=python3 tar=tar gzip=gzip
 if [ -z "${LLAMA_CPP_DIR:-}" ] && ! python3 -m pip --version >/dev/null 2>&1; then need pip3=python3-pip; fi
 need_rust
+if [ "$want_tests" = yes ]; then
+    mapfile -t -O "${#targets[@]}" targets < <("$root/patches/programs.py" --targets)
+fi
 if [ "$want_cuda" = yes ]; then find_cuda; fi
 
 prepare "$build/llama.cpp" "$root"/patches/[0-9]*.patch

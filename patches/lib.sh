@@ -21,7 +21,7 @@ run_logged() {
     while kill -0 "$pid" 2>/dev/null; do
         sleep 0.2
         if ((SECONDS - start >= next)); then
-            say "  $next s: $(tail -n 1 "$log" | cut -c 1-100)"
+            say "  $what, $next s: $(tail -n 1 "$log" | cut -c 1-100)"
             next=$((next + 20))
         fi
     done

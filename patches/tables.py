@@ -1,5 +1,6 @@
 #!/usr/bin/env -S python3 -B
-"""Writes the tables of README.md and docs/, and their picture, from what patches/eval.py and patches/bench.sh have measured.
+"""Writes the tables of README.md and docs/, and their picture, from what patches/eval.py, patches/bench.sh and
+patches/programs.py have written.
 
     patches/tables.py             renews every block
     patches/tables.py --check     changes nothing and fails if one is not what its CSV says
@@ -13,6 +14,8 @@ A block lies between two comments, of which the first says what it shows; a pict
     <!-- end of table -->
     <!-- bench: docs/results/bench.csv -->
     <!-- end of table -->
+    <!-- programs: docs/results/programs.csv -->
+    <!-- end of table -->
     <!-- picture: docs/pareto.svg docs/results/a.csv -->
 
 Rows are caches. Each model, text and context has the columns of `cells`; `columns` stand before them once, with the
@@ -20,6 +23,7 @@ range over all of those. Without models, texts or caches all are shown. Where tw
 """
 
 import argparse
+import csv
 import pathlib
 import re
 import sys
@@ -159,15 +163,27 @@ def bench_table(paths, options):
     return "\n".join(lines) + "\n" + sources(paths)
 
 
-MAKERS = {"table": table, "bench": bench_table}
-BLOCK = re.compile(r"(<!-- (table|bench): ([^>]*?) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+def programs_table(paths, options):
+    """Rows of patches/programs.py, as they are."""
+    if options:
+        raise RunError(f"no such key: {' '.join(sorted(options))}")
+    rows = [row for path in paths for row in csv.reader(head_and_lines(path)[1])]
+    if failed := [row[0] for row in rows if "FAILED" in row]:
+        raise RunError(f"failed when the table was written: {' '.join(failed)}")
+    written = ["| " + " | ".join([f"`{row[0]}`" if at else row[0], *row[1:]]) + " |\n" for at, row in enumerate(rows)]
+    written.insert(1, "|" + "---|" * len(rows[0]) + "\n")
+    return "".join(written) + sources(paths)
+
+
+MAKERS = {"table": table, "bench": bench_table, "programs": programs_table}
+BLOCK = re.compile(r"(<!-- (table|bench|programs): ([^>]*?) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 PICTURE = re.compile(r"<!-- picture: (\S+) ([^>]*?) -->")
 
 
 def render(document):
     """{path: text} of the document with its tables renewed, and of its pictures."""
     text = document.read_text()
-    if len(re.findall("<!-- (?:table:|bench:|end of)", text)) != 2 * len(BLOCK.findall(text)):
+    if len(re.findall("<!-- (?:table:|bench:|programs:|end of)", text)) != 2 * len(BLOCK.findall(text)):
         raise RunError(f"{document.name}: a table without its end, or an end without its table")
 
     def renew(block):
