@@ -157,31 +157,33 @@ fn fast_block(layer: &LayerDesc, kernel: &Kernel, work: Work, limits: Limits) ->
     let piece = EXACT_PIECE * 2 * (layer.k.head_dim + 8 + layer.v.head_dim + 8);
     let pages = (page(&layer.k) + page(&layer.v)).max(piece.next_multiple_of(128));
     let shared_warp = (pages + 2 * rows * of_warp).max(source).next_multiple_of(128);
-    let exact_pieces = work.n_exact_pieces.div_ceil(work.n_splits).min(MOST_WARPS);
     let dim = layer.k.head_dim;
     let fixed = rows * (4 * dim.max(layer.v.head_dim) + 2 * (dim + 8)) + 4 * (5 * rows + 2 + layer.pool_rows);
     let shared_exact = fixed.next_multiple_of(128);
-    let shared_warps = (shared_exact + exact_pieces * source).next_multiple_of(128) + 2 * rows * of_block;
-    let shared_warps = shared_warps.next_multiple_of(128);
-    let room = limits.shared_bytes.saturating_sub(shared_warps) / shared_warp;
-    let n_pages = work.n_pages.div_ceil(work.n_splits);
-    let most = if rows > 4 { FEW_WARPS } else { MOST_WARPS };
-    let n_warps = (n_pages + exact_pieces).clamp(LEAST_WARPS, most).min(room);
+    let [n_pages, n_exact_pieces] = [work.n_pages, work.n_exact_pieces].map(|n| n.div_ceil(work.n_splits));
     let sources = if work.n_splits > 1 { work.n_splits * source } else { 0 };
-    let shared_bytes = shared_warps + (n_warps * shared_warp).max(sources);
     // Half of them at most where the others have pages enough, which are on their way meanwhile.
-    let exact_warps = exact_pieces.min((n_warps / 2).max(n_warps.saturating_sub(n_pages)));
-    let block = BlockDesc {
-        n_warps,
-        exact_warps,
-        shared_exact,
-        shared_warps,
-        shared_warp,
-        coefficient_bytes,
-        weight_bytes,
-        shared_bytes,
+    let exact_of = |n_warps: u32| n_exact_pieces.min((n_warps / 2).max(n_warps.saturating_sub(n_pages)));
+    let with = |n_warps: u32, exact_warps: u32| {
+        let shared_warps = (shared_exact + exact_warps * source).next_multiple_of(128) + 2 * rows * of_block;
+        let shared_warps = shared_warps.next_multiple_of(128);
+        let shared_bytes = shared_warps + (n_warps * shared_warp).max(sources);
+        BlockDesc {
+            n_warps,
+            exact_warps,
+            shared_bytes,
+            shared_exact,
+            shared_warps,
+            shared_warp,
+            coefficient_bytes,
+            weight_bytes,
+        }
     };
-    (room >= LEAST_WARPS && shared_bytes <= limits.shared_bytes).then_some(block)
+    let most = if rows > 4 { FEW_WARPS } else { MOST_WARPS };
+    let wanted = (n_pages + n_exact_pieces).clamp(LEAST_WARPS, most);
+    let many = (LEAST_WARPS..=wanted).rev().map(|n_warps| with(n_warps, exact_of(n_warps)));
+    let few = (1..exact_of(LEAST_WARPS)).rev().map(|exact_warps| with(LEAST_WARPS, exact_warps));
+    many.chain(few).find(|block| block.shared_bytes <= limits.shared_bytes)
 }
 
 /// Exact rows that a warp takes together.
@@ -325,4 +327,30 @@ pub(crate) unsafe fn enqueue(
     let mut params = AttendParams { call, layer, plan_at, rotation };
     // SAFETY: the kernel takes an AttendParams; the caller answers for the pointers in it.
     unsafe { device.runner.launch(cut.kernel.name, launch, (&raw mut params).cast(), stream) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::Recipe;
+    use crate::shape::Shape;
+
+    /// The oldest GPUs have 64 KiB of shared memory for a block, room for four warps with pages of 2 bits: these are for tensor
+    /// cores, however few cells there are.
+    #[test]
+    fn small_shared_memory_is_enough_for_the_fast_kernels() {
+        let limits = Limits { n_multiprocessors: 40, shared_bytes: 64 << 10, capability: 75 };
+        let shape = Shape { n_heads: 32, n_kv_heads: 8, head_dim_k: 128, head_dim_v: 128 };
+        for spec in ["2", "skvq:k=2,v=2", "kivi"] {
+            for (n_cells, n_kv) in [(256, 256), (4096, 256), (4096, 512), (4096, 4096), (1 << 17, 1 << 17)] {
+                let recipe = Recipe::parse(spec).unwrap().fit(n_cells, 1, 1);
+                let n_slots = crate::planner::n_slots(&recipe.planner_config(n_cells, 1, 1));
+                let layer = Layout::new(&recipe, shape, 3, n_cells, n_slots).unwrap().describe();
+                let fast = KERNELS.iter().filter(|kernel| kernel.tile_rows == 4 && !kernel.reads_turned);
+                let fast = fast.filter(|kernel| (kernel.fits)(&layer));
+                let cut = fast.filter_map(|kernel| Cut::with(kernel, limits, &layer, [1, 4, 1], n_kv as u32)).next();
+                assert!(cut.is_some(), "{spec}, {n_kv} of {n_cells} cells");
+            }
+        }
+    }
 }
