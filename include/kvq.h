@@ -28,7 +28,7 @@
 
 
 // Rises with every change to a function or struct of this header. Compare it with kvq_abi_version() at start.
-#define KVQ_ABI_VERSION 10
+#define KVQ_ABI_VERSION 11
 
 // Smallest supported head size.
 #define KVQ_MIN_HEAD_DIM 64
@@ -352,6 +352,10 @@ typedef struct {
     const int32_t *positions;
     // Rows; the plan's n_tokens. Without any, `k_cur` and `v_cur` are not read.
     uint32_t n_tokens;
+    // For kvq_store_enqueue. 1: kvq_attend_enqueue with the same rows, queries, plan and memory comes before on the
+    // same stream and nothing between them writes any of these, so they may be read while it still runs. 0: they may
+    // not. kvq_store does not look at it.
+    uint32_t after_attend;
 } kvq_store_args;
 
 // How far packed keys are off, in the metric of the queries: means over a sample of the rows sealed lately. Times

@@ -246,8 +246,10 @@ static void kvq_launch_store(ggml_tensor * dst, void * stream, void * userdata) 
     const auto & node = *(const llama_kvq_node *) userdata;
 
     if (stream) {
-        const auto args    = store_args(dst, 0, node);
+        auto       args    = store_args(dst, 0, node);
         const auto streams = streams_of(dst->src[0], dst->src[1], dst->src[2], nullptr);
+        // what attention has read, this reads
+        args.after_attend = node.has_lse;
         llama_kvq_must(kvq_store_enqueue(node.device, node.layout, &args, &streams, node.store_space->data,
                     ggml_nbytes(node.store_space), stream), "store");
     }

@@ -8,7 +8,7 @@ use super::shift::kvq_rotation;
 use super::store::kvq_store_args;
 use super::{check, guard, output, release, shared};
 use crate::cuda::attend::{self, Size, Workspace};
-use crate::cuda::desc::{AttendCall, BlockDesc, RotationDesc, StoreCall, StreamDesc};
+use crate::cuda::desc::{AttendCall, BlockDesc, RotationDesc, StoreCall, StreamDesc, STORE_EARLY};
 use crate::cuda::{dequantize, store, Call, Device};
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
@@ -274,7 +274,11 @@ fn store_call(args: &kvq_store_args) -> Result<StoreCall> {
         note_stride: 0,
         n_pages: 0,
         row_stride: 0,
-        phases: 0,
+        phases: match args.after_attend {
+            0 => 0,
+            1 => STORE_EARLY,
+            other => return Err(Error::invalid(format!("after_attend is {other}: use 0 or 1"))),
+        },
         n_key_blocks: 1,
         n_value_blocks: 0,
         scale: args.scale,
@@ -461,6 +465,23 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn after_attend_is_a_truth_value() {
+        let device = kvq_device { device: Device::open("emulated:0").unwrap() };
+        let shape = Shape { n_heads: 1, n_kv_heads: 1, head_dim_k: 64, head_dim_v: 64 };
+        let layout = kvq_layout { layout: Layout::new(&Recipe::parse("on").unwrap(), shape, 3, 256, 256).unwrap() };
+        let (memory, none) = (std::ptr::without_provenance_mut::<u8>(256), std::ptr::null_mut());
+        // SAFETY: numbers and pointers, for which zero is a value.
+        let mut args: kvq_store_args = unsafe { std::mem::zeroed() };
+        (args.k_mem, args.v_mem, args.plan, args.after_attend) = (memory, memory, memory.cast(), 2);
+        // SAFETY: live objects; it is refused before any other pointer is followed.
+        let (status, said) = unsafe {
+            let status = kvq_store_enqueue(&device, &layout, &args, std::ptr::null(), memory.cast(), 1 << 20, none);
+            (status, CStr::from_ptr(kvq_last_error()).to_str().unwrap())
+        };
+        assert_eq!((status, said), (Status::InvalidArgument, "after_attend is 2: use 0 or 1"));
     }
 
     #[test]

@@ -59,6 +59,10 @@ pub struct kvq_store_args {
     pub positions: *const i32,
     /// Rows; the plan's n_tokens. Without any, `k_cur` and `v_cur` are not read.
     pub n_tokens: u32,
+    /// For kvq_store_enqueue. 1: kvq_attend_enqueue with the same rows, queries, plan and memory comes before on the
+    /// same stream and nothing between them writes any of these, so they may be read while it still runs. 0: they may
+    /// not. kvq_store does not look at it.
+    pub after_attend: u32,
 }
 
 /// Executes part `part` of `n_parts` of a plan for one layer: seals pages, then writes the rows of this ubatch into

@@ -8,7 +8,7 @@ use super::guard_or;
 use crate::simd::isa::IsaToken;
 
 /// Rises with every change to a function or struct of this header. Compare it with kvq_abi_version() at start.
-pub const KVQ_ABI_VERSION: u32 = 10;
+pub const KVQ_ABI_VERSION: u32 = 11;
 
 /// The ABI version of the library that is loaded, to be compared with KVQ_ABI_VERSION.
 #[no_mangle]

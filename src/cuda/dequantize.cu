@@ -1,7 +1,7 @@
 // Rows of the cache as FP16, by cell: what attention of many query rows reads that knows nothing of pages. A block has 32 cells
-// of a page, or a piece of exact rows, which come after all pages. Decoded as the store step does, without fused multiply-add.
-#include "attend.cuh"
-#include "decode.cuh"
+// of a page, or a piece of exact rows, which come after all pages. Decoded as the store step does, without fused multiply-add. The
+// kernel below takes every codec and rows that have moved; those at the end, of dequantize_rows.cuh, what people mostly have.
+#include "dequantize_rows.cuh"
 
 namespace kvq {
 
@@ -86,3 +86,19 @@ KVQ_KERNEL(kvq_dequantize_any, DEQUANTIZE_THREADS, 1, DequantizeParams) {
 }
 
 }  // namespace kvq
+
+// The table in cuda/dequantize.rs has the same rows.
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_k2, 64, 2, true)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_k3, 64, 3, true)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_k4, 64, 4, true)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_kc, 64, 0, true)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_v2, 64, 2, false)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_v3, 64, 3, false)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_v4, 64, 4, false)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_k2, 128, 2, true)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_k3, 128, 3, true)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_k4, 128, 4, true)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_kc, 128, 0, true)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_v2, 128, 2, false)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_v3, 128, 3, false)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_v4, 128, 4, false)

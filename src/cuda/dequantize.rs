@@ -2,14 +2,75 @@
 
 use std::ffi::c_void;
 
-use super::desc::{AttendCall, AttendParams, DequantizeParams, DEQUANTIZE_THREADS};
+use super::desc::{
+    AttendCall, AttendParams, DequantizeParams, SideDesc, CODEC_CHANNEL, CODEC_GROUP, DEQUANTIZE_ROWS_WARPS,
+    DEQUANTIZE_THREADS,
+};
 use super::{plan_of, Call, Device, Launch};
 use crate::error::Result;
 use crate::layout::Layout;
 use crate::plan::{View, CELLS_PER_WORD};
 
-/// The one kernel; see `dequantize.cu`.
-pub(super) const KERNEL: &str = "kvq_dequantize_any";
+/// The kernel for everything, and for exact rows; see `dequantize.cu`.
+const GENERAL: &str = "kvq_dequantize_any";
+
+/// A kernel for pages of one format.
+struct RowsKernel {
+    name: &'static str,
+    is_key: bool,
+    head_dim: u32,
+    /// Of codec `group`; 0: codec `channel`.
+    width: u32,
+}
+
+const fn rows(name: &'static str, is_key: bool, head_dim: u32, width: u32) -> RowsKernel {
+    RowsKernel { name, is_key, head_dim, width }
+}
+
+/// See `dequantize_rows.cuh`.
+static KERNELS: &[RowsKernel] = &[
+    rows("kvq_dequantize_64_k2", true, 64, 2),
+    rows("kvq_dequantize_64_k3", true, 64, 3),
+    rows("kvq_dequantize_64_k4", true, 64, 4),
+    rows("kvq_dequantize_64_kc", true, 64, 0),
+    rows("kvq_dequantize_64_v2", false, 64, 2),
+    rows("kvq_dequantize_64_v3", false, 64, 3),
+    rows("kvq_dequantize_64_v4", false, 64, 4),
+    rows("kvq_dequantize_128_k2", true, 128, 2),
+    rows("kvq_dequantize_128_k3", true, 128, 3),
+    rows("kvq_dequantize_128_k4", true, 128, 4),
+    rows("kvq_dequantize_128_kc", true, 128, 0),
+    rows("kvq_dequantize_128_v2", false, 128, 2),
+    rows("kvq_dequantize_128_v3", false, 128, 3),
+    rows("kvq_dequantize_128_v4", false, 128, 4),
+];
+
+impl RowsKernel {
+    fn fits(&self, side: &SideDesc, is_key: bool) -> bool {
+        let of_codec = match side.codec {
+            CODEC_GROUP => side.n_groups == 1 && side.symmetric == 1 && side.width == self.width,
+            CODEC_CHANNEL => self.width == 0,
+            _ => false,
+        };
+        of_codec && is_key == self.is_key && side.head_dim == self.head_dim
+    }
+
+    /// Tables of a warp, then its rows: keys lie there as FP16, values as floats before. Odd numbers of words a row.
+    fn shared_warp(&self) -> u32 {
+        let words = if self.is_key { self.head_dim / 2 } else { self.head_dim } + 1;
+        4 * (4 * self.head_dim + 32 * words)
+    }
+}
+
+fn kernel_of(side: &SideDesc, is_key: bool) -> Option<&'static RowsKernel> {
+    KERNELS.iter().find(|kernel| kernel.fits(side, is_key))
+}
+
+/// Names of all kernels, for whoever loads them.
+#[cfg(any(test, feature = "cuda"))]
+pub(super) fn kernel_names() -> impl Iterator<Item = &'static str> {
+    KERNELS.iter().map(|kernel| kernel.name).chain([GENERAL])
+}
 
 /// Exact rows that are one piece of work: EXACT_ROWS of `attend.cuh`.
 const EXACT_ROWS: u32 = 32;
@@ -34,18 +95,58 @@ pub(crate) unsafe fn enqueue(
     let n_chunks = call.n_kv.div_ceil(CELLS_PER_WORD as u32);
     let n_exact = [layer.n_slots, layer.pool_rows, if call.k_cur.is_null() { 0 } else { call.n_tokens }];
     let n_exact: u32 = n_exact.into_iter().map(|n| n.div_ceil(EXACT_ROWS)).sum();
+    let may_have_moved = rotation.n_pairs > 0;
     for (side, rows) in (0..).zip(rows).filter(|(_, rows)| !rows.is_null()) {
-        let desc = if side == 0 { &layer.k } else { &layer.v };
-        // Rows of a chunk, and the angles of each warp.
-        let shared_bytes = 4 * (CELLS_PER_WORD as u32 * (desc.head_dim + 1) + DEQUANTIZE_THREADS / 32 * desc.head_dim);
-        // Exact rows take the place of what a page has for their cells.
-        for (exact, n_blocks) in [(0, n_chunks), (1, n_exact)].into_iter().filter(|(_, n_blocks)| *n_blocks > 0) {
-            let mut params = DequantizeParams { read, rows, side, exact };
-            let launch =
-                Launch { blocks: [layer.n_kv_heads, n_blocks, n_streams], threads: DEQUANTIZE_THREADS, shared_bytes };
+        let (desc, is_key) = if side == 0 { (&layer.k, true) } else { (&layer.v, false) };
+        let launch = |kernel: &str, exact: u32, shared_warp: u32, n_blocks: u32, threads: u32, shared_bytes: u32| {
+            let mut params = DequantizeParams { read, rows, side, exact, shared_warp };
+            let launch = Launch { blocks: [layer.n_kv_heads, n_blocks, n_streams], threads, shared_bytes };
             // SAFETY: the kernel takes a DequantizeParams; the caller answers for the pointers in it.
-            unsafe { device.runner.launch(KERNEL, launch, (&raw mut params).cast(), stream) }?;
+            unsafe { device.runner.launch(kernel, launch, (&raw mut params).cast(), stream) }
+        };
+        // Pairs of words are written at once.
+        let is_aligned = (rows as usize).is_multiple_of(8);
+        let fitting = kernel_of(desc, is_key);
+        let known = fitting.filter(|_| is_aligned && !(may_have_moved && is_key));
+        // Rows of a chunk, and the angles of each warp.
+        let general_bytes = 4 * (CELLS_PER_WORD as u32 * (desc.head_dim + 1) + DEQUANTIZE_THREADS / 32 * desc.head_dim);
+        match known {
+            _ if n_chunks == 0 => {}
+            Some(kernel) => {
+                let (warps, shared_warp) = (DEQUANTIZE_ROWS_WARPS, kernel.shared_warp());
+                launch(kernel.name, 0, shared_warp, n_chunks.div_ceil(warps), 32 * warps, warps * shared_warp)?;
+            }
+            None => launch(GENERAL, 0, 0, n_chunks, DEQUANTIZE_THREADS, general_bytes)?,
+        }
+        // Exact rows take the place of what a page has for their cells.
+        if n_exact > 0 {
+            launch(GENERAL, 1, 0, n_exact, DEQUANTIZE_THREADS, general_bytes)?;
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::Recipe;
+    use crate::shape::Shape;
+
+    #[test]
+    fn formats_that_people_take_have_kernels() {
+        let kernels = |spec: &str, dim: u32| {
+            let shape = Shape { n_heads: 2, n_kv_heads: 1, head_dim_k: dim, head_dim_v: dim };
+            let layer = Layout::new(&Recipe::parse(spec).unwrap(), shape, 3, 4096, 256).unwrap().describe();
+            let name = |side: &SideDesc, is_key| kernel_of(side, is_key).map_or("none", |kernel| kernel.name);
+            [name(&layer.k, true), name(&layer.v, false)]
+        };
+        assert_eq!(kernels("on", 128), ["kvq_dequantize_128_kc", "kvq_dequantize_128_v3"]);
+        assert_eq!(kernels("4", 64), ["kvq_dequantize_64_kc", "kvq_dequantize_64_v4"]);
+        assert_eq!(kernels("kivi:k=2.25,v=2", 128), ["kvq_dequantize_128_kc", "kvq_dequantize_128_v2"]);
+        assert_eq!(kernels("skvq:k=2,v=2", 128), ["kvq_dequantize_128_k2", "kvq_dequantize_128_v2"]);
+        // Heads, groups, widths and codecs of which the table has no row.
+        for (spec, dim) in [("on", 96), ("skvq:group=32", 128), ("skvq:k=8,v=8", 128), ("qaq", 128)] {
+            assert_eq!(kernels(spec, dim), ["none", "none"], "{spec}");
+        }
+    }
 }

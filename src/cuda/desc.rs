@@ -17,6 +17,12 @@ pub const STORE_LEARN: u32 = 1;
 pub const STORE_SEAL: u32 = 2;
 /// Of [`StoreCall::phases`]: errors of pages are added up, rows go to slots.
 pub const STORE_FINISH: u32 = 4;
+/// Of [`StoreCall::phases`]: there are [`FEW_ROWS`] query rows of a KV head at most, and all phases.
+pub const STORE_FEW: u32 = 8;
+/// Of [`StoreCall::phases`]: what the step reads was there before the attention that is before it in the stream.
+pub const STORE_EARLY: u32 = 16;
+/// Query rows of a KV head whose store step, if it seals no page, reads everything before it writes anything.
+pub const FEW_ROWS: u32 = 8;
 
 /// Flag of a record's source in a plan: [`crate::plan::Seal::Fresh`].
 pub const RECORD_FRESH: i32 = 1 << 30;
@@ -323,6 +329,8 @@ impl Default for RotationDesc {
 
 /// Threads of a block that decodes rows.
 pub const DEQUANTIZE_THREADS: u32 = 256;
+/// Warps of a block of `dequantize_rows.cuh`.
+pub const DEQUANTIZE_ROWS_WARPS: u32 = 2;
 
 /// What the kernel gets that writes rows as FP16, by cell.
 #[repr(C)]
@@ -336,6 +344,8 @@ pub struct DequantizeParams {
     pub side: u32,
     /// 0: rows of pages, and zeros where a page has none; 1: exact rows.
     pub exact: u32,
+    /// Shared memory of a warp of `dequantize_rows.cuh`.
+    pub shared_warp: u32,
 }
 
 /// What the store kernel gets of a call besides the layer, as [`AttendCall`].
@@ -379,7 +389,7 @@ pub struct StoreCall {
     pub n_pages: u32,
     /// Floats from row to row.
     pub row_stride: u32,
-    /// Which of `STORE_...` this launch is for.
+    /// Which of `STORE_...` this launch is for; before it is cut into launches `STORE_EARLY` or 0.
     pub phases: u32,
     /// Blocks that share the pages of a head's keys.
     pub n_key_blocks: u32,

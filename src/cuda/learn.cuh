@@ -16,16 +16,44 @@ __device__ inline void forget(const Store &b, const Side &side) {
     __syncthreads();
 }
 
+// The mean square of a thread's channel of the queries, of how many queries, and how many there are now.
+struct Moments {
+    float mean, seen, n;
+
+    __device__ float mean_with(float sum) const { return mean + (sum - mean * n) / (seen + n); }
+    __device__ float seen_with() const { return fminf(seen + n, 4096.f); }
+};
+__device__ inline Moments moments(const Store &b, const Side &keys) {
+    const float *means = keys.learned();
+    return {b.thread < keys.desc.head_dim ? means[b.thread] : 0.f, means[keys.desc.head_dim], float(b.p.n_tokens * b.p.layer.gqa_ratio)};
+}
+
+// A query row of a head.
+__device__ __forceinline__ const float *query_row(const Store &b, uint32_t row) {
+    const StoreStep &p = b.p;
+    const uint32_t gqa = p.layer.gqa_ratio;
+    return p.q + row / gqa * p.q_stride_token + (b.head * gqa + row % gqa) * p.q_stride_head;
+}
+
+// The sum of squares of a thread's channel, in the order of the rows, of which there are FEW_ROWS at most.
+__device__ inline float sum_of_few(const Store &b, const Side &keys) {
+    const uint32_t dim = keys.desc.head_dim, n_rows = b.p.n_tokens * b.p.layer.gqa_ratio, c = b.thread;
+    float x[FEW_ROWS], sum = 0.f;
+#pragma unroll
+    for (uint32_t i = 0; i < FEW_ROWS; i++) x[i] = c < dim && i < n_rows ? finite(query_row(b, i)[c]) : 0.f;
+#pragma unroll
+    for (uint32_t i = 0; i < FEW_ROWS; i++)
+        if (i < n_rows) sum += x[i] * x[i];
+    return sum;
+}
+
 // Adds the squares of the queries to the moments. No barrier at the end.
 __device__ inline void learn_queries(const Store &b, const Side &keys) {
-    const StoreStep &p = b.p;
-    const uint32_t dim = keys.desc.head_dim, gqa = p.layer.gqa_ratio;
-    float *means = keys.learned();
-    const uint32_t n_rows = p.n_tokens * gqa, c = b.thread;
-    const float seen = means[dim], n = float(n_rows), mean = c < dim ? means[c] : 0.f;
+    const uint32_t dim = keys.desc.head_dim, n_rows = b.p.n_tokens * b.p.layer.gqa_ratio, c = b.thread;
+    const Moments before = moments(b, keys);
     float sum = 0.f;
     const auto row_of = [&](uint32_t row) {
-        const float *q = p.q + row / gqa * p.q_stride_token + (b.head * gqa + row % gqa) * p.q_stride_head;
+        const float *q = query_row(b, row);
         return [q](uint32_t channel) { return q[channel]; };
     };
     // In the order of the rows.
@@ -37,15 +65,12 @@ __device__ inline void learn_queries(const Store &b, const Side &keys) {
         }
         __syncthreads();
     };
-    constexpr uint32_t N = 4, AT_ONCE = N * STORE_WARPS, FEW = 8;
+    constexpr uint32_t N = 4, AT_ONCE = N * STORE_WARPS;
     static_assert(AT_ONCE <= 64, "there is room for the rows of a page");
-    if (n_rows <= FEW) {
-        float x[FEW];
-#pragma unroll
-        for (uint32_t i = 0; i < FEW; i++) x[i] = c < dim && i < n_rows ? finite(row_of(i)(c)) : 0.f;
-#pragma unroll
-        for (uint32_t i = 0; i < FEW; i++)
-            if (i < n_rows) sum += x[i] * x[i];
+    if (n_rows <= FEW_ROWS) {
+        sum = sum_of_few(b, keys);
+        // All have read how many were seen.
+        __syncthreads();
     } else if (dim <= 128) {
         // What is read next is on its way while sums are made.
         RowsAhead<N> rows;
@@ -65,10 +90,8 @@ __device__ inline void learn_queries(const Store &b, const Side &keys) {
             add(n_here);
         }
     }
-    if (c < dim) means[c] = mean + (sum - mean * n) / (seen + n);
-    // All have read how many were seen, but for few rows.
-    if (n_rows <= FEW) __syncthreads();
-    if (b.thread == 0) means[dim] = fminf(seen + n, 4096.f);
+    if (c < dim) keys.learned()[c] = before.mean_with(sum);
+    if (c == 0) keys.learned()[dim] = before.seen_with();
 }
 
 // Puts the last queries into the ring. Ends with a barrier.
@@ -130,32 +153,45 @@ __device__ inline void find_attention(const Store &b, const Side &keys) {
     __syncthreads();
 }
 
-// Removes the members of both sides whose cells hold no token any more, or another one, and those that are named a second
-// time: the first one stays, whatever other threads have removed. Ends with a barrier.
-__device__ inline void drop_stale(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values) {
+// Members of the pool of both sides that a block looks at at once, keys first: so many lanes for each.
+constexpr uint32_t LANES_OF_MEMBER = 4, MEMBERS_AT_ONCE = STORE_THREADS / LANES_OF_MEMBER;
+
+// The entry of a thread's member, of those from `first` on; null: none, or not this block's.
+__device__ inline uint32_t *member_entry(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t first) {
+    const uint32_t n_pool = b.p.layer.pool_rows, i = first + b.thread / LANES_OF_MEMBER;
+    if (i >= 2 * n_pool || !(i < n_pool ? has_keys : has_values)) return nullptr;
+    return i < n_pool ? keys.pool_table() + i : values.pool_table() + (i - n_pool);
+}
+
+// Whether the member is to be removed, in the first of its lanes: its cell holds no token any more, or another one, or is named a second
+// time.
+__device__ inline bool is_stale(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t first) {
     const StoreStep &p = b.p;
-    // So many lanes look for a member.
-    constexpr uint32_t PARTS = 4, AT_ONCE = STORE_THREADS / PARTS;
-    const uint32_t n_pool = p.layer.pool_rows, part = b.lane % PARTS, group = b.lane - part;
+    const uint32_t n_pool = p.layer.pool_rows, part = b.lane % LANES_OF_MEMBER, group = b.lane - part;
     const auto is_listed = [&](const int *cells, uint32_t n, uint32_t cell) {
         bool is = false;
 #pragma unroll 4
-        for (uint32_t j = part; j < n; j += PARTS) is |= uint32_t(cells[j]) == cell;
+        for (uint32_t j = part; j < n; j += LANES_OF_MEMBER) is |= uint32_t(cells[j]) == cell;
         return is;
     };
-    for (uint32_t first = 0; first < 2 * n_pool; first += AT_ONCE) {
-        const uint32_t i = first + b.thread / PARTS, own = i < n_pool ? i : i - n_pool;
-        const bool is_there = i < 2 * n_pool && (i < n_pool ? has_keys : has_values);
-        uint32_t *table = (i < n_pool ? keys : values).pool_table();
-        const uint32_t entry = is_there ? table[own] : 0, cell = entry - 1;
-        bool is_gone = false, is_held = false;
-        if (entry != 0 && cell < p.layer.n_cells) {
-            is_gone = is_listed(p.plan + p.plan_at.row_cells, p.n_tokens, cell) || is_listed(reinterpret_cast<const int *>(table), own, entry);
-            is_held = uint32_t(b.plan(p.plan_at.page_bits[1] + cell / 32)) >> cell % 32 & 1;
-            if (!is_held) is_held = is_listed(p.plan + p.plan_at.slot_cells[1], p.layer.n_slots, cell);
-        }
-        const uint32_t gone = __ballot_sync(FULL, is_gone), held = __ballot_sync(FULL, is_held), of_group = ((1u << PARTS) - 1) << group;
-        if (part == 0 && entry != 0 && ((gone & of_group) != 0 || (held & of_group) == 0)) table[own] = 0;
+    const uint32_t i = first + b.thread / LANES_OF_MEMBER, own = i < n_pool ? i : i - n_pool;
+    const uint32_t *at = member_entry(b, keys, values, has_keys, has_values, first);
+    const uint32_t entry = at == nullptr ? 0 : *at, cell = entry - 1;
+    bool is_gone = false, is_held = false;
+    if (entry != 0 && cell < p.layer.n_cells) {
+        is_gone = is_listed(p.plan + p.plan_at.row_cells, p.n_tokens, cell) || is_listed(reinterpret_cast<const int *>(at - own), own, entry);
+        is_held = uint32_t(b.plan(p.plan_at.page_bits[1] + cell / 32)) >> cell % 32 & 1;
+        if (!is_held) is_held = is_listed(p.plan + p.plan_at.slot_cells[1], p.layer.n_slots, cell);
+    }
+    const uint32_t gone = __ballot_sync(FULL, is_gone), held = __ballot_sync(FULL, is_held), of_group = ((1u << LANES_OF_MEMBER) - 1) << group;
+    return part == 0 && entry != 0 && ((gone & of_group) != 0 || (held & of_group) == 0);
+}
+
+// Removes the members of both sides that are stale: of those that name a cell the first one stays, whatever other threads have removed. Ends
+// with a barrier.
+__device__ inline void drop_stale(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values) {
+    for (uint32_t first = 0; first < 2 * b.p.layer.pool_rows; first += MEMBERS_AT_ONCE) {
+        if (is_stale(b, keys, values, has_keys, has_values, first)) *member_entry(b, keys, values, has_keys, has_values, first) = 0;
     }
     __syncthreads();
 }

@@ -2,7 +2,7 @@
 // for the other. Where pages do not depend on those before them, several blocks take them in turn; then what comes before
 // and after all pages are launches of their own: who enters the outlier pool is decided before, page by page.
 #include "channel.cuh"
-#include "learn.cuh"
+#include "few.cuh"
 
 namespace kvq::store {
 
@@ -202,12 +202,23 @@ KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
     const bool has_keys = blockIdx.y < step.n_key_blocks, has_values = !has_keys || step.n_value_blocks == 0;
     const Notes notes = {step.notes, step.n_pages};
     const uint32_t turn = has_keys ? blockIdx.y : blockIdx.y - step.n_key_blocks, turns = has_keys ? step.n_key_blocks : step.n_value_blocks;
-    if (step.phases & STORE_LEARN) {
-        if (has_keys) prefetch_learned(b, keys);
-        if (has_values) prefetch_learned(b, values);
+    if (step.phases & STORE_FEW) {
+        const bool is_early = step.phases & STORE_EARLY;
+        if (!is_early) wait_for_stream();
+        FewRows rows;
+        rows.read(b, keys, values, has_keys, has_values);
+        __syncthreads();
+        if (is_early) wait_for_stream();
+        let_next_start();
+        if (likely(rows.is_plain)) return rows.write(b, keys, values, has_keys, has_values);
+    } else {
+        if (step.phases & STORE_LEARN) {
+            if (has_keys) prefetch_learned(b, keys);
+            if (has_values) prefetch_learned(b, values);
+        }
+        wait_for_stream();
+        let_next_start();
     }
-    wait_for_stream();
-    let_next_start();
     if (step.phases & STORE_LEARN) {
         learn(b, keys, values, has_keys, has_values);
         if (step.layer.pool_rows > 0 && notes.exist()) fill_pool_of_all(b, keys, values, notes);

@@ -4,8 +4,8 @@ use std::ffi::c_void;
 
 use super::attend::Workspace;
 use super::desc::{
-    LayerDesc, StoreCall, StoreParams, ABSENT, STORE_FINISH, STORE_LEARN, STORE_SCRATCH_BYTES, STORE_SEAL,
-    STORE_THREADS,
+    LayerDesc, StoreCall, StoreParams, ABSENT, FEW_ROWS, STORE_EARLY, STORE_FEW, STORE_FINISH, STORE_LEARN,
+    STORE_SCRATCH_BYTES, STORE_SEAL, STORE_THREADS,
 };
 use super::{plan_of, Call, Device, Launch};
 use crate::error::{Error, Result, Status};
@@ -80,6 +80,12 @@ impl Cut {
     }
 }
 
+/// Whether `few.cuh` may do it. It does not wait for softmax denominators, which attention writes.
+fn is_few(layer: &LayerDesc, n_tokens: u32) -> bool {
+    let n_rows = n_tokens.saturating_mul(layer.gqa_ratio);
+    layer.attn_window == 0 && (1..=FEW_ROWS).contains(&n_rows)
+}
+
 /// Bytes of workspace for a call of `n_streams` streams with `n_tokens` rows each.
 pub(crate) fn workspace_bytes(device: &Device, layout: &Layout, n_tokens: u32, n_streams: u32) -> usize {
     let layer = layout.describe();
@@ -110,6 +116,7 @@ pub(crate) unsafe fn enqueue(
             format!("the workspace has {} bytes, {bytes} are needed: see kvq_store_workspace", workspace.bytes),
         ));
     }
+    let (n_tokens, early) = (call.n_tokens, call.phases & STORE_EARLY);
     call.notes = if cut.is_one_launch() { std::ptr::null_mut() } else { workspace.memory.cast() };
     let memory: *mut u8 = workspace.memory.cast();
     call.rows = if cut.in_shared { std::ptr::null_mut() } else { memory.wrapping_add(cut.note_bytes(&layer)).cast() };
@@ -125,7 +132,8 @@ pub(crate) unsafe fn enqueue(
         unsafe { device.runner.launch(KERNEL, launch, (&raw mut params).cast(), stream) }
     };
     if cut.is_one_launch() {
-        return launch(STORE_LEARN | STORE_SEAL | STORE_FINISH, 1, cut.n_value_blocks);
+        let few = if is_few(&layer, n_tokens) { STORE_FEW | early } else { 0 };
+        return launch(STORE_LEARN | STORE_SEAL | STORE_FINISH | few, 1, cut.n_value_blocks);
     }
     // The block that fills the pool has both sides.
     launch(STORE_LEARN, 1, if layer.pool_rows > 0 { 0 } else { cut.n_value_blocks.min(1) })?;

@@ -5,7 +5,8 @@
 //   nvcc -O2 -std=c++17 -I include src/cuda/bench/bench.cu -L DIR -lkvq -lcuda -o bench && ./bench [--csv FILE] [--recipe SPEC]... [CELLS]...
 //
 // `cold`: 256 MB are written before each run, so that nothing is left in the L2 cache; from event to event, median.
-// `graph`: per layer of a CUDA graph that goes through more layers than the cache holds.
+// `graph`: per layer of a CUDA graph that goes through more layers than the cache holds; `+ store`: with the step that stores the
+// token, which seals no page.
 #include <cuda_runtime.h>
 #include <kvq.h>
 
@@ -63,7 +64,7 @@ struct Layer {
     kvq_recipe *recipe = nullptr;
     kvq_planner *planner = nullptr;
     kvq_layout *layout = nullptr;
-    uint32_t n_cells, n_slots;
+    uint32_t n_cells, n_used, n_slots;
     std::vector<uint8_t> k, v;
     std::vector<int32_t> plan;
     std::vector<float> q, k_cur, v_cur;
@@ -71,7 +72,8 @@ struct Layer {
 
     uint8_t *aligned(std::vector<uint8_t> &bytes) { return bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64; }
 
-    Layer(const char *spec, uint32_t cells) : n_cells(cells) {
+    // The token of the plan fills no page.
+    Layer(const char *spec, uint32_t cells) : n_cells(cells), n_used(cells - 40) {
         KVQ(kvq_recipe_parse(spec, &recipe));
         KVQ(kvq_planner_new(recipe, cells, 1, 1, &planner));
         n_slots = kvq_planner_n_slots(planner);
@@ -87,8 +89,8 @@ struct Layer {
         for (auto &x : q) x = normal();
         std::vector<float> queries(size_t(per) * q.size()), lse(size_t(per) * SHAPE.n_heads, 8.f);
         for (size_t i = 0; i < queries.size(); i++) queries[i] = q[i % q.size()];
-        for (uint32_t at = 0; at + 1 < cells; at += per) {
-            const uint32_t n = std::min(per, cells - 1 - at), from = at % period;
+        for (uint32_t at = 0; at < n_used; at += per) {
+            const uint32_t n = std::min(per, n_used - at), from = at % period;
             std::vector<kvq_row> rows(n);
             for (uint32_t i = 0; i < n; i++) rows[i] = kvq_row{at + i, int32_t(at + i), 0};
             plan.resize(kvq_planner_plan_len(planner, n));
@@ -101,9 +103,9 @@ struct Layer {
             a.q = queries.data(), a.q_stride_token = q.size(), a.q_stride_head = dim, a.lse = lse.data(), a.scale = scale();
             in_parts([&](uint32_t part, uint32_t parts) { return kvq_store(layout, &a, part, parts); });
         }
-        const kvq_row last = {cells - 1, int32_t(cells - 1), 0};
+        const kvq_row last = {n_used, int32_t(n_used), 0};
         plan.resize(kvq_planner_plan_len(planner, 1));
-        n_live = cells - 1;
+        n_live = n_used;
         KVQ(kvq_planner_plan(planner, 0, &last, 1, is_live, nullptr, plan.data(), plan.size()));
         k_cur.assign(keys.begin(), keys.begin() + row);
         v_cur.assign(values.begin(), values.begin() + row);
@@ -137,7 +139,7 @@ struct Layer {
     // What attention has to read: pages in use with their headers, exact rows, mask, plan bits.
     double bytes() {
         const double in_pages = kvq_layout_bits_k(layout) + kvq_layout_bits_v(layout);
-        return in_pages / 8 * SHAPE.head_dim_k * SHAPE.n_kv_heads * n_cells + 4.0 * n_slots * SHAPE.head_dim_k * SHAPE.n_kv_heads + n_cells * 2.125;
+        return in_pages / 8 * SHAPE.head_dim_k * SHAPE.n_kv_heads * n_used + 4.0 * n_slots * SHAPE.head_dim_k * SHAPE.n_kv_heads + n_cells * 2.125;
     }
 };
 
@@ -239,8 +241,8 @@ int main(int argc, char **argv) {
     const double bandwidth = once ? 0 : 512.0 * (1 << 20) / copy * 1e-6;
     printf("# %s, %d multiprocessors, L2 %d MB, copy %.2f TB/s, empty kernel %.1f us, in a graph %.1f us\n", device.name, device.multiProcessorCount, device.l2CacheSize >> 20,
            bandwidth, once ? 0 : cold([] { nothing<<<1, 32, 0, stream>>>(); }), once ? 0 : in_graph(64, [](int) { nothing<<<1, 32, 0, stream>>>(); }));
-    if (csv) fprintf(csv, "# %s, copy %.2f TB/s\nrecipe,cells,query_heads,nmse,cold_us,graph_us,floor_cold_us,floor_graph_us,megabytes,share_of_copy_bandwidth\n", device.name, bandwidth);
-    printf("%-18s %8s %8s %9s %9s %9s %9s %8s %6s\n", "recipe", "cells", "nmse", "cold us", "graph us", "floor", "floor gr", "MB", "x floor");
+    if (csv) fprintf(csv, "# %s, copy %.2f TB/s\nrecipe,cells,query_heads,nmse,cold_us,graph_us,floor_cold_us,floor_graph_us,megabytes,share_of_copy_bandwidth,graph_with_store_us\n", device.name, bandwidth);
+    printf("%-18s %8s %8s %9s %9s %9s %9s %9s %8s %6s\n", "recipe", "cells", "nmse", "cold us", "graph us", "+ store", "floor", "floor gr", "MB", "x floor");
     bool ok = true;
     for (uint32_t cells : sizes) {
         for (const auto &spec : recipes) {
@@ -257,11 +259,11 @@ int main(int argc, char **argv) {
             }
             kvq_attend_args a = layer.args();
             std::vector<float> got(layer.q.size(), NAN), want = layer.on_cpu();
-            float *out = upload(got);
+            float *out = upload(got), *lse = upload(std::vector<float>(SHAPE.n_heads));
             float *q = upload(layer.q), *k_cur = upload(layer.k_cur), *v_cur = upload(layer.v_cur);
             uint16_t *mask = upload(layer.mask);
             int32_t *plan = upload(layer.plan);
-            a.q = q, a.k_cur = k_cur, a.v_cur = v_cur, a.mask = mask, a.plan = plan, a.out = out;
+            a.q = q, a.k_cur = k_cur, a.v_cur = v_cur, a.mask = mask, a.plan = plan, a.out = out, a.lse = lse;
             size_t workspace_bytes;
             KVQ(kvq_attend_workspace(layer.layout, gpu, 1, 1, cells, &workspace_bytes));
             void *workspace;
@@ -279,7 +281,22 @@ int main(int argc, char **argv) {
             const double nmse = error / power;
             // The CPU rounds queries and weights to 8 bits: its own bound is 1e-3.
             if (!(nmse <= 2e-3)) ok = false;
-            float t_cold = 0, t_graph = 0, floor_cold = 0, floor_graph = 0;
+            // The step of a token that seals no page: it may be done again.
+            kvq_store_args s{};
+            s.k_cur = k_cur, s.k_stride_token = a.k_stride_token, s.k_stride_head = a.k_stride_head;
+            s.v_cur = v_cur, s.v_stride_token = a.v_stride_token, s.v_stride_head = a.v_stride_head;
+            s.q = q, s.q_stride_token = a.q_stride_token, s.q_stride_head = a.q_stride_head, s.lse = a.lse, s.scale = a.scale;
+            s.plan = plan, s.plan_len = a.plan_len, s.n_tokens = 1, s.after_attend = 1;
+            size_t store_bytes;
+            KVQ(kvq_store_workspace(layer.layout, gpu, 1, 1, &store_bytes));
+            void *store_workspace;
+            CUDA(cudaMalloc(&store_workspace, store_bytes));
+            const auto run_both = [&](int i) {
+                run(i);
+                s.k_mem = memory + i * stride, s.v_mem = s.k_mem + v_at;
+                KVQ(kvq_store_enqueue(gpu, layer.layout, &s, nullptr, store_workspace, store_bytes, stream));
+            };
+            float t_cold = 0, t_graph = 0, t_both = 0, floor_cold = 0, floor_graph = 0;
             const double bytes = layer.bytes();
             if (!once) {
                 const size_t n = std::min(stride, size_t(bytes)) / 16;
@@ -291,13 +308,14 @@ int main(int argc, char **argv) {
                 }
                 t_cold = cold([&] { run(0); });
                 t_graph = in_graph(n_layers, run);
+                t_both = in_graph(n_layers, run_both);
             }
-            printf("%-18s %8u %8.1e %9.2f %9.2f %9.2f %9.2f %8.1f %6.2f%s\n", spec.c_str(), cells, nmse, t_cold, t_graph, floor_cold, floor_graph, bytes * 1e-6, t_cold / floor_cold,
+            printf("%-18s %8u %8.1e %9.2f %9.2f %9.2f %9.2f %9.2f %8.1f %6.2f%s\n", spec.c_str(), cells, nmse, t_cold, t_graph, t_both, floor_cold, floor_graph, bytes * 1e-6, t_cold / floor_cold,
                    nmse <= 2e-3 ? "" : "  WRONG");
             fflush(stdout);
-            if (csv) fprintf(csv, "\"%s\",%u,%u,%.2e,%.2f,%.2f,%.2f,%.2f,%.2f,%.3f\n", spec.c_str(), cells, SHAPE.n_heads, nmse, t_cold, t_graph, floor_cold, floor_graph, bytes * 1e-6,
-                             once ? 0 : bytes / t_cold * 1e-6 / bandwidth);
-            for (void *p : {(void *)memory, (void *)out, (void *)q, (void *)k_cur, (void *)v_cur, (void *)mask, (void *)plan, workspace}) CUDA(cudaFree(p));
+            if (csv) fprintf(csv, "\"%s\",%u,%u,%.2e,%.2f,%.2f,%.2f,%.2f,%.2f,%.3f,%.2f\n", spec.c_str(), cells, SHAPE.n_heads, nmse, t_cold, t_graph, floor_cold, floor_graph, bytes * 1e-6,
+                             once ? 0 : bytes / t_cold * 1e-6 / bandwidth, t_both);
+            for (void *p : {(void *)memory, (void *)out, (void *)q, (void *)k_cur, (void *)v_cur, (void *)mask, (void *)plan, (void *)lse, workspace, store_workspace}) CUDA(cudaFree(p));
         }
     }
     kvq_device_free(gpu);
