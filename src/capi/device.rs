@@ -281,6 +281,7 @@ fn store_call(args: &kvq_store_args) -> Result<StoreCall> {
         },
         n_key_blocks: 1,
         n_value_blocks: 0,
+        n_query_blocks: 0,
         scale: args.scale,
         n_tokens: args.n_tokens,
         streams: StreamDesc::default(),

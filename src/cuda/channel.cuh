@@ -4,38 +4,62 @@
 
 namespace kvq::store {
 
-// Whether a record takes part in what the page's parameters are made of.
-__device__ __forceinline__ bool is_counted(const Scratch &s, uint32_t record) { return s.pooled[record] == NONE || s.n_exact == s.n_rows; }
+// A bit for each record: whether it is coded for good, the outlier pool not having it. All warps know the same.
+struct Coded {
+    uint32_t bits[MAX_PAGE / 32];
+
+    __device__ __forceinline__ static Coded of(const Store &b) {
+        Coded coded;
+#pragma unroll
+        for (uint32_t i = 0; i < MAX_PAGE / 32; i++) {
+            const uint32_t record = 32 * i + b.lane;
+            coded.bits[i] = __ballot_sync(FULL, record < b.s.n_rows && b.s.pooled[record] == NONE);
+        }
+        return coded;
+    }
+    // Calls `f(row, is coded)` for every record; no branch between them, so that rows are read ahead.
+    template <class F> __device__ __forceinline__ void for_each(const Store &b, F f) const {
+        const uint32_t n_rows = b.s.n_rows;
+#pragma unroll 1
+        for (uint32_t first = 0; first < n_rows; first += 32) {
+            uint32_t word = bits[0];
+#pragma unroll
+            for (uint32_t i = 1; i < MAX_PAGE / 32; i++) word = first == 32 * i ? bits[i] : word;
+#pragma unroll 4
+            for (uint32_t i = 0; i < min(32u, n_rows - first); i++) f(b.row(first + i), (word >> i & 1) != 0);
+        }
+    }
+};
 
 // Smallest and largest value of each channel to s.a and s.b, how much its errors matter to s.c. Ends with a barrier.
-__device__ inline void measure_channels(const Store &b, const Target &t) {
+__device__ __forceinline__ void measure_channels(const Store &b, const Target &t) {
     Scratch &s = b.s;
     const uint32_t c = b.thread, dim = t.side.desc.head_dim;
     const float *learned = t.side.learned();
+    const Coded coded = Coded::of(b);
     if (c < dim) {
+        // Where the pool has all of them, all count.
+        const bool all = s.n_exact == s.n_rows;
         float low = infinity(), high = -infinity(), sum = 0.f, weight = 0.f;
         uint32_t n = 0;
-#pragma unroll 4
-        for (uint32_t i = 0; i < s.n_rows; i++) {
-            if (!is_counted(s, i)) continue;
-            const float x = b.row(i)[c];
-            n++, low = fminf(low, x), high = fmaxf(high, x), sum += x;
-        }
+        coded.for_each(b, [&](const float *row, bool is) {
+            const float x = row[c], low_with = fminf(low, x), high_with = fmaxf(high, x), sum_with = sum + x;
+            is |= all;
+            n += is ? 1 : 0, low = is ? low_with : low, high = is ? high_with : high, sum = is ? sum_with : sum;
+        });
         const float mean = sum * (1.f / float(max(n, 1u)));
-#pragma unroll 4
-        for (uint32_t i = 0; i < s.n_rows; i++) {
-            if (!is_counted(s, i)) continue;
-            const float x = b.row(i)[c] - mean;
-            weight += x * x;
-        }
+        coded.for_each(b, [&](const float *row, bool is) {
+            const float x = row[c] - mean, weight_with = weight + x * x;
+            weight = is || all ? weight_with : weight;
+        });
         // See Team::range.
-        s.a[c] = low + 0.f, s.b[c] = high + 0.f, s.c[c] = learned[dim] > 0.f ? weight * learned[c] : weight;
+        s.a[c] = low + 0.f, s.b[c] = high + 0.f, s.c[c] = has_learned(b, t.side) ? weight * learned[c] : weight;
     }
     __syncthreads();
 }
 
 // Which channels have how many bits, and in which order they lie: s.order, and the page. Ends with a barrier.
-__device__ inline Segments choose_channel_order(const Store &b, const Target &t) {
+__device__ __forceinline__ Segments choose_channel_order(const Store &b, const Target &t) {
     Scratch &s = b.s;
     const SideDesc &d = t.side.desc;
     const uint32_t c = b.thread;
@@ -54,7 +78,7 @@ __device__ inline Segments choose_channel_order(const Store &b, const Target &t)
     return segments;
 }
 
-__device__ inline void write_number(const Target &t, uint32_t offset, uint32_t i, float x, uint32_t base) {
+__device__ __forceinline__ void write_number(const Target &t, uint32_t offset, uint32_t i, float x, uint32_t base) {
     if (t.side.desc.half) {
         reinterpret_cast<uint16_t *>(t.bytes + offset)[i] = float_to_half(fminf(fmaxf(x, -65504.f), 65504.f));
     } else {
@@ -63,7 +87,7 @@ __device__ inline void write_number(const Target &t, uint32_t offset, uint32_t i
 }
 
 // Steps and mid-points of a fresh page as the ranges in s.a and s.b want them. Ends with a barrier.
-__device__ inline void write_ranges(const Store &b, const Target &t, const Segments &segments) {
+__device__ __forceinline__ void write_ranges(const Store &b, const Target &t, const Segments &segments) {
     Scratch &s = b.s;
     const SideDesc &d = t.side.desc;
     const uint32_t i = b.thread;
@@ -79,7 +103,7 @@ __device__ inline void write_ranges(const Store &b, const Target &t, const Segme
     }
     __syncthreads();
     const uint32_t bases[2] = {e4m3_base(__uint_as_float(s.most[0])), e4m3_base(__uint_as_float(s.most[1]))};
-    if (i < 2 && !d.half) t.header[i] = uint8_t(bases[i]);
+    if (i < 2 && !d.half) t.header[i] = uint8_t(i == 0 ? bases[0] : bases[1]);
     if (i < d.head_dim) write_number(t, d.steps, i, step, bases[0]), write_number(t, d.mids, i, mid, bases[1]);
     __syncthreads();
 }
@@ -87,30 +111,29 @@ __device__ inline void write_ranges(const Store &b, const Target &t, const Segme
 // How a value of one channel is coded.
 struct ChannelCode {
     float mid, inverse, centre;
-    __device__ uint32_t of(float x) const { return uint32_t(int(fminf(fmaxf(x * inverse + centre, 0.f), 2.f * centre) + 0.5f)); }
+    __device__ __forceinline__ uint32_t of(float x) const { return uint32_t(int(fminf(fmaxf(x * inverse + centre, 0.f), 2.f * centre) + 0.5f)); }
 };
 
 // Replaces the steps by those that make the reconstruction unbiased; mid-points and inverse steps are in s.a and s.b.
-__device__ inline void refit_channels(const Store &b, const Target &t, const Segments &segments) {
+__device__ __forceinline__ void refit_channels(const Store &b, const Target &t, const Segments &segments) {
     const Scratch &s = b.s;
     const SideDesc &d = t.side.desc;
     const uint32_t i = b.thread;
+    const Coded coded = Coded::of(b);
     if (i >= d.head_dim) return;
     const uint32_t c = s.order[i];
     const ChannelCode code = {s.a[i], s.b[i], centre_of(segments.bits(i / 16), false)};
     float energy = 0.f, inner = 0.f;
-#pragma unroll 4
-    for (uint32_t record = 0; record < s.n_rows; record++) {
-        if (s.pooled[record] != NONE) continue;
-        const float x = b.row(record)[c] - code.mid;
-        energy += x * x;
-        inner += x * (float(code.of(x)) - code.centre);
-    }
+    coded.for_each(b, [&](const float *row, bool is) {
+        const float x = row[c] - code.mid;
+        const float energy_with = energy + x * x, inner_with = inner + x * (float(code.of(x)) - code.centre);
+        energy = is ? energy_with : energy, inner = is ? inner_with : inner;
+    });
     if (inner > 0.f) write_number(t, d.steps, i, energy / inner, t.header[0]);
 }
 
 // Codec `channel`.
-__device__ inline void seal_channels(const Store &b, const Target &t) {
+__device__ __forceinline__ void seal_channels(const Store &b, const Target &t) {
     Scratch &s = b.s;
     const SideDesc &d = t.side.desc;
     const Page page = {t.header, t.bytes};

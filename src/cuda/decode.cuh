@@ -5,7 +5,7 @@
 namespace kvq::store {
 
 // Where a token of codec `adaptive` lies, asked by a warp.
-__device__ inline uint32_t place_of(const SideDesc &d, const Page &page, uint32_t n, uint32_t token, bool is_key, uint32_t lane) {
+__device__ __forceinline__ uint32_t place_of(const SideDesc &d, const Page &page, uint32_t n, uint32_t token, bool is_key, uint32_t lane) {
     if (d.order == ABSENT || is_key) return page.ordered(d, token, n);
     uint32_t found = 0;
     for (uint32_t place = lane; place < n; place += 32) found = page.ordered(d, place, n) == token ? place + 1 : found;
@@ -14,13 +14,13 @@ __device__ inline uint32_t place_of(const SideDesc &d, const Page &page, uint32_
 }
 
 // Keys of codec `adaptive`: where the codes of a block of 32 places lie.
-__device__ inline uint32_t key_block_offset(const SideDesc &d, const Segments &segments, uint32_t block) {
+__device__ __forceinline__ uint32_t key_block_offset(const SideDesc &d, const Segments &segments, uint32_t block) {
     uint32_t bits = 0;
     for (uint32_t i = 0; i < block; i++) bits += segments.bits(i);
     return bits * 4 * d.head_dim;
 }
 
-__device__ inline void decode_tokenwise(const LayerDesc &l, const SideDesc &d, const Page &page, uint32_t token, bool is_key, uint32_t lane, float *out) {
+__device__ __forceinline__ void decode_tokenwise(const LayerDesc &l, const SideDesc &d, const Page &page, uint32_t token, bool is_key, uint32_t lane, float *out) {
     if (d.codec == CODEC_GROUP) {
         const Quantizer quantizer = Quantizer::of_width(d);
         for (uint32_t c = lane; c < d.head_dim; c += 32) {
@@ -49,7 +49,7 @@ __device__ inline void decode_tokenwise(const LayerDesc &l, const SideDesc &d, c
 }
 
 // Undoes what rows went through before they were coded, by a warp. Ends with a barrier of it.
-__device__ inline void transform_back(const SideDesc &d, const Page &page, uint32_t lane, float *row) {
+__device__ __forceinline__ void transform_back(const SideDesc &d, const Page &page, uint32_t lane, float *row) {
     if (d.rotate) rotate_row_exactly(row, d.head_dim, lane);
     for (uint32_t c = lane; c < d.head_dim; c += 32) {
         if (d.exponents != ABSENT) row[c] *= page.factor(d, c);
@@ -59,7 +59,7 @@ __device__ inline void transform_back(const SideDesc &d, const Page &page, uint3
 }
 
 // Decodes the row of a token, by a warp. Ends with a barrier of the warp.
-__device__ inline void decode_row(const LayerDesc &l, const SideDesc &d, const Page &page, uint32_t token, bool is_key, uint32_t lane, float *out) {
+__device__ __forceinline__ void decode_row(const LayerDesc &l, const SideDesc &d, const Page &page, uint32_t token, bool is_key, uint32_t lane, float *out) {
     if (d.codec == CODEC_CHANNEL) {
         const Segments segments = Segments::of_header(page.header, d.n_segments, d.budget);
         const uint8_t *block = page.bytes + token / 32 * d.tile_words * 128;
@@ -80,7 +80,7 @@ __device__ __forceinline__ bool has_chunks(const SideDesc &d) { return d.codec =
 
 // Decodes the rows of 32 tokens, from token 32 * chunk on, by a block: `rows` is [32][stride]. A warp takes words of 32 lanes
 // and 16 codes each. What transform_back does for codecs with a step per token is left to do. No barrier.
-__device__ inline void decode_chunk(const LayerDesc &l, const SideDesc &d, const Page &page, uint32_t chunk, bool is_key, uint32_t warp, uint32_t n_warps, uint32_t lane, float *rows, uint32_t stride) {
+__device__ __forceinline__ void decode_chunk(const LayerDesc &l, const SideDesc &d, const Page &page, uint32_t chunk, bool is_key, uint32_t warp, uint32_t n_warps, uint32_t lane, float *rows, uint32_t stride) {
     const uint32_t *words = reinterpret_cast<const uint32_t *>(page.bytes) + lane;
     if (d.codec == CODEC_CHANNEL) {
         const Segments segments = Segments::of_header(page.header, d.n_segments, d.budget);

@@ -63,15 +63,38 @@ struct Dequantize {
         }
     }
 
+    __device__ store::RowAt exact_row(const ExactRows &rows, uint32_t i) const {
+        if (rows.kind != ExactRows::CURRENT) return {rows.half_row(side, memory, head, i), true};
+        const float *const current = is_key ? p.k_cur + head * p.k_stride_head : p.v_cur + head * p.v_stride_head;
+        return {current + (rows.first + i) * (is_key ? p.k_stride_token : p.v_stride_token), false};
+    }
+
     __device__ void exact(uint32_t piece) const {
         const Pieces pieces = Pieces::of(p);
         if (piece >= pieces.all()) return;
         const ExactRows rows = ExactRows::of(p, pieces, piece);
-        for (uint32_t i = warp; i < rows.n; i += DEQUANTIZE_WARPS) {
-            const int cell = rows.cell(p, head, i);
-            if (cell < 0 || uint32_t(cell) >= p.n_kv) continue;
-            uint16_t *to = row_of(uint32_t(cell));
-            for (uint32_t c = lane; c < side.head_dim; c += 32) to[c] = float_to_half(is_key ? rows.key(p, head, i, c) : rows.value(p, head, i, c));
+        // All rows of a warp are on their way together.
+        constexpr uint32_t N = EXACT_ROWS / DEQUANTIZE_WARPS, PARTS = 4;
+        const int own_cell = lane < rows.n ? rows.cell(p, head, lane) : -1;
+#pragma unroll 1
+        for (uint32_t first = 0; first < side.head_dim; first += 32 * PARTS) {
+            uint32_t words[N][PARTS];
+#pragma unroll
+            for (uint32_t r = 0; r < N; r++) {
+                const store::RowAt row = exact_row(rows, min(warp + r * DEQUANTIZE_WARPS, rows.n - 1));
+#pragma unroll
+                for (uint32_t k = 0; k < PARTS; k++) words[r][k] = row.word(min(first + 32 * k + lane, side.head_dim - 1));
+            }
+#pragma unroll
+            for (uint32_t r = 0; r < N; r++) {
+                const int cell = __shfl_sync(FULL, own_cell, warp + r * DEQUANTIZE_WARPS);
+                if (cell < 0 || uint32_t(cell) >= p.n_kv) continue;
+#pragma unroll
+                for (uint32_t k = 0; k < PARTS; k++) {
+                    const uint32_t c = first + 32 * k + lane;
+                    if (c < side.head_dim) row_of(uint32_t(cell))[c] = float_to_half(finite(store::RowAt::value(words[r][k], c, rows.kind != ExactRows::CURRENT)));
+                }
+            }
         }
     }
 };

@@ -23,6 +23,8 @@ pub const STORE_FEW: u32 = 8;
 pub const STORE_EARLY: u32 = 16;
 /// Query rows of a KV head whose store step, if it seals no page, reads everything before it writes anything.
 pub const FEW_ROWS: u32 = 8;
+/// Query rows that a block of 32 channels has in shared memory where a step has many.
+pub const QUERIES_AT_ONCE: u32 = 256;
 
 /// Flag of a record's source in a plan: [`crate::plan::Seal::Fresh`].
 pub const RECORD_FRESH: i32 = 1 << 30;
@@ -395,6 +397,8 @@ pub struct StoreCall {
     pub n_key_blocks: u32,
     /// The same for values; 0: the blocks of the keys have them too.
     pub n_value_blocks: u32,
+    /// Blocks that learn from a head's queries, 32 channels each, in the launch that learns; 0: that of the keys does it.
+    pub n_query_blocks: u32,
     /// Factor on the scores.
     pub scale: f32,
     /// Rows of the ubatch.

@@ -24,6 +24,9 @@ namespace kvq {
 #define KVQ_SHARED(name) extern __shared__ __align__(128) uint8_t name[]
 #endif
 
+// A function that is called has what it is given in memory of its own, which is slow to get at: large lambdas are to be inlined too.
+#define KVQ_INLINE_LAMBDA __attribute__((always_inline))
+
 constexpr uint32_t FULL = ~0u;
 
 // A kernel may start before the one enqueued before it has ended (driver.rs); it waits for that here, before it reads anything

@@ -6,12 +6,15 @@
 namespace kvq::store {
 
 // Makes a side as new, but for how far packed keys are off. Ends with a barrier.
-__device__ inline void forget(const Store &b, const Side &side) {
+__device__ __forceinline__ void forget(const Store &b, const Side &side) {
     const uint64_t error = side.desc.learned + 4 * (side.desc.head_dim + 1), is_key = side.desc.learned_end > side.desc.learned;
+    // learn_many does that for the moments.
+    const bool keeps_moments = b.p.n_query_blocks > 0;
     uint32_t *words = reinterpret_cast<uint32_t *>(side.region + side.desc.pool_table);
     for (uint64_t i = b.thread; i < (side.desc.recent_end - side.desc.pool_table) / 4; i += STORE_THREADS) {
         const uint64_t at = side.desc.pool_table + 4 * i;
-        if (!(is_key && at >= error && at < error + 12)) words[i] = 0;
+        const bool is_error = at >= error && at < error + 12, is_moment = at >= side.desc.learned && at < error;
+        if (!(is_key && (is_error || (is_moment && keeps_moments)))) words[i] = 0;
     }
     __syncthreads();
 }
@@ -20,10 +23,10 @@ __device__ inline void forget(const Store &b, const Side &side) {
 struct Moments {
     float mean, seen, n;
 
-    __device__ float mean_with(float sum) const { return mean + (sum - mean * n) / (seen + n); }
-    __device__ float seen_with() const { return fminf(seen + n, 4096.f); }
+    __device__ __forceinline__ float mean_with(float sum) const { return mean + (sum - mean * n) / (seen + n); }
+    __device__ __forceinline__ float seen_with() const { return fminf(seen + n, 4096.f); }
 };
-__device__ inline Moments moments(const Store &b, const Side &keys) {
+__device__ __forceinline__ Moments moments(const Store &b, const Side &keys) {
     const float *means = keys.learned();
     return {b.thread < keys.desc.head_dim ? means[b.thread] : 0.f, means[keys.desc.head_dim], float(b.p.n_tokens * b.p.layer.gqa_ratio)};
 }
@@ -36,7 +39,7 @@ __device__ __forceinline__ const float *query_row(const Store &b, uint32_t row) 
 }
 
 // The sum of squares of a thread's channel, in the order of the rows, of which there are FEW_ROWS at most.
-__device__ inline float sum_of_few(const Store &b, const Side &keys) {
+__device__ __forceinline__ float sum_of_few(const Store &b, const Side &keys) {
     const uint32_t dim = keys.desc.head_dim, n_rows = b.p.n_tokens * b.p.layer.gqa_ratio, c = b.thread;
     float x[FEW_ROWS], sum = 0.f;
 #pragma unroll
@@ -48,14 +51,11 @@ __device__ inline float sum_of_few(const Store &b, const Side &keys) {
 }
 
 // Adds the squares of the queries to the moments. No barrier at the end.
-__device__ inline void learn_queries(const Store &b, const Side &keys) {
+__device__ __forceinline__ void learn_queries(const Store &b, const Side &keys) {
     const uint32_t dim = keys.desc.head_dim, n_rows = b.p.n_tokens * b.p.layer.gqa_ratio, c = b.thread;
     const Moments before = moments(b, keys);
     float sum = 0.f;
-    const auto row_of = [&](uint32_t row) {
-        const float *q = query_row(b, row);
-        return [q](uint32_t channel) { return q[channel]; };
-    };
+    const auto row_of = [&](uint32_t row) { return RowAt{query_row(b, row), false}; };
     // In the order of the rows.
     const auto add = [&](uint32_t n_here) {
         __syncthreads();
@@ -94,8 +94,44 @@ __device__ inline void learn_queries(const Store &b, const Side &keys) {
     if (c == 0) keys.learned()[dim] = before.seen_with();
 }
 
+// The same for 32 channels of many queries, by a block of its own; learn_many_end says how many they were, once all blocks have read it.
+// `buffer`: [QUERIES_AT_ONCE][32].
+__device__ __forceinline__ void learn_many(const Store &b, const Side &keys, uint32_t slice, float *buffer) {
+    constexpr uint32_t N = QUERIES_AT_ONCE / STORE_WARPS;
+    const uint32_t dim = keys.desc.head_dim, n_rows = b.p.n_tokens * b.p.layer.gqa_ratio, c = 32 * slice + b.lane, channel = min(c, dim - 1);
+    float x[N], sum = 0.f;
+    const auto read = [&](uint32_t first) {
+#pragma unroll
+        for (uint32_t i = 0; i < N; i++) x[i] = query_row(b, min(first + b.warp + i * STORE_WARPS, n_rows - 1))[channel];
+    };
+    read(0);
+#pragma unroll 1
+    for (uint32_t first = 0; first < n_rows; first += QUERIES_AT_ONCE) {
+#pragma unroll
+        for (uint32_t i = 0; i < N; i++) buffer[32 * (b.warp + i * STORE_WARPS) + b.lane] = finite(x[i]);
+        __syncthreads();
+        // What is read next is on its way while sums are made, in the order of the rows.
+        if (first + QUERIES_AT_ONCE < n_rows) read(first + QUERIES_AT_ONCE);
+        if (b.warp == 0) {
+#pragma unroll 8
+            for (uint32_t i = 0; i < min(QUERIES_AT_ONCE, n_rows - first); i++) sum += buffer[32 * i + b.lane] * buffer[32 * i + b.lane];
+        }
+        __syncthreads();
+    }
+    if (b.warp != 0 || c >= dim) return;
+    float *means = keys.learned();
+    const bool is_new = b.plan(b.p.plan_at.starts_anew);
+    const Moments before = {is_new ? 0.f : means[c], is_new ? 0.f : means[dim], float(n_rows)};
+    means[c] = before.mean_with(sum);
+}
+__device__ __forceinline__ void learn_many_end(const Store &b, const Side &keys) {
+    float &seen = keys.learned()[keys.desc.head_dim];
+    const Moments before = {0.f, b.plan(b.p.plan_at.starts_anew) ? 0.f : seen, float(b.p.n_tokens * b.p.layer.gqa_ratio)};
+    seen = before.seen_with();
+}
+
 // Puts the last queries into the ring. Ends with a barrier.
-__device__ inline void remember_queries(const Store &b, const Side &keys) {
+__device__ __forceinline__ void remember_queries(const Store &b, const Side &keys) {
     const StoreStep &p = b.p;
     const uint32_t dim = keys.desc.head_dim, gqa = p.layer.gqa_ratio, window = p.layer.attn_window;
     uint32_t *count = reinterpret_cast<uint32_t *>(keys.region + keys.desc.recent);
@@ -116,7 +152,7 @@ __device__ inline void remember_queries(const Store &b, const Side &keys) {
 }
 
 // The largest attention weight of each row under the queries of the ring; 1 without any. Ends with a barrier.
-__device__ inline void find_attention(const Store &b, const Side &keys) {
+__device__ __forceinline__ void find_attention(const Store &b, const Side &keys) {
     Scratch &s = b.s;
     const uint32_t dim = keys.desc.head_dim, entry_words = dim / 2 + 1;
     const uint32_t *count = reinterpret_cast<const uint32_t *>(keys.region + keys.desc.recent);
@@ -157,15 +193,15 @@ __device__ inline void find_attention(const Store &b, const Side &keys) {
 constexpr uint32_t LANES_OF_MEMBER = 4, MEMBERS_AT_ONCE = STORE_THREADS / LANES_OF_MEMBER;
 
 // The entry of a thread's member, of those from `first` on; null: none, or not this block's.
-__device__ inline uint32_t *member_entry(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t first) {
+__device__ __forceinline__ uint32_t *member_entry(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t first) {
     const uint32_t n_pool = b.p.layer.pool_rows, i = first + b.thread / LANES_OF_MEMBER;
     if (i >= 2 * n_pool || !(i < n_pool ? has_keys : has_values)) return nullptr;
     return i < n_pool ? keys.pool_table() + i : values.pool_table() + (i - n_pool);
 }
 
 // Whether the member is to be removed, in the first of its lanes: its cell holds no token any more, or another one, or is named a second
-// time.
-__device__ inline bool is_stale(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t first) {
+// time. `new_cells`: those of the ubatch's rows.
+__device__ __forceinline__ bool is_stale(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, const int *new_cells, uint32_t first) {
     const StoreStep &p = b.p;
     const uint32_t n_pool = p.layer.pool_rows, part = b.lane % LANES_OF_MEMBER, group = b.lane - part;
     const auto is_listed = [&](const int *cells, uint32_t n, uint32_t cell) {
@@ -179,7 +215,7 @@ __device__ inline bool is_stale(const Store &b, const Side &keys, const Side &va
     const uint32_t entry = at == nullptr ? 0 : *at, cell = entry - 1;
     bool is_gone = false, is_held = false;
     if (entry != 0 && cell < p.layer.n_cells) {
-        is_gone = is_listed(p.plan + p.plan_at.row_cells, p.n_tokens, cell) || is_listed(reinterpret_cast<const int *>(at - own), own, entry);
+        is_gone = is_listed(new_cells, p.n_tokens, cell) || is_listed(reinterpret_cast<const int *>(at - own), own, entry);
         is_held = uint32_t(b.plan(p.plan_at.page_bits[1] + cell / 32)) >> cell % 32 & 1;
         if (!is_held) is_held = is_listed(p.plan + p.plan_at.slot_cells[1], p.layer.n_slots, cell);
     }
@@ -189,15 +225,24 @@ __device__ inline bool is_stale(const Store &b, const Side &keys, const Side &va
 
 // Removes the members of both sides that are stale: of those that name a cell the first one stays, whatever other threads have removed. Ends
 // with a barrier.
-__device__ inline void drop_stale(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values) {
+__device__ __forceinline__ void drop_stale(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values) {
+    // Every member asks for all of them.
+    const uint32_t n_tokens = b.p.n_tokens;
+    const int *new_cells = b.p.plan + b.p.plan_at.row_cells;
+    if (n_tokens <= b.p.layer.page * b.p.row_stride) {
+        int *const copy = reinterpret_cast<int *>(b.rows);
+        for (uint32_t i = b.thread; i < n_tokens; i += STORE_THREADS) copy[i] = new_cells[i];
+        new_cells = copy;
+    }
+    __syncthreads();
     for (uint32_t first = 0; first < 2 * b.p.layer.pool_rows; first += MEMBERS_AT_ONCE) {
-        if (is_stale(b, keys, values, has_keys, has_values, first)) *member_entry(b, keys, values, has_keys, has_values, first) = 0;
+        if (is_stale(b, keys, values, has_keys, has_values, new_cells, first)) *member_entry(b, keys, values, has_keys, has_values, first) = 0;
     }
     __syncthreads();
 }
 
 // Takes the cells of a page off the pool. Ends with a barrier.
-__device__ inline void give_back(const Store &b, const Side &side, uint32_t page) {
+__device__ __forceinline__ void give_back(const Store &b, const Side &side, uint32_t page) {
     uint32_t *table = side.pool_table();
     for (uint32_t i = b.thread; i < b.p.layer.pool_rows; i += STORE_THREADS) {
         if (table[i] != 0 && (table[i] - 1) / b.p.layer.page == page) table[i] = 0;
@@ -207,16 +252,13 @@ __device__ inline void give_back(const Store &b, const Side &side, uint32_t page
 
 // The norms of the pool's members to s.b, infinity where it is free; its free rows to s.free_rows, their number to s.most[0].
 // The block's rows are lost. Ends with a barrier.
-__device__ inline void measure_members(const Store &b, const Side &keys) {
+__device__ __forceinline__ void measure_members(const Store &b, const Side &keys) {
     Scratch &s = b.s;
     const uint32_t dim = keys.desc.head_dim, n_pool = b.p.layer.pool_rows, page = b.p.layer.page;
     const uint32_t *table = keys.pool_table();
     for (uint32_t first = 0; first < n_pool; first += page) {
         const uint32_t n = min(page, n_pool - first), i = first + b.thread;
-        copy_rows<false>(b, n, dim, [&](uint32_t i) {
-            const uint16_t *row = keys.pool_row(first + i);
-            return [row](uint32_t c) { return half_to_float(row[c]); };
-        });
+        copy_rows<false>(b, n, dim, [&](uint32_t i) { return RowAt{keys.pool_row(first + i), true}; });
         const bool is_member = b.thread < n && table[i] != 0;
         __syncthreads();
         if (b.thread < n) {
@@ -238,7 +280,7 @@ __device__ inline void measure_members(const Store &b, const Side &keys) {
 }
 
 // Chooses the rows that enter the pool, whose members are measured. Ends with a barrier.
-__device__ inline void trace_outliers(const Store &b, const Side &keys) {
+__device__ __forceinline__ void trace_outliers(const Store &b, const Side &keys) {
     Scratch &s = b.s;
     const uint32_t dim = keys.desc.head_dim, n_pool = b.p.layer.pool_rows, n_places = b.p.layer.pool_outliers;
     for (uint32_t i = b.thread; i < s.n_rows; i += STORE_THREADS) {
@@ -261,7 +303,7 @@ __device__ inline void trace_outliers(const Store &b, const Side &keys) {
 }
 
 // Writes the rows that enter the pool. Ends with a barrier.
-__device__ inline void write_pooled(const Store &b, const Side &side, uint32_t page) {
+__device__ __forceinline__ void write_pooled(const Store &b, const Side &side, uint32_t page) {
     const Scratch &s = b.s;
     for (uint32_t i = b.warp; i < s.n_rows; i += STORE_WARPS) {
         const uint32_t row = s.pooled[i];
@@ -273,7 +315,7 @@ __device__ inline void write_pooled(const Store &b, const Side &side, uint32_t p
 }
 
 // Keeps some rows as they came, to be compared with what they become. The mean is in s.mean. Ends with a barrier.
-__device__ inline void take_sample(const Store &b, uint32_t dim) {
+__device__ __forceinline__ void take_sample(const Store &b, uint32_t dim) {
     Scratch &s = b.s;
     if (b.thread == 0) {
         s.n_samples = 0;
@@ -291,7 +333,7 @@ __device__ inline void take_sample(const Store &b, uint32_t dim) {
 
 struct KeyError {
     float noise, signal, rows;
-    __device__ void add(const KeyError &other) {
+    __device__ __forceinline__ void add(const KeyError &other) {
         const float total = rows + other.rows;
         if (!(total > 0.f)) return;
         noise += (other.noise - noise) * (other.rows / total);
@@ -301,28 +343,30 @@ struct KeyError {
 };
 
 // Adds the error of a page to what is known of a head's keys. By one thread.
-__device__ inline void add_error(float *learned, uint32_t dim, const KeyError &page) {
+__device__ __forceinline__ void add_error(float *learned, uint32_t dim, const KeyError &page) {
     KeyError known = {learned[dim + 1], learned[dim + 2], learned[dim + 3]};
     known.add(page);
     learned[dim + 1] = known.noise, learned[dim + 2] = known.signal, learned[dim + 3] = fminf(known.rows, 4096.f);
 }
 
 // Compares the sample with what the page says; to `note`, or to what is known. Ends with a barrier.
-__device__ inline void learn_error(const Store &b, const Target &target, float *note) {
+__device__ __forceinline__ void learn_error(const Store &b, const Target &target, float *note) {
     Scratch &s = b.s;
     const SideDesc &desc = target.side.desc;
     float *learned = target.side.learned();
     const uint32_t dim = desc.head_dim;
+    if (b.thread < dim) s.c[b.thread] = learned[b.thread];
     if (b.warp < s.n_samples) decode_row(b.p.layer, desc, {target.header, target.bytes}, s.at[s.sampled[b.warp]], true, b.lane, s.decoded[b.warp]);
     __syncthreads();
     if (b.thread < 2 * s.n_samples) {
         const uint32_t i = b.thread / 2;
         const float *of = b.thread % 2 ? s.sample[i] : s.decoded[i], *from = b.thread % 2 ? s.mean : s.sample[i];
         float sum = 0.f;
-        if (learned[dim] > 0.f) {
+        if (has_learned(b, target.side)) {
+#pragma unroll 8
             for (uint32_t c = 0; c < dim; c++) {
                 const float x = of[c] - from[c];
-                sum += learned[c] * x * x;
+                sum += s.c[c] * x * x;
             }
         }
         s.a[b.thread] = sum;

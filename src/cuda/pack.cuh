@@ -27,7 +27,7 @@ __device__ __forceinline__ uint32_t put_digits(uint32_t word, const Quad &quad, 
 __device__ __forceinline__ uint32_t power_of_3(uint32_t i) { return i == 0 ? 1 : i == 1 ? 3 : i == 2 ? 9 : i == 3 ? 27 : 81; }
 
 // Writes the codes of a tile of one width: `quad(lane, q)` gives those at depth 4q and up.
-template <class F> __device__ void pack_tile(const SideDesc &side, uint8_t *tile, uint32_t lanes, uint32_t depth, uint32_t thread, uint32_t threads, F quad) {
+template <class F> __device__ __forceinline__ void pack_tile(const SideDesc &side, uint8_t *tile, uint32_t lanes, uint32_t depth, uint32_t thread, uint32_t threads, F quad) {
     uint32_t *words = reinterpret_cast<uint32_t *>(tile);
     const uint32_t width = side.width, quads = depth / 4, per_lane = side.tile_words;
     for (uint32_t i = thread; i < lanes * per_lane; i += threads) {
@@ -57,7 +57,7 @@ template <class F> __device__ void pack_tile(const SideDesc &side, uint8_t *tile
 }
 
 // The same for blocks of 32 lanes of mixed widths, of `per_lane` words a lane.
-template <class F> __device__ void pack_mixed(const Segments &s, uint8_t *tile, uint32_t lanes, uint32_t per_lane, uint32_t thread, uint32_t threads, F quad) {
+template <class F> __device__ __forceinline__ void pack_mixed(const Segments &s, uint8_t *tile, uint32_t lanes, uint32_t per_lane, uint32_t thread, uint32_t threads, F quad) {
     uint32_t *words = reinterpret_cast<uint32_t *>(tile);
     const uint32_t low = 2 * s.four, plane = low + s.three + s.two;
     for (uint32_t i = thread; i < lanes * per_lane; i += threads) {

@@ -25,9 +25,9 @@ struct Segments {
 
 // Levels of the best quantizer for a Gaussian; see codec/quantizer.rs, where a test compares them.
 __device__ __forceinline__ float normal_level(uint32_t bits, uint32_t code) {
-    constexpr uint64_t low[5] = {0, 126ull << 8, 0x7e522c00ull, 0x7e66554638291800ull, 0x3c363029221a0f00ull};
-    constexpr uint64_t high = 0x7e6f645c554e4842ull;
-    const uint64_t levels = bits == 4 && code >= 8 ? high : low[bits];
+    // Not an array: one whose index is not known would lie in memory.
+    const uint64_t four = code >= 8 ? 0x7e6f645c554e4842ull : 0x3c363029221a0f00ull;
+    const uint64_t levels = bits == 1 ? 126ull << 8 : bits == 2 ? 0x7e522c00ull : bits == 3 ? 0x7e66554638291800ull : four;
     return float(levels >> 8 * (code % 8) & 0xff);
 }
 // The middle of what codes of `bits` bits stand for.

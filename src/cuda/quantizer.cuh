@@ -23,7 +23,7 @@ __device__ __forceinline__ uint32_t e4m3_base(float max_abs) {
 __device__ __forceinline__ float inverse_power(uint32_t base) { return __uint_as_float((254 - min(base, 254u)) << 23); }
 
 // e^x for x <= 0; see exp_of_negative in src/recent.rs.
-__device__ inline float exp_of_negative(float x) {
+__device__ __forceinline__ float exp_of_negative(float x) {
     if (x <= -87.f) return 0.f;
     const int n = int(x * 1.44269504f - 0.5f);
     const float r = x - float(n) * (355.f / 512.f) - float(n) * -2.12194440e-4f;
@@ -42,40 +42,40 @@ __device__ inline float exp_of_negative(float x) {
 struct Team {
     uint32_t lane, first;
 
-    __device__ static Team of_thread() { return {threadIdx.x % 16, threadIdx.x / 16 % 2 * 16}; }
+    __device__ __forceinline__ static Team of_thread() { return {threadIdx.x % 16, threadIdx.x / 16 % 2 * 16}; }
     // The sum of the lanes' numbers, in their order.
-    __device__ float in_order(float x) const {
+    __device__ __forceinline__ float in_order(float x) const {
         float sum = 0.f;
         for (uint32_t i = 0; i < 16; i++) sum += __shfl_sync(FULL, x, first + i);
         return sum;
     }
-    __device__ float largest(float x) const {
+    __device__ __forceinline__ float largest(float x) const {
         for (uint32_t o = 8; o > 0; o /= 2) x = fmaxf(x, __shfl_xor_sync(FULL, x, o));
         return x;
     }
-    template <class F> __device__ float sum(const float *x, uint32_t n, F of) const {
+    template <class F> __device__ __forceinline__ float sum(const float *x, uint32_t n, F of) const {
         float partial = 0.f;
         for (uint32_t i = lane; i < n; i += 16) partial += of(x[i]);
         return in_order(partial);
     }
-    __device__ float abs_max(const float *x, uint32_t n) const {
+    __device__ __forceinline__ float abs_max(const float *x, uint32_t n) const {
         float most = 0.f;
         for (uint32_t i = lane; i < n; i += 16) most = fmaxf(most, fabsf(x[i]));
         return largest(most);
     }
-    __device__ float2 range(const float *x, uint32_t n) const {
+    __device__ __forceinline__ float2 range(const float *x, uint32_t n) const {
         float low = infinity(), high = -infinity();
         for (uint32_t i = lane; i < n; i += 16) low = fminf(low, x[i]), high = fmaxf(high, x[i]);
         // Of zeros of both signs, which one is the smallest is not certain.
         return make_float2(-largest(-low) + 0.f, largest(high) + 0.f);
     }
-    __device__ float root_mean_square(const float *x, uint32_t n) const {
+    __device__ __forceinline__ float root_mean_square(const float *x, uint32_t n) const {
         return sqrtf(sum(x, n, [](float x) { return x * x; }) / float(n));
     }
 };
 
 // The part of the half-range that affine codes reach; see Clip::affine.
-__device__ inline float affine_clip(uint32_t clip, float factor, uint32_t levels) {
+__device__ __forceinline__ float affine_clip(uint32_t clip, float factor, uint32_t levels) {
     if (clip == CLIP_FACTOR) return factor;
     if (clip == CLIP_CELLS) return float(levels - 1) / float(levels);
     return levels == 3 ? 0.7f : levels == 4 ? 0.8f : levels == 8 ? 0.9f : 1.f;
@@ -88,21 +88,21 @@ struct Quantizer {
     const SideDesc &side;
     uint32_t levels, bits;
 
-    __device__ static Quantizer of_bits(const SideDesc &side, uint32_t bits) { return {side, 1u << bits, bits}; }
+    __device__ __forceinline__ static Quantizer of_bits(const SideDesc &side, uint32_t bits) { return {side, 1u << bits, bits}; }
     // Of a tile of one width.
-    __device__ static Quantizer of_width(const SideDesc &side) {
+    __device__ __forceinline__ static Quantizer of_width(const SideDesc &side) {
         return {side, side.width == WIDTH_TERNARY ? 3 : 1u << side.width, side.width};
     }
 
-    __device__ float centre() const { return side.normal ? 63.f : float(levels - 1) * 0.5f; }
-    __device__ float value(uint32_t code) const { return (side.normal ? normal_level(bits, code) : float(code)) - centre(); }
-    __device__ float gaussian_step() const {
+    __device__ __forceinline__ float centre() const { return side.normal ? 63.f : float(levels - 1) * 0.5f; }
+    __device__ __forceinline__ float value(uint32_t code) const { return (side.normal ? normal_level(bits, code) : float(code)) - centre(); }
+    __device__ __forceinline__ float gaussian_step() const {
         return levels == 2 ? 1.5958f : levels == 3 ? 1.224f : levels == 4 ? 0.9957f : levels == 8 ? 0.5860f : levels == 16 ? 0.3352f : 0.0308f;
     }
-    __device__ float normal_top() const { return bits == 1 ? 0.7979f : bits == 2 ? 1.510f : bits == 3 ? 2.152f : 2.733f; }
-    __device__ float affine() const { return affine_clip(side.clip, side.clip_factor, levels); }
+    __device__ __forceinline__ float normal_top() const { return bits == 1 ? 0.7979f : bits == 2 ? 1.510f : bits == 3 ? 2.152f : 2.733f; }
+    __device__ __forceinline__ float affine() const { return affine_clip(side.clip, side.clip_factor, levels); }
 
-    __device__ Fit fit(const Team &team, const float *x, uint32_t n) const {
+    __device__ __forceinline__ Fit fit(const Team &team, const float *x, uint32_t n) const {
         if (!side.symmetric) {
             const float2 range = team.range(x, n);
             const float half = (range.y - range.x) * 0.5f * affine();
@@ -116,7 +116,7 @@ struct Quantizer {
         return {fminf(best, widest), 0.f};
     }
 
-    __device__ uint32_t code(float x, float mid, float inverse) const {
+    __device__ __forceinline__ uint32_t code(float x, float mid, float inverse) const {
         if (!side.normal) {
             // Adding a half and cutting rounds to nearest; the value is not negative after the clamp.
             const float scaled = (x - mid) * inverse + centre();
@@ -130,10 +130,10 @@ struct Quantizer {
         return code;
     }
 
-    __device__ static float inverse_of(float step) { return step > 0.f ? 1.f / step : 0.f; }
+    __device__ __forceinline__ static float inverse_of(float step) { return step > 0.f ? 1.f / step : 0.f; }
 
     // The step that makes the reconstruction unbiased, or the one that codes were made with.
-    __device__ float refit(const Team &team, const float *x, uint32_t n, float step, float mid) const {
+    __device__ __forceinline__ float refit(const Team &team, const float *x, uint32_t n, float step, float mid) const {
         if (!side.refit) return step;
         const float inverse = inverse_of(step);
         const float energy = team.sum(x, n, [&](float x) { return (x - mid) * (x - mid); });
@@ -147,10 +147,10 @@ struct Quantizer {
         uint32_t step_byte, mid_byte;
     };
 
-    __device__ float read_step(uint32_t byte, uint32_t base) const {
+    __device__ __forceinline__ float read_step(uint32_t byte, uint32_t base) const {
         return side.symmetric ? scale_decode(byte, base) : e4m3_decode(byte) * power(base);
     }
-    __device__ Sealed seal(const Team &team, const float *x, uint32_t n, const uint8_t *header) const {
+    __device__ __forceinline__ Sealed seal(const Team &team, const float *x, uint32_t n, const uint8_t *header) const {
         const Fit wanted = fit(team, x, n);
         const uint32_t base = header[0];
         const auto encode = [&](float step) { return side.symmetric ? scale_encode(step, base) : e4m3_encode(step * inverse_power(base)); };

@@ -5,7 +5,7 @@
 namespace kvq::store {
 
 // How far a cell's row has moved since its page was sealed, asked by a warp.
-__device__ inline int distance_of(const Store &b, uint32_t page, uint32_t at) {
+__device__ __forceinline__ int distance_of(const Store &b, uint32_t page, uint32_t at) {
     const StoreStep &p = b.p;
     const uint32_t n_turns = uint32_t(b.plan(p.plan_at.n_turns)), n_ints = 2 + p.layer.page / 32;
     int distance = 0;
@@ -19,7 +19,7 @@ __device__ inline int distance_of(const Store &b, uint32_t page, uint32_t at) {
 }
 
 // Turns a key by a distance, or back (`sign` -1); see src/rotation.rs. By a warp, ends with a barrier of it.
-__device__ inline void turn_row(const Store &b, float *row, int distance, float sign, uint32_t dim) {
+__device__ __forceinline__ void turn_row(const Store &b, float *row, int distance, float sign, uint32_t dim) {
     if (distance == 0) return;
     const RotationDesc &rotation = b.p.rotation;
     for (uint32_t pair = b.lane; pair < min(rotation.n_pairs, dim / 2); pair += 32) {
@@ -30,7 +30,7 @@ __device__ inline void turn_row(const Store &b, float *row, int distance, float 
 }
 
 // Turns keys back to where the rows that they join were encoded. Ends with a barrier.
-__device__ inline void turn_back(const Store &b, uint32_t page, uint32_t dim) {
+__device__ __forceinline__ void turn_back(const Store &b, uint32_t page, uint32_t dim) {
     for (uint32_t i = b.warp; i < b.s.n_rows; i += STORE_WARPS) {
         turn_row(b, b.row(i), distance_of(b, page, b.s.at[i]), -1.f, dim);
     }
@@ -38,7 +38,7 @@ __device__ inline void turn_back(const Store &b, uint32_t page, uint32_t dim) {
 }
 
 // The row of the pool that belongs to a cell, or NONE; asked by a warp.
-__device__ inline uint32_t find_member(const Store &b, const Side &side, uint32_t cell) {
+__device__ __forceinline__ uint32_t find_member(const Store &b, const Side &side, uint32_t cell) {
     uint32_t found = NONE;
     for (uint32_t i = b.lane; i < b.p.layer.pool_rows; i += 32) {
         if (side.pool_table()[i] == cell + 1) found = min(found, i);
@@ -48,7 +48,7 @@ __device__ inline uint32_t find_member(const Store &b, const Side &side, uint32_
 }
 
 // Reads a row that the page keeps as it is now, from the pool's row `member` if it has one. By a warp.
-__device__ inline void read_from_page(const Store &b, const Target &t, uint32_t page, uint32_t i, uint32_t member) {
+__device__ __forceinline__ void read_from_page(const Store &b, const Target &t, uint32_t page, uint32_t i, uint32_t member) {
     const uint32_t dim = t.side.desc.head_dim;
     // Zeros stand there, other lanes' as well.
     __syncwarp();
@@ -63,20 +63,15 @@ __device__ inline void read_from_page(const Store &b, const Target &t, uint32_t 
 }
 
 // The row that a record takes from a slot or from the ubatch; zeros for one that the page keeps.
-struct SourceRow {
-    const uint16_t *slot;
-    const float *current;
-    __device__ float operator()(uint32_t c) const { return slot != nullptr ? half_to_float(slot[c]) : current != nullptr ? current[c] : 0.f; }
-};
-__device__ __forceinline__ SourceRow source_row(const Store &b, const Side &side, int source) {
-    if (source == KEPT) return {nullptr, nullptr};
+__device__ __forceinline__ RowAt source_row(const Store &b, const Side &side, int source) {
+    if (source == KEPT) return {nullptr, false};
     const uint32_t i = uint32_t(source), n_slots = b.p.layer.n_slots;
-    if (i < n_slots) return {side.slot(i), nullptr};
-    return {nullptr, side.current + size_t(i - n_slots) * side.stride_token};
+    if (i < n_slots) return {side.slot(i), true};
+    return {side.current + size_t(i - n_slots) * side.stride_token, false};
 }
 
 // Copies the page's rows together; where they go is not known yet. Ends with a barrier.
-__device__ inline void gather(const Store &b, const Target &t, uint32_t page, Seal seal) {
+__device__ __forceinline__ void gather(const Store &b, const Target &t, uint32_t page, Seal seal) {
     const Side &side = t.side;
     if (b.thread < b.p.layer.page) b.s.record_of[b.thread] = NONE;
     copy_rows<true>(b, b.s.n_rows, side.desc.head_dim, [&](uint32_t i) { return source_row(b, side, b.s.source[i]); });
@@ -92,7 +87,7 @@ __device__ inline void gather(const Store &b, const Target &t, uint32_t page, Se
 }
 
 // The mean of each channel, to s.mean. Ends with a barrier.
-__device__ inline void mean_of_rows(const Store &b, uint32_t dim) {
+__device__ __forceinline__ void mean_of_rows(const Store &b, uint32_t dim) {
     if (b.thread < dim) {
         float sum = 0.f;
 #pragma unroll 8
@@ -103,7 +98,7 @@ __device__ inline void mean_of_rows(const Store &b, uint32_t dim) {
 }
 
 // A fresh page starts from zero. Ends with a barrier.
-__device__ inline void clear_page(const Store &b, const Target &t) {
+__device__ __forceinline__ void clear_page(const Store &b, const Target &t) {
     for (uint32_t i = b.thread; i < t.side.desc.page_bytes / 4; i += STORE_THREADS) reinterpret_cast<uint32_t *>(t.bytes)[i] = 0;
     if (b.thread < 4) t.header[b.thread] = 0;
     __syncthreads();
@@ -117,7 +112,7 @@ __device__ __forceinline__ int eighths_of_octaves(float x) {
 constexpr uint32_t SMOOTH_MIN_ROWS = 8;
 
 // Writes the exponents of a fresh page, given the squares of each channel in s.a. Ends with a barrier.
-__device__ inline void choose_exponents(const Store &b, const Target &t) {
+__device__ __forceinline__ void choose_exponents(const Store &b, const Target &t) {
     Scratch &s = b.s;
     const SideDesc &d = t.side.desc;
     const uint32_t c = b.thread, dim = d.head_dim;
@@ -125,7 +120,7 @@ __device__ inline void choose_exponents(const Store &b, const Target &t) {
     uint8_t *last = t.side.region + d.learned_end - dim, *exponents = t.bytes + d.exponents;
     int own = 0;
     if (c < dim) {
-        const float variance = s.a[c], weight = learned[dim] > 0.f ? learned[c] : 1.f;
+        const float variance = s.a[c], weight = has_learned(b, t.side) ? learned[c] : 1.f;
         own = min(max((eighths_of_octaves(variance) - eighths_of_octaves(weight) + 16) >> 5, -24), 24);
         const float f = smooth_factor(own), g = smooth_factor(int8_t(last[c]));
         s.a[c] = weight * f * f, s.b[c] = variance / (f * f);
@@ -149,7 +144,7 @@ __device__ inline void choose_exponents(const Store &b, const Target &t) {
 }
 
 // Takes mean and factors off the rows and rotates them. Ends with a barrier.
-__device__ inline void transform_rows(const Store &b, const Target &t) {
+__device__ __forceinline__ void transform_rows(const Store &b, const Target &t) {
     Scratch &s = b.s;
     const SideDesc &d = t.side.desc;
     const uint32_t c = b.thread, dim = d.head_dim;
@@ -174,18 +169,18 @@ __device__ inline void transform_rows(const Store &b, const Target &t) {
         if (c < dim) s.b[c] = smooth_factor(-int(int8_t(t.bytes[d.exponents + c])));
         __syncthreads();
     }
-    for (uint32_t i = b.warp; i < s.n_rows; i += STORE_WARPS) {
-        if (d.exponents != ABSENT) {
-            for (uint32_t k = b.lane; k < dim; k += 32) b.row(i)[k] *= s.b[k];
-            __syncwarp();
+    constexpr uint32_t N = 2;
+    for (uint32_t i = b.warp; i < s.n_rows; i += N * STORE_WARPS) {
+        for (uint32_t r = 0; r < N && i + r * STORE_WARPS < s.n_rows && d.exponents != ABSENT; r++) {
+            for (uint32_t k = b.lane; k < dim; k += 32) b.row(i + r * STORE_WARPS)[k] *= s.b[k];
         }
-        if (d.rotate) rotate_row_exactly(b.row(i), dim, b.lane);
+        if (d.rotate) rotate_rows_exactly<N>((s.n_rows - i + STORE_WARPS - 1) / STORE_WARPS, dim, b.lane, [&](uint32_t r) { return b.row(i + r * STORE_WARPS); });
     }
     __syncthreads();
 }
 
 // Calls `f(record, row, n)` for each record with half a warp; both halves of a warp call it, one perhaps with no elements.
-template <class F> __device__ inline void for_each_row(const Store &b, uint32_t dim, const Team &team, F f) {
+template <class F> __device__ __forceinline__ void for_each_row(const Store &b, uint32_t dim, const Team &team, F f) {
     for (uint32_t i = 2 * b.warp; i < b.s.n_rows; i += 2 * STORE_WARPS) {
         const uint32_t record = i + team.first / 16;
         const bool exists = record < b.s.n_rows;
@@ -196,7 +191,7 @@ template <class F> __device__ inline void for_each_row(const Store &b, uint32_t 
 
 // Replaces the values that lie farthest from the row's mean by that mean and keeps them behind the row, each with its
 // channel. Ends with a barrier.
-__device__ inline void take_outliers(const Store &b, const SideDesc &d) {
+__device__ __forceinline__ void take_outliers(const Store &b, const SideDesc &d) {
     const Team team = Team::of_thread();
     for_each_row(b, d.head_dim, team, [&](uint32_t, float *x, uint32_t n) {
         const float mean = team.sum(x, n, [](float x) { return x; }) / float(n);
@@ -222,7 +217,7 @@ __device__ inline void take_outliers(const Store &b, const SideDesc &d) {
 }
 
 // The order and widths of a fresh page of codec `adaptive`: s.place, s.segments, and in the page. Ends with a barrier.
-__device__ inline void choose_places(const Store &b, const Target &t) {
+__device__ __forceinline__ void choose_places(const Store &b, const Target &t) {
     Scratch &s = b.s;
     const SideDesc &d = t.side.desc;
     const uint32_t page = b.p.layer.page, i = b.thread;
@@ -254,7 +249,7 @@ __device__ inline void choose_places(const Store &b, const Target &t) {
 }
 
 // The same of a page that rows join. Ends with a barrier.
-__device__ inline void read_places(const Store &b, const Target &t) {
+__device__ __forceinline__ void read_places(const Store &b, const Target &t) {
     Scratch &s = b.s;
     const SideDesc &d = t.side.desc;
     const Page page = {t.header, t.bytes};
@@ -275,17 +270,17 @@ struct Rows {
     const SideDesc &d;
     Segments segments;
 
-    __device__ uint32_t place(uint32_t record) const {
+    __device__ __forceinline__ uint32_t place(uint32_t record) const {
         const uint32_t token = b.s.at[record];
         return d.codec == CODEC_GROUP ? token : b.s.place[token];
     }
-    __device__ Quantizer quantizer(uint32_t place) const {
+    __device__ __forceinline__ Quantizer quantizer(uint32_t place) const {
         return d.codec == CODEC_GROUP ? Quantizer::of_width(d) : Quantizer::of_bits(d, segments.bits(place / d.segment));
     }
 };
 
 // Writes the powers of two that the steps and mid-points of a fresh page are relative to. Ends with a barrier.
-__device__ inline void choose_bases(const Store &b, const Target &t, const Rows &rows) {
+__device__ __forceinline__ void choose_bases(const Store &b, const Target &t, const Rows &rows) {
     Scratch &s = b.s;
     const SideDesc &d = t.side.desc;
     const Team team = Team::of_thread();
@@ -307,7 +302,7 @@ __device__ inline void choose_bases(const Store &b, const Target &t, const Rows 
 }
 
 // What is missing of the values that take_outliers has kept. One lane for each.
-__device__ inline void write_outliers(const Target &t, uint32_t page, uint32_t place, const Quantizer &quantizer, const Quantizer::Sealed &sealed, const float *x, uint32_t lane) {
+__device__ __forceinline__ void write_outliers(const Target &t, uint32_t page, uint32_t place, const Quantizer &quantizer, const Quantizer::Sealed &sealed, const float *x, uint32_t lane) {
     const SideDesc &d = t.side.desc;
     if (lane >= d.n_outliers) return;
     const float value = x[d.head_dim + 2 * lane];
@@ -319,7 +314,7 @@ __device__ inline void write_outliers(const Target &t, uint32_t page, uint32_t p
 }
 
 // Codes every row, in its own place, and writes steps and mid-points. Ends with a barrier.
-__device__ inline void code_rows(const Store &b, const Target &t, const Rows &rows) {
+__device__ __forceinline__ void code_rows(const Store &b, const Target &t, const Rows &rows) {
     const SideDesc &d = t.side.desc;
     const Team team = Team::of_thread();
     const uint32_t page = b.p.layer.page;
@@ -363,7 +358,7 @@ __device__ __forceinline__ Quad quad_of_depth(const Store &b, uint32_t first_tok
     return quad;
 }
 
-__device__ inline void pack_rows(const Store &b, const Target &t, const Segments &segments) {
+__device__ __forceinline__ void pack_rows(const Store &b, const Target &t, const Segments &segments) {
     const SideDesc &d = t.side.desc;
     const uint32_t page = b.p.layer.page;
     if (d.codec == CODEC_GROUP) {
@@ -391,7 +386,7 @@ __device__ inline void pack_rows(const Store &b, const Target &t, const Segments
 }
 
 // Codecs `group` and `adaptive`.
-__device__ inline void seal_tokens(const Store &b, const Target &t) {
+__device__ __forceinline__ void seal_tokens(const Store &b, const Target &t) {
     Scratch &s = b.s;
     const SideDesc &d = t.side.desc;
     transform_rows(b, t);

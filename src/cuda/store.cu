@@ -11,7 +11,7 @@ __device__ __forceinline__ Seal seal_of(int source) {
 }
 
 // Puts the rows that page `index` keeps between its records. Ends with a barrier.
-__device__ inline void add_kept(const Store &b, uint32_t first, uint32_t index) {
+__device__ __forceinline__ void add_kept(const Store &b, uint32_t first, uint32_t index) {
     Scratch &s = b.s;
     const StoreStep &p = b.p;
     const uint32_t page = p.layer.page, token = b.thread;
@@ -35,7 +35,7 @@ __device__ inline void add_kept(const Store &b, uint32_t first, uint32_t index) 
 }
 
 // Reads the records of one page, the first of which is number `first`. Ends with a barrier.
-__device__ inline void read_records(const Store &b, uint32_t first, uint32_t n_records) {
+__device__ __forceinline__ void read_records(const Store &b, uint32_t first, uint32_t n_records) {
     Scratch &s = b.s;
     const StoreStep &p = b.p;
     const int *records = p.plan + p.plan_at.records;
@@ -52,7 +52,7 @@ __device__ inline void read_records(const Store &b, uint32_t first, uint32_t n_r
 }
 
 // Encodes a page, one side of it.
-__device__ inline void seal_side(const Store &b, const Side &side, uint32_t page, Seal seal, bool is_key, float *note) {
+__device__ __forceinline__ void seal_side(const Store &b, const Side &side, uint32_t page, Seal seal, bool is_key, float *note) {
     const LayerDesc &l = b.p.layer;
     const bool fresh = seal == Seal::FRESH;
     const Target target = {side, side.header(page), side.page(page), seal != Seal::JOIN, is_key};
@@ -73,7 +73,7 @@ __device__ inline void seal_side(const Store &b, const Side &side, uint32_t page
 }
 
 // Writes the ubatch's rows that stay exact to their slots, those of one turn.
-__device__ inline void write_slots(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t turn, uint32_t turns) {
+__device__ __forceinline__ void write_slots(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t turn, uint32_t turns) {
     constexpr uint32_t PARTS = MAX_DIM / 32;
     const uint32_t stride = STORE_WARPS * turns;
     for (uint32_t first = STORE_WARPS * turn + b.warp; first < b.p.n_tokens; first += 32 * stride) {
@@ -103,14 +103,14 @@ __device__ inline void write_slots(const Store &b, const Side &keys, const Side 
 }
 
 // What comes before any page: forgetting, queries, members of the pool that are gone. Ends with a barrier.
-__device__ inline void learn(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values) {
+__device__ __forceinline__ void learn(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values) {
     const StoreStep &p = b.p;
     if (b.plan(p.plan_at.starts_anew)) {
         if (has_keys) forget(b, keys);
         if (has_values) forget(b, values);
     }
     if (has_keys && p.q != nullptr && p.n_tokens > 0) {
-        learn_queries(b, keys);
+        if (p.n_query_blocks == 0) learn_queries(b, keys);
         if (p.lse != nullptr && p.layer.attn_window > 0) remember_queries(b, keys);
     }
     if (p.layer.pool_rows > 0) drop_stale(b, keys, values, has_keys, has_values);
@@ -122,15 +122,15 @@ struct Notes {
     float *first;  // null: one block has all pages of the head
     uint32_t n_pages;
 
-    __device__ bool exist() const { return first != nullptr; }
-    __device__ float *error(uint32_t page) const { return exist() ? first + 1 + 3 * page : nullptr; }
+    __device__ __forceinline__ bool exist() const { return first != nullptr; }
+    __device__ __forceinline__ float *error(uint32_t page) const { return exist() ? first + 1 + 3 * page : nullptr; }
     // The row of the pool that a record enters, or NONE.
-    __device__ uint16_t &pooled(uint32_t record) const { return reinterpret_cast<uint16_t *>(first + 1 + 3 * n_pages)[record]; }
+    __device__ __forceinline__ uint16_t &pooled(uint32_t record) const { return reinterpret_cast<uint16_t *>(first + 1 + 3 * n_pages)[record]; }
 };
 
 // Calls `f(page, seal, number, first record)` for every page whose number is `turn` modulo `turns`, its records read; returns the number of
 // pages.
-template <class F> __device__ inline uint32_t for_each_page(const Store &b, uint32_t turn, uint32_t turns, F f) {
+template <class F> __device__ __forceinline__ uint32_t for_each_page(const Store &b, uint32_t turn, uint32_t turns, F f) {
     const StoreStep &p = b.p;
     const uint32_t n_records = uint32_t(b.plan(p.plan_at.n_records));
     uint32_t n_pages = 0;
@@ -145,7 +145,7 @@ template <class F> __device__ inline uint32_t for_each_page(const Store &b, uint
 }
 
 // Chooses the rows of a fresh page that enter the pool and writes them. Ends with a barrier.
-__device__ inline void fill_pool(const Store &b, const Side &keys, const Side &values, uint32_t page) {
+__device__ __forceinline__ void fill_pool(const Store &b, const Side &keys, const Side &values, uint32_t page) {
     give_back(b, keys, page);
     give_back(b, values, page);
     measure_members(b, keys);
@@ -156,8 +156,8 @@ __device__ inline void fill_pool(const Store &b, const Side &keys, const Side &v
 }
 
 // The same for all pages of a head, before they are sealed by several blocks.
-__device__ inline void fill_pool_of_all(const Store &b, const Side &keys, const Side &values, const Notes &notes) {
-    for_each_page(b, 0, 1, [&](uint32_t page, Seal seal, uint32_t, uint32_t first) {
+__device__ __forceinline__ void fill_pool_of_all(const Store &b, const Side &keys, const Side &values, const Notes &notes) {
+    for_each_page(b, 0, 1, [&](uint32_t page, Seal seal, uint32_t, uint32_t first) KVQ_INLINE_LAMBDA {
         if (seal != Seal::FRESH) return;
         fill_pool(b, keys, values, page);
         if (b.thread < b.s.n_rows) notes.pooled(first + b.thread) = b.s.pooled[b.thread];
@@ -165,7 +165,7 @@ __device__ inline void fill_pool_of_all(const Store &b, const Side &keys, const 
 }
 
 // What fill_pool has chosen for a fresh page. Ends with a barrier.
-__device__ inline void recall_pooled(const Store &b, const Notes &notes, uint32_t first) {
+__device__ __forceinline__ void recall_pooled(const Store &b, const Notes &notes, uint32_t first) {
     if (b.thread < b.s.n_rows) {
         b.s.pooled[b.thread] = notes.pooled(first + b.thread);
         if (b.s.pooled[b.thread] != NONE) atomicAdd(&b.s.n_exact, 1u);
@@ -174,8 +174,8 @@ __device__ inline void recall_pooled(const Store &b, const Notes &notes, uint32_
 }
 
 // Seals the pages of a block.
-__device__ inline void seal_pages(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t turn, uint32_t turns, const Notes &notes) {
-    const uint32_t n_pages = for_each_page(b, turn, turns, [&](uint32_t page, Seal seal, uint32_t number, uint32_t first) {
+__device__ __forceinline__ void seal_pages(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t turn, uint32_t turns, const Notes &notes) {
+    const uint32_t n_pages = for_each_page(b, turn, turns, [&](uint32_t page, Seal seal, uint32_t number, uint32_t first) KVQ_INLINE_LAMBDA {
         if (b.p.layer.pool_rows > 0 && seal == Seal::FRESH) {
             if (notes.exist()) recall_pooled(b, notes, first);
             else fill_pool(b, keys, values, page);
@@ -187,7 +187,7 @@ __device__ inline void seal_pages(const Store &b, const Side &keys, const Side &
 }
 
 // Asks for what a head has learned, which lies in main memory, while the kernel before this one still runs.
-__device__ inline void prefetch_learned(const Store &b, const Side &side) {
+__device__ __forceinline__ void prefetch_learned(const Store &b, const Side &side) {
     const uint64_t end = max(side.desc.learned_end, side.desc.pool_table + 4 * b.p.layer.pool_rows);
     for (uint64_t at = side.desc.pool_table + 128 * b.thread; at < end; at += 128 * STORE_THREADS) prefetch(side.region + at);
 }
@@ -200,6 +200,12 @@ KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
     const Store b = {step, *reinterpret_cast<Scratch *>(shared), rows, blockIdx.x, thread, thread % 32, thread / 32};
     const Side keys = keys_of(b), values = values_of(b);
     const bool has_keys = blockIdx.y < step.n_key_blocks, has_values = !has_keys || step.n_value_blocks == 0;
+    if (blockIdx.y >= step.n_key_blocks + step.n_value_blocks) {
+        wait_for_stream();
+        let_next_start();
+        learn_many(b, keys, blockIdx.y - step.n_key_blocks - step.n_value_blocks, reinterpret_cast<float *>(shared + STORE_SCRATCH_BYTES));
+        return;
+    }
     const Notes notes = {step.notes, step.n_pages};
     const uint32_t turn = has_keys ? blockIdx.y : blockIdx.y - step.n_key_blocks, turns = has_keys ? step.n_key_blocks : step.n_value_blocks;
     if (step.phases & STORE_FEW) {
@@ -232,6 +238,7 @@ KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
                 add_error(keys.learned(), keys.desc.head_dim, {note[0], note[1], note[2]});
             }
         }
+        if (step.n_query_blocks > 0 && has_keys && turn == 0 && thread == 0) learn_many_end(b, keys);
         // Records read slots as they were before.
         write_slots(b, keys, values, has_keys, has_values, turn, turns);
     }

@@ -46,7 +46,7 @@ struct StoreStep : StoreCall {
         k_mem += stream * streams.k;
         v_mem += stream * streams.v;
         plan += stream * streams.plan;
-        if (rows != nullptr) rows += ((stream * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * layer.page * row_stride;
+        if (rows != nullptr) rows += ((stream * (n_key_blocks + n_value_blocks) + blockIdx.y) * gridDim.x + blockIdx.x) * layer.page * row_stride;
         if (notes != nullptr) notes += (stream * layer.n_kv_heads + blockIdx.x) * note_stride;
     }
 };
@@ -58,11 +58,11 @@ struct Store {
     float *rows;  // [record][row_stride]: the rows, what of them is kept exactly, and at last their codes
     uint32_t head, thread, lane, warp;
 
-    __device__ float *row(uint32_t i) const { return rows + i * p.row_stride; }
-    __device__ uint8_t *codes(uint32_t i) const { return reinterpret_cast<uint8_t *>(row(i)); }
-    __device__ int plan(uint32_t at) const { return p.plan[at]; }
-    __device__ uint8_t *keys() const { return p.k_mem + head * p.layer.k.head_bytes; }
-    __device__ uint8_t *values() const { return p.v_mem + head * p.layer.v.head_bytes; }
+    __device__ __forceinline__ float *row(uint32_t i) const { return rows + i * p.row_stride; }
+    __device__ __forceinline__ uint8_t *codes(uint32_t i) const { return reinterpret_cast<uint8_t *>(row(i)); }
+    __device__ __forceinline__ int plan(uint32_t at) const { return p.plan[at]; }
+    __device__ __forceinline__ uint8_t *keys() const { return p.k_mem + head * p.layer.k.head_bytes; }
+    __device__ __forceinline__ uint8_t *values() const { return p.v_mem + head * p.layer.v.head_bytes; }
 };
 
 // One side of the head.
@@ -72,21 +72,24 @@ struct Side {
     const float *current;  // of the head
     size_t stride_token;
 
-    __device__ uint16_t *slot(uint32_t i) const { return reinterpret_cast<uint16_t *>(region) + size_t(i) * desc.head_dim; }
-    __device__ uint16_t *pool_row(uint32_t i) const { return reinterpret_cast<uint16_t *>(region + desc.pool) + size_t(i) * desc.head_dim; }
+    __device__ __forceinline__ uint16_t *slot(uint32_t i) const { return reinterpret_cast<uint16_t *>(region) + size_t(i) * desc.head_dim; }
+    __device__ __forceinline__ uint16_t *pool_row(uint32_t i) const { return reinterpret_cast<uint16_t *>(region + desc.pool) + size_t(i) * desc.head_dim; }
     // 1 + the cell of each row, 0 if it is free.
-    __device__ uint32_t *pool_table() const { return reinterpret_cast<uint32_t *>(region + desc.pool_table); }
-    __device__ float *learned() const { return reinterpret_cast<float *>(region + desc.learned); }
-    __device__ uint8_t *header(uint32_t page) const { return region + desc.headers + 4 * size_t(page); }
-    __device__ uint8_t *page(uint32_t page) const { return region + desc.pages + size_t(page) * desc.page_bytes; }
+    __device__ __forceinline__ uint32_t *pool_table() const { return reinterpret_cast<uint32_t *>(region + desc.pool_table); }
+    __device__ __forceinline__ float *learned() const { return reinterpret_cast<float *>(region + desc.learned); }
+    __device__ __forceinline__ uint8_t *header(uint32_t page) const { return region + desc.headers + 4 * size_t(page); }
+    __device__ __forceinline__ uint8_t *page(uint32_t page) const { return region + desc.pages + size_t(page) * desc.page_bytes; }
 };
 
-__device__ inline Side keys_of(const Store &b) {
+__device__ __forceinline__ Side keys_of(const Store &b) {
     return {b.p.layer.k, b.keys(), b.p.k_cur + b.head * b.p.k_stride_head, size_t(b.p.k_stride_token)};
 }
-__device__ inline Side values_of(const Store &b) {
+__device__ __forceinline__ Side values_of(const Store &b) {
     return {b.p.layer.v, b.values(), b.p.v_cur + b.head * b.p.v_stride_head, size_t(b.p.v_stride_token)};
 }
+
+// Whether any query has been learned from; see learn_many.
+__device__ __forceinline__ bool has_learned(const Store &b, const Side &side) { return b.p.n_query_blocks > 0 || side.learned()[side.desc.head_dim] > 0.f; }
 
 // What becomes of a page: Seal of src/plan.rs.
 enum class Seal { FRESH, JOIN, RENEW };
@@ -106,7 +109,7 @@ __device__ __forceinline__ int ordered_bits(float x) {
 }
 
 // The place of number i among n numbers that fall, equal ones in their order.
-__device__ inline uint32_t place_in_falling(const float *x, uint32_t i, uint32_t n) {
+__device__ __forceinline__ uint32_t place_in_falling(const float *x, uint32_t i, uint32_t n) {
     const int own = ordered_bits(x[i]);
     uint32_t place = 0;
     for (uint32_t j = 0; j < n; j++) {
@@ -117,7 +120,7 @@ __device__ inline uint32_t place_in_falling(const float *x, uint32_t i, uint32_t
 }
 
 // As place_in_falling for numbers that rise.
-__device__ inline uint32_t place_in_rising(const float *x, uint32_t i, uint32_t n) {
+__device__ __forceinline__ uint32_t place_in_rising(const float *x, uint32_t i, uint32_t n) {
     const int own = ordered_bits(x[i]);
     uint32_t place = 0;
     for (uint32_t j = 0; j < n; j++) {
@@ -128,7 +131,7 @@ __device__ inline uint32_t place_in_rising(const float *x, uint32_t i, uint32_t 
 }
 
 // share_out of src/codec/mixed.rs for falling weights in shared memory; to s.segments. Ends with a barrier.
-__device__ inline void share_out(const Store &b, const float *weight, uint32_t segment, uint32_t n, uint32_t budget, uint32_t floor) {
+__device__ __forceinline__ void share_out(const Store &b, const float *weight, uint32_t segment, uint32_t n, uint32_t budget, uint32_t floor) {
     Scratch &s = b.s;
     if (b.thread < n) {
         float sum = 0.f;
@@ -176,37 +179,52 @@ __device__ __forceinline__ void raise(Scratch &s, uint32_t i, float x) {
     if (x > 0.f) atomicMax(&s.most[i], __float_as_uint(x));
 }
 
+// A row in memory: floats, or halves at an address that is a multiple of four; null: zeros.
+struct RowAt {
+    const void *from;
+    bool is_half;
+
+    // The word that has channel c. What it means is looked at later: a conversion would wait for the load.
+    __device__ __forceinline__ uint32_t word(uint32_t c) const {
+        return from == nullptr ? 0 : static_cast<const uint32_t *>(from)[is_half ? c / 2 : c];
+    }
+    __device__ __forceinline__ static float value(uint32_t word, uint32_t c, bool is_half) { return is_half ? half_to_float(uint16_t(word >> c % 2 * 16)) : __uint_as_float(word); }
+    __device__ __forceinline__ float operator()(uint32_t c) const { return value(word(c), c, is_half); }
+};
+
 // A warp's rows of a block, every STORE_WARPS-th of `n`: N of them, 128 channels from `c` on, read together.
 template <uint32_t N> struct RowsAhead {
     static constexpr uint32_t PARTS = 4;
-    float x[N][PARTS];
+    uint32_t words[N][PARTS];
+    bool is_half[N];
 
-    // `row_of(i)` gives what memory has of row i, as a function of the channel. A load for which nobody asks is as good as one
-    // that a branch would have to wait for.
-    template <class F> __device__ void read(const Store &b, uint32_t first, uint32_t n, uint32_t c, uint32_t dim, F row_of) {
+    // `row_of(i)` gives row i. A load for which nobody asks is as good as one that a branch would have to wait for.
+    template <class F> __device__ __forceinline__ void read(const Store &b, uint32_t first, uint32_t n, uint32_t c, uint32_t dim, F row_of) {
 #pragma unroll
         for (uint32_t r = 0; r < N; r++) {
             const uint32_t i = first + r * STORE_WARPS;
-            const auto row = row_of(min(i, n - 1));
+            const RowAt row = row_of(min(i, n - 1));
+            is_half[r] = row.is_half;
 #pragma unroll
             for (uint32_t k = 0; k < PARTS; k++) {
-                x[r][k] = row(min(c + 32 * k + b.lane, dim - 1));
+                words[r][k] = row.word(min(c + 32 * k + b.lane, dim - 1));
             }
         }
     }
-    template <bool FINITE> __device__ void put(const Store &b, uint32_t first, uint32_t n, uint32_t c, uint32_t dim) const {
+    template <bool FINITE> __device__ __forceinline__ void put(const Store &b, uint32_t first, uint32_t n, uint32_t c, uint32_t dim) const {
 #pragma unroll
         for (uint32_t r = 0; r < N; r++)
 #pragma unroll
             for (uint32_t k = 0; k < PARTS; k++) {
                 const uint32_t i = first + r * STORE_WARPS, at = c + 32 * k + b.lane;
-                if (i < n && at < dim) b.row(i)[at] = FINITE ? finite(x[r][k]) : x[r][k];
+                const float x = RowAt::value(words[r][k], min(at, dim - 1), is_half[r]);
+                if (i < n && at < dim) b.row(i)[at] = FINITE ? finite(x) : x;
             }
     }
 };
 
 // Copies `n` rows to those of a block, a warp each. No barrier.
-template <bool FINITE, class F> __device__ inline void copy_rows(const Store &b, uint32_t n, uint32_t dim, F row_of) {
+template <bool FINITE, class F> __device__ __forceinline__ void copy_rows(const Store &b, uint32_t n, uint32_t dim, F row_of) {
     constexpr uint32_t N = 4;
     RowsAhead<N> rows;
 #pragma unroll 1
@@ -215,21 +233,51 @@ template <bool FINITE, class F> __device__ inline void copy_rows(const Store &b,
         for (uint32_t c = 0; c < dim; c += 32 * rows.PARTS) rows.read(b, i, n, c, dim, row_of), rows.template put<FINITE>(b, i, n, c, dim);
 }
 
-// Rotates a row by a warp: the stages in the order of src/codec/hadamard.rs. Between barriers of the warp.
-__device__ inline void rotate_row_exactly(float *row, uint32_t dim, uint32_t lane) {
+// Rotates N rows of at most 32 * PARTS channels by a warp: the stages in the order of src/codec/hadamard.rs. A lane has every 32nd channel.
+template <uint32_t N, uint32_t PARTS, class F> __device__ __forceinline__ void rotate_rows(uint32_t n, uint32_t dim, uint32_t lane, F row_of) {
     const uint32_t block = dim & (0u - dim);
-    for (uint32_t half = block / 2; half > 0; half /= 2) {
-        for (uint32_t i = lane; i < dim / 2; i += 32) {
-            const uint32_t a = 2 * i - (i & (half - 1));
-            const float x = row[a], y = row[a + half];
-            row[a] = x + y;
-            row[a + half] = x - y;
-        }
-        __syncwarp();
+    float x[N][PARTS];
+#pragma unroll
+    for (uint32_t r = 0; r < N; r++)
+#pragma unroll
+        for (uint32_t k = 0; k < PARTS; k++) x[r][k] = r < n && lane + 32 * k < dim ? row_of(r)[lane + 32 * k] : 0.f;
+#pragma unroll
+    for (uint32_t half = 16 * PARTS; half > 0; half /= 2) {
+        if (2 * half > block) continue;
+#pragma unroll
+        for (uint32_t r = 0; r < N; r++)
+#pragma unroll
+            for (uint32_t k = 0; k < PARTS; k++) {
+                if (half < 32) {
+                    const float other = __shfl_xor_sync(FULL, x[r][k], half);
+                    x[r][k] = lane & half ? other - x[r][k] : x[r][k] + other;
+                } else if ((k & half / 32) == 0) {
+                    const uint32_t right = (k + half / 32) % PARTS;
+                    const float sum = x[r][k] + x[r][right];
+                    x[r][right] = x[r][k] - x[r][right];
+                    x[r][k] = sum;
+                }
+            }
     }
     const float norm = 1.f / sqrtf(float(block));
-    for (uint32_t c = lane; c < dim; c += 32) row[c] *= norm;
+#pragma unroll
+    for (uint32_t r = 0; r < N; r++)
+#pragma unroll
+        for (uint32_t k = 0; k < PARTS; k++)
+            if (r < n && lane + 32 * k < dim) row_of(r)[lane + 32 * k] = x[r][k] * norm;
+}
+// The same for rows of any size. Between barriers of the warp.
+template <uint32_t N, class F> __device__ __forceinline__ void rotate_rows_exactly(uint32_t n, uint32_t dim, uint32_t lane, F row_of) {
     __syncwarp();
+    if (dim <= 128) {
+        rotate_rows<N, 4>(n, dim, lane, row_of);
+    } else {
+        for (uint32_t r = 0; r < min(N, n); r++) rotate_rows<1, MAX_DIM / 32>(1, dim, lane, [&](uint32_t) { return row_of(r); });
+    }
+    __syncwarp();
+}
+__device__ __forceinline__ void rotate_row_exactly(float *row, uint32_t dim, uint32_t lane) {
+    rotate_rows_exactly<1>(1, dim, lane, [&](uint32_t) { return row; });
 }
 
 }  // namespace kvq::store

@@ -4,8 +4,8 @@ use std::ffi::c_void;
 
 use super::attend::Workspace;
 use super::desc::{
-    LayerDesc, StoreCall, StoreParams, ABSENT, FEW_ROWS, STORE_EARLY, STORE_FEW, STORE_FINISH, STORE_LEARN,
-    STORE_SCRATCH_BYTES, STORE_SEAL, STORE_THREADS,
+    LayerDesc, StoreCall, StoreParams, ABSENT, FEW_ROWS, QUERIES_AT_ONCE, STORE_EARLY, STORE_FEW, STORE_FINISH,
+    STORE_LEARN, STORE_SCRATCH_BYTES, STORE_SEAL, STORE_THREADS,
 };
 use super::{plan_of, Call, Device, Launch};
 use crate::error::{Error, Result, Status};
@@ -13,6 +13,9 @@ use crate::layout::Layout;
 
 /// The one kernel; see `store.cu`.
 pub(super) const KERNEL: &str = "kvq_store_any";
+
+/// Channels of a block that learns from queries.
+const QUERY_CHANNELS: u32 = 32;
 
 /// Most blocks that share the pages of a side of a head.
 const MAX_TURNS: u32 = 8;
@@ -121,22 +124,29 @@ pub(crate) unsafe fn enqueue(
     let memory: *mut u8 = workspace.memory.cast();
     call.rows = if cut.in_shared { std::ptr::null_mut() } else { memory.wrapping_add(cut.note_bytes(&layer)).cast() };
     (call.row_stride, call.note_stride, call.n_pages) = (cut.row_stride, cut.note_stride, cut.n_pages);
-    let shared_bytes = STORE_SCRATCH_BYTES + if cut.in_shared { cut.row_bytes } else { 0 };
+    // Queries of many tokens are learned from by blocks of their own.
+    let learns_many = !cut.is_one_launch() && !call.q.is_null();
+    call.n_query_blocks = if learns_many { layer.k.head_dim.div_ceil(QUERY_CHANNELS) } else { 0 };
+    let row_bytes = if cut.in_shared { cut.row_bytes } else { 0 };
+    let query_bytes = if learns_many { QUERIES_AT_ONCE * QUERY_CHANNELS * 4 } else { 0 };
+    let shared_bytes = STORE_SCRATCH_BYTES + row_bytes.max(query_bytes);
+    let n_query_blocks = call.n_query_blocks;
     let mut params = StoreParams { call, layer, plan_at, rotation };
-    let mut launch = |phases: u32, n_key_blocks: u32, n_value_blocks: u32| {
+    let mut launch = |phases: u32, n_key_blocks: u32, n_value_blocks: u32, n_more: u32| {
         let call = &mut params.call;
         (call.phases, call.n_key_blocks, call.n_value_blocks) = (phases, n_key_blocks, n_value_blocks);
-        let blocks = [layer.n_kv_heads, n_key_blocks + n_value_blocks, n_streams];
+        let blocks = [layer.n_kv_heads, n_key_blocks + n_value_blocks + n_more, n_streams];
         let launch = Launch { blocks, threads: STORE_THREADS, shared_bytes };
         // SAFETY: the kernel takes a StoreParams; the caller answers for the pointers in it.
         unsafe { device.runner.launch(KERNEL, launch, (&raw mut params).cast(), stream) }
     };
     if cut.is_one_launch() {
         let few = if is_few(&layer, n_tokens) { STORE_FEW | early } else { 0 };
-        return launch(STORE_LEARN | STORE_SEAL | STORE_FINISH | few, 1, cut.n_value_blocks);
+        return launch(STORE_LEARN | STORE_SEAL | STORE_FINISH | few, 1, cut.n_value_blocks, 0);
     }
     // The block that fills the pool has both sides.
-    launch(STORE_LEARN, 1, if layer.pool_rows > 0 { 0 } else { cut.n_value_blocks.min(1) })?;
-    launch(STORE_SEAL, cut.n_key_blocks, cut.n_value_blocks)?;
-    launch(STORE_FINISH, cut.n_key_blocks, cut.n_value_blocks)
+    let n_value_blocks = if layer.pool_rows > 0 { 0 } else { cut.n_value_blocks.min(1) };
+    launch(STORE_LEARN, 1, n_value_blocks, n_query_blocks)?;
+    launch(STORE_SEAL, cut.n_key_blocks, cut.n_value_blocks, 0)?;
+    launch(STORE_FINISH, cut.n_key_blocks, cut.n_value_blocks, 0)
 }

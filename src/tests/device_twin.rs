@@ -87,9 +87,10 @@ impl<'a> Twin<'a> {
             n_pages: 0,
             row_stride: 0,
             // Nothing is under way when a test stores.
-            phases: if ints.len() % 2 == 0 { STORE_EARLY } else { 0 },
+            phases: if ints.len().is_multiple_of(2) { STORE_EARLY } else { 0 },
             n_key_blocks: 1,
             n_value_blocks: 0,
+            n_query_blocks: 0,
             scale: SCALE,
             n_tokens: Plan::new(ints).unwrap().n_tokens() as u32,
             streams: StreamDesc::default(),
