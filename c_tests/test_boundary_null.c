@@ -46,6 +46,9 @@ static void recipe_and_layout(kvq_recipe *recipe, kvq_layout *layout) {
     CHECK_INVALID(kvq_layout_slot_ranges(layout, KVQ_SIDE_K, ranges, 8, NULL));
     CHECK_INVALID(kvq_layout_pool_ranges(NULL, KVQ_SIDE_K, ranges, 8, &n));
     CHECK_INVALID(kvq_layout_pool_ranges(layout, KVQ_SIDE_K, ranges, 8, NULL));
+    CHECK(kvq_layout_profile_bytes(NULL) == 0 && kvq_layout_profile_bytes(layout) == 0);
+    CHECK_INVALID(kvq_layout_profile(NULL, ranges, sizeof ranges));
+    CHECK_INVALID(kvq_layout_profile(layout, NULL, 1));
     CHECK_INVALID(kvq_layout_page_ranges(NULL, KVQ_SIDE_K, 0, 1, ranges, 8, &n));
     CHECK_INVALID(kvq_layout_page_ranges(layout, KVQ_SIDE_K, 0, 1, ranges, 8, NULL));
     CHECK(new_recipe == UNTOUCHED && new_layout == UNTOUCHED && n == 77);

@@ -48,6 +48,11 @@ int main(void) {
     CHECK_STATUS(kvq_layout_new(recipe, &shape, 7, CELLS, n_slots, &layout), KVQ_STATUS_FORMAT); /* no such layer */
     CHECK_OK(kvq_layout_new(recipe, &shape, 0, CELLS, n_slots, &layout));
     CHECK(kvq_layout_wants_positions(layout));
+    const size_t n_bytes = kvq_layout_profile_bytes(layout);
+    uint8_t *for_device = make(n_bytes, 1);
+    CHECK(n_bytes > 4 * DIM * DIM * sizeof(float));
+    CHECK_STATUS(kvq_layout_profile(layout, for_device, n_bytes - 1), KVQ_STATUS_BUFFER_TOO_SMALL);
+    CHECK_OK(kvq_layout_profile(layout, for_device, n_bytes));
     uint8_t *raw[2] = {make(kvq_layout_k_bytes(layout) + 64, 1), make(kvq_layout_v_bytes(layout) + 64, 1)};
     uint8_t *k_mem = raw[0] + (64 - (uintptr_t)raw[0] % 64), *v_mem = raw[1] + (64 - (uintptr_t)raw[1] % 64);
 
@@ -102,7 +107,7 @@ int main(void) {
     }
     CHECK_NMSE(v_out, want, TOKENS * DIM, 1e-5);
 
-    void *all[] = {bias, identity, predictor, offset, raw[0], raw[1], k, v, positions, rows, plan, location, k_out, v_out, want};
+    void *all[] = {for_device, bias, identity, predictor, offset, raw[0], raw[1], k, v, positions, rows, plan, location, k_out, v_out, want};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         free(all[i]);
     }

@@ -309,6 +309,9 @@ typedef struct {
     // If n_splits is 1: natural logarithms of the softmax denominators, float [n_tokens][n_heads], for kvq_store. NULL:
     // not wanted.
     float *lse;
+    // Read by the functions of devices alone: device memory that holds what kvq_layout_profile gives, 64-byte aligned.
+    // NULL for layouts that have none.
+    const void *profile;
 } kvq_attend_args;
 
 // What kvq_store reads and writes: one layer, one stream. All strides count elements.
@@ -350,6 +353,8 @@ typedef struct {
     // Position of each cell's token, this ubatch's included, int32 [n_cells]; values of cells without a token do not
     // matter. Only recipes with a profile need it (kvq_layout_wants_positions), for others it may be NULL.
     const int32_t *positions;
+    // As in kvq_attend_args.
+    const void *profile;
     // Rows; the plan's n_tokens. Without any, `k_cur` and `v_cur` are not read.
     uint32_t n_tokens;
     // For kvq_store_enqueue. 1: kvq_attend_enqueue with the same rows, queries, plan and memory comes before on the
@@ -430,6 +435,8 @@ typedef struct {
     size_t plan_stride;
     // Elements between their masks; 0: all have the same. Not read where there is no mask.
     size_t mask_stride;
+    // Integers between their positions, at least n_cells. Read by kvq_store_enqueue of layouts that want positions.
+    size_t positions_stride;
 } kvq_streams;
 
 // Keys.
@@ -977,6 +984,14 @@ kvq_status kvq_store_enqueue(const kvq_device *device,
                              void *workspace,
                              size_t workspace_bytes,
                              void *stream);
+
+// Bytes of device memory, beside that of the cache, in which kernels find the profile of a layer; 0 for layouts that
+// have none, and if `layout` is NULL.
+size_t kvq_layout_profile_bytes(const kvq_layout *layout);
+
+// Writes what such memory is to hold (64-byte aligned, the same for all streams) into `buf` of `buf_size` bytes on the
+// host, at least kvq_layout_profile_bytes; KVQ_STATUS_BUFFER_TOO_SMALL if it does not fit.
+kvq_status kvq_layout_profile(const kvq_layout *layout, void *buf, size_t buf_size);
 
 // Enqueues the decoding of what kvq_attend_enqueue with the same `args` would read, for an attention that knows
 // nothing of pages: rows of cells 0 to n_kv - 1 as FP16, `k_out` [n_streams][n_kv_heads][n_kv][head_dim_k] and

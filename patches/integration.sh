@@ -348,6 +348,13 @@ if [ -e "$bin/fake_cuda.so" ]; then
         cmp first.txt restored.txt && grep 'exact match' restored.log
     }
     check "a state saved with a GPU goes on without one" restores_from_gpu
+    profile_text() {
+        KVQ_FAKE_GPUS=$1 fake_completion --kvq $aqua -c 1024 -n 48 -p "$prompt" "${@:2}" >gpu.txt 2>gpu.log ||
+            { tail -n 20 gpu.log; return 1; }
+        cmp profile_1.txt gpu.txt
+    }
+    check "a profile lies on each GPU" profile_text 2 -ngl 99
+    check "a state saved with a profile goes on on a GPU" profile_text 1 -ngl 99 --prompt-cache profile.bin --prompt-cache-ro
     # The workspace is counted as well.
     in_breakdown() { fake_completion --kvq skvq -c 4096 -n 1 -p x -ngl 99 2>&1 | grep -E 'memory breakdown|CUDA0'; }
     check "memory breakdown" in_breakdown
@@ -359,6 +366,7 @@ if [ -e "$bin/fake_cuda.so" ]; then
         check "aborted graphs that have given work to a GPU" on_fake env KVQ_TEST_NGL=99 KVQ_TEST_ON_CPU='blk\..*\.ffn_.*' \
             KVQ_TEST_QUICK=abort "$bin/test_llama" "$model" skvq:k=8,v=8
         check "the same with outlier tokens" long on_fake env KVQ_TEST_NGL=99 "$bin/test_llama" "$model" ott:k=4,v=8,skip-layers=0 0.01
+        check "the same with a profile" long on_fake env KVQ_TEST_NGL=99 "$bin/test_llama" "$model" $aqua,k=4,v=8 0.01
         check "what is in saved states" on_fake env KVQ_TEST_NGL=99 "$bin/test_state" "$model" "${mutations:-300}"
         [ -z "${KVQ_TEST_ALL:-}" ] || check "K-shifts lose nothing" on_fake env KVQ_TEST_NGL=99 "$bin/test_shift" "$model" "$text" skvq:k=2,v=2
     fi

@@ -181,6 +181,11 @@ impl Layout {
         self.side(Side::Key).codec.predictor()
     }
 
+    /// What kernels of a device read of the layer's profile ([`crate::cuda::desc::FrameDesc`]); empty for layers without one.
+    pub fn profile(&self) -> Vec<u8> {
+        self.side(Side::Key).codec.profile()
+    }
+
     pub(crate) fn pool(&self) -> Option<&PoolParams> {
         self.pool.as_ref().filter(|_| self.pool_rows > 0)
     }
@@ -271,7 +276,7 @@ impl Layout {
 }
 
 impl Layout {
-    /// The layer for device code.
+    /// The layer for device code, without the address of its profile.
     pub fn describe(&self) -> LayerDesc {
         let shape = self.shape();
         LayerDesc {
@@ -285,8 +290,10 @@ impl Layout {
             pool_rows: self.pool_rows() as u32,
             pool_outliers: self.pool().map_or(0, |pool| pool.outliers) as u32,
             attn_window: self.attn_window() as u32,
+            predicts: self.predictor().is_some().into(),
             k: self.side(Side::Key).describe(),
             v: self.side(Side::Value).describe(),
+            profile: 0,
         }
     }
 }

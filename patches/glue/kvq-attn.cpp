@@ -10,8 +10,8 @@
 #include <cstring>
 
 bool operator==(const llama_kvq_node & a, const llama_kvq_node & b) {
-    return a.layout == b.layout && a.progress == b.progress && a.rotation == b.rotation && a.positions == b.positions && a.il == b.il &&
-           a.device == b.device && a.attend_space == b.attend_space && a.store_space == b.store_space &&
+    return a.layout == b.layout && a.progress == b.progress && a.rotation == b.rotation && a.n_positions == b.n_positions && a.il == b.il &&
+           a.device == b.device && a.profile == b.profile && a.attend_space == b.attend_space && a.store_space == b.store_space &&
            a.has_rows == b.has_rows && a.has_sinks == b.has_sinks && a.has_lse == b.has_lse &&
            a.scale  == b.scale  && a.softcap  == b.softcap  && a.max_bias  == b.max_bias;
 }
@@ -27,7 +27,7 @@ void * llama_kvq_cache::keep(const llama_kvq_node & node) {
     return &nodes.back();
 }
 
-// In all nodes: plan is [n, m, n_stream], rows and outputs of the streams follow each other. Attention's output is a
+// In all nodes: plan is [n, m, n_stream], positions at its end where layouts want them, rows and outputs of the streams follow each other. Attention's output is a
 // block of rows, [head_dim_v, n_head, n_tokens*n_stream], and behind it a float for each row: the logarithm of its softmax
 // denominator, which the store node reads.
 
@@ -89,6 +89,7 @@ static kvq_attend_args attend_args(const ggml_tensor * dst, uint32_t n_splits, i
     args.n_splits = n_splits;
     args.out      = (float *) dst->data + s*n_out;
     args.lse      = n_splits == 1 ? lse_of(dst) + s*n_rows : nullptr;
+    args.profile  = node.profile ? node.profile->data : nullptr;
 
     return args;
 }
@@ -160,7 +161,8 @@ static kvq_store_args store_args(const ggml_tensor * dst, int64_t s, const llama
     args.q_stride_head  = q->nb[1]/sizeof(float);
     args.lse            = node.has_lse ? lse_of(dst->src[6]) + i0*dst->src[6]->ne[0] : nullptr;
     args.scale          = node.scale;
-    args.positions      = node.positions->empty() ? nullptr : (*node.positions)[s].data();
+    args.positions      = node.n_positions ? args.plan + args.plan_len - node.n_positions : nullptr;
+    args.profile        = node.profile ? node.profile->data : nullptr;
     args.n_tokens       = n_tokens;
 
     return args;
@@ -207,6 +209,8 @@ static kvq_streams streams_of(const ggml_tensor * k_mem, const ggml_tensor * v_m
     streams.v_stride    = v_mem->nb[1];
     streams.plan_stride = plan->nb[2]/sizeof(int32_t);
     streams.mask_stride = mask ? mask->nb[3]/mask->nb[0] : 0;
+
+    streams.positions_stride = streams.plan_stride;
 
     return streams;
 }
@@ -354,7 +358,7 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
     node.layout    = layout;
     node.progress  = &progress.at(kv.map_layer_ids.at(il));
     node.rotation  = &rotations.at(kv.map_layer_ids.at(il));
-    node.positions = &positions;
+    node.n_positions = n_positions();
     node.il        = owner;
     node.has_rows  = k_cur != nullptr;
     node.has_sinks = sinks != nullptr;
@@ -375,7 +379,7 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
             graph.n_tokens > 1 ? cparams.n_threads_batch : cparams.n_threads);
 
     GGML_ASSERT(kq_mask->ne[1] == n_tokens && k_mem->ne[1] == n_stream && plan->ne[2] == n_stream &&
-            plan->ne[0]*plan->ne[1] >= (int64_t) kvq_planner_plan_len(planner.get(), n_tokens));
+            plan->ne[0]*plan->ne[1] >= (int64_t) (kvq_planner_plan_len(planner.get(), n_tokens) + n_positions()));
 
     if (gpu) {
         node.rotation = has_moved ? node.rotation : &unmoved;
@@ -383,6 +387,7 @@ ggml_tensor * llama_kvq_cache::build_attn(const llm_graph_context & graph,
         gpu->find_backend(graph.sched);
         reserve_space(*gpu, layout, n_tokens, n_stream, kq_mask->ne[0]);
         node.device       = gpu->device;
+        node.profile      = profiles.at(kv.map_layer_ids.at(il));
         node.attend_space = gpu->attend_space;
         node.store_space  = gpu->store_space;
     }

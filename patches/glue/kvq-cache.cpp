@@ -139,6 +139,8 @@ ggml_tensor * llama_kvq_cache::new_k(ggml_context * ctx, ggml_backend_buffer_typ
     progress.push_back(KVQ_LAYER_IDLE);
     rotations.emplace_back();
 
+    profiles.push_back(gpu ? new_space(*gpu, kvq_layout_profile_bytes(layouts.back().get())) : nullptr);
+
     if (gpu) {
         needed_space(*gpu, layouts.back().get(), 1, 1, kv.get_size()); // refuses what it has no kernels for
     }
@@ -169,7 +171,8 @@ void llama_kvq_cache::allocated(ggml_backend_buffer_t buf) const {
 
 void llama_kvq_cache::clear() {
     last_plan.clear();
-    has_moved = false;
+    has_moved    = false;
+    has_profiles = false; // llama.cpp may zero all memory next
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         kvq_planner_reset(planner.get(), s);
     }

@@ -31,13 +31,13 @@ struct llama_kvq_node {
 
     const kvq::rotation * rotation; // made before the first graph runs
 
-    // of each stream of the ubatch, by cell; of none where nobody asks
-    const std::vector<std::vector<int32_t>> * positions;
+    uint32_t n_positions; // behind each stream's plan, by cell; 0 where nobody asks
 
     uint32_t il; // of the layer that stores
 
     // of a layer in GPU memory
     const kvq_device * device;
+    ggml_tensor * profile; // or null
     ggml_tensor * attend_space;
     ggml_tensor * store_space;
 
@@ -131,6 +131,8 @@ private:
 
     void reserve_space(kvq_gpu & gpu, const kvq_layout * layout, uint32_t n_tokens, uint32_t n_stream, uint32_t n_kv);
     void grow_space(const kvq_gpu & gpu, ggml_tensor *& space, size_t size);
+    ggml_tensor * new_space(const kvq_gpu & gpu, size_t size);
+    void upload_profiles(); // unless they are there
 
     // waits for the GPUs: before the host looks at their memory
     void synchronize() const;
@@ -143,8 +145,9 @@ private:
     // throws if the profile is of keys that turn in another way
     void check_profile();
 
-    // where the tokens of a stream are, by cell; empty unless the layouts want to know
-    std::vector<int32_t> cell_positions(uint32_t strm) const;
+    // where the tokens of a stream are, by cell: [n_positions], which are none unless the layouts want to know
+    size_t n_positions() const;
+    void cell_positions(uint32_t strm, int32_t * to) const;
 
     void plan_stream(uint32_t strm, const std::vector<kvq_row> & rows, int32_t * plan, size_t len);
 
@@ -212,7 +215,8 @@ private:
 
     std::map<uint32_t, kvq_profile_of_layer> profiled; // by layer, if the recipe has a profile
 
-    std::vector<std::vector<int32_t>> positions; // of the streams of the latest plan
+    std::vector<ggml_tensor *> profiles;             // as layouts: what kernels read of it, null where there is nothing
+    bool                       has_profiles = false; // they hold it
 
     // Whether packed keys have moved since the cache was last empty. Until then nodes of layers in GPU memory get no rotation,
     // as kernels that heed one are slow.
@@ -238,7 +242,7 @@ private:
     size_t                 n_guard     = 0; // rows between looks
 
     // the latest plan, until every layer has carried it out
-    mutable std::vector<int32_t> last_plan; // [plan_len, last_streams]
+    mutable std::vector<int32_t> last_plan; // [plan_len with positions, last_streams]
     std::vector<llama_seq_id>    last_streams;
     size_t                       last_n_tokens = 0;
 };

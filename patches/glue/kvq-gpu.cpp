@@ -88,11 +88,18 @@ void llama_kvq_cache::reserve_space(kvq_gpu & gpu, const kvq_layout * layout, ui
 
 // A smaller one stays where it is: CUDA graphs that were captured hold its address.
 void llama_kvq_cache::grow_space(const kvq_gpu & gpu, ggml_tensor *& space, size_t size) {
-    if (space && ggml_nbytes(space) >= size) {
-        return;
+    if (!space || ggml_nbytes(space) < size) {
+        space = new_space(gpu, std::max<size_t>(size, 256));
+    }
+}
+
+// zeroed; null of size 0
+ggml_tensor * llama_kvq_cache::new_space(const kvq_gpu & gpu, size_t size) {
+    if (size == 0) {
+        return nullptr;
     }
     ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
-    space = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, std::max<size_t>(size, 256));
+    ggml_tensor * space = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, size);
 
     // as llama_kv_cache allocates its tensors
     ggml_backend_buffer_t buf;
@@ -107,6 +114,19 @@ void llama_kvq_cache::grow_space(const kvq_gpu & gpu, ggml_tensor *& space, size
     }
     ggml_backend_buffer_clear(buf, 0);
     kv.ctxs_bufs.emplace_back(std::move(ctx), buf);
+
+    return space;
+}
+
+void llama_kvq_cache::upload_profiles() {
+    for (size_t i = 0; !has_profiles && i < layouts.size(); ++i) {
+        if (profiles[i]) {
+            std::vector<uint8_t> bytes(ggml_nbytes(profiles[i]));
+            llama_kvq_must(kvq_layout_profile(layouts[i].get(), bytes.data(), bytes.size()), "profile");
+            ggml_backend_tensor_set(profiles[i], bytes.data(), 0, bytes.size());
+        }
+    }
+    has_profiles = true;
 }
 
 void llama_kvq_cache::synchronize() const {

@@ -10,7 +10,7 @@
 
 ggml_tensor * llama_kvq_cache::build_plan(ggml_context * ctx, const llama_ubatch & ubatch) const {
     const uint32_t n_stream = kv.n_stream == 1 ? 1 : ubatch.n_seqs_unq;
-    const size_t   len      = kvq_planner_plan_len(planner.get(), ubatch.n_tokens/n_stream);
+    const size_t   len      = kvq_planner_plan_len(planner.get(), ubatch.n_tokens/n_stream) + n_positions();
 
     // upstream decides by ne[0] == n_tokens whether a graph can be reused, as for the k_idxs that this replaces
     ggml_tensor * plan = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, ubatch.n_tokens,
@@ -27,17 +27,16 @@ bool kvq_cell_is_live(void * user, uint32_t stream, uint32_t cell) {
     return !(*(const llama_kv_cells_vec *) user)[stream].is_empty(cell);
 }
 
-std::vector<int32_t> llama_kvq_cache::cell_positions(uint32_t strm) const {
-    if (layouts.empty() || !kvq_layout_wants_positions(layouts[0].get())) {
-        return {};
-    }
+size_t llama_kvq_cache::n_positions() const {
+    return layouts.empty() || !kvq_layout_wants_positions(layouts[0].get()) ? 0 : kv.get_size();
+}
+
+void llama_kvq_cache::cell_positions(uint32_t strm, int32_t * to) const {
     const auto & cells = kv.v_cells[strm];
 
-    std::vector<int32_t> res(cells.size());
-    for (uint32_t i = 0; i < cells.size(); ++i) {
-        res[i] = cells.is_empty(i) ? 0 : cells.pos_get(i);
+    for (uint32_t i = 0; i < n_positions(); ++i) {
+        to[i] = cells.is_empty(i) ? 0 : cells.pos_get(i);
     }
-    return res;
 }
 
 void llama_kvq_cache::plan_stream(uint32_t strm, const std::vector<kvq_row> & rows, int32_t * plan, size_t len) {
@@ -55,6 +54,7 @@ void llama_kvq_cache::set_plan(ggml_tensor * dst, const llama_ubatch & ubatch,
     settle();
     guard(n_tokens*strm.size());
     make_rotations(*cparams);
+    upload_profiles();
 
     std::vector<kvq_row> rows(n_tokens);
 
@@ -64,14 +64,7 @@ void llama_kvq_cache::set_plan(ggml_tensor * dst, const llama_ubatch & ubatch,
         }
 
         plan_stream(strm[s], rows, (int32_t *) dst->data + s*len, len);
-    }
-
-    positions.clear();
-    for (auto cur : strm) {
-        auto of_stream = cell_positions(cur);
-        if (!of_stream.empty()) {
-            positions.push_back(std::move(of_stream));
-        }
+        cell_positions(strm[s], (int32_t *) dst->data + (s + 1)*len - n_positions());
     }
 
     last_plan.assign((const int32_t *) dst->data, (const int32_t *) dst->data + len*strm.size());
@@ -91,15 +84,12 @@ void llama_kvq_cache::forget_if_empty(uint32_t strm) {
     // a plan without rows: all layers carry it out now
     const kvq_row none = {};
 
-    last_plan.resize(kvq_planner_plan_len(planner.get(), 0));
+    last_plan.resize(kvq_planner_plan_len(planner.get(), 0) + n_positions());
     llama_kvq_must(kvq_planner_plan(planner.get(), strm, &none, 0, kvq_cell_is_live, &kv.v_cells,
                 last_plan.data(), last_plan.size()), "plan");
     last_streams  = { (llama_seq_id) strm };
     last_n_tokens = 0;
-    positions     = { cell_positions(strm) };
-    if (positions[0].empty()) {
-        positions.clear();
-    }
+    cell_positions(strm, last_plan.data() + last_plan.size() - n_positions());
 
     std::replace(progress.begin(), progress.end(), KVQ_LAYER_DONE, KVQ_LAYER_DUE);
     settle();
@@ -146,7 +136,7 @@ bool llama_kvq_cache::settle() const {
             args.plan           = last_plan.data() + s*len;
             args.plan_len       = len;
             args.rotation       = rotations[i].get();
-            args.positions      = positions.empty() ? nullptr : positions[s].data();
+            args.positions      = n_positions() ? args.plan + len - n_positions() : nullptr;
             args.n_tokens       = last_n_tokens;
 
             llama_kvq_must(kvq_store(layouts[i].get(), &args, 0, 1), "store after an aborted graph");

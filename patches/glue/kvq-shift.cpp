@@ -216,9 +216,17 @@ void llama_kvq_cache::shift_layers(llama_context * lctx, uint32_t strm, const kv
 
     for (size_t i = 0; i < layouts.size(); ++i) {
         if (gpus[i]) {
-            const kvq_host_memory mem(kv.layers[i].k_stream[strm]);
-            llama_kvq_must(kvq_shift_keys(layouts[i].get(), rotations[i].get(), &shift, mem.data, nullptr, 0, 1), "K-shift");
-            mem.write_back();
+            const kvq_host_memory k_mem(kv.layers[i].k_stream[strm]);
+            std::unique_ptr<const kvq_host_memory> v_mem; // only layers with a profile need it
+            if (profiles[i]) {
+                v_mem = std::make_unique<const kvq_host_memory>(kv.layers[i].v_stream[strm]);
+            }
+            llama_kvq_must(kvq_shift_keys(layouts[i].get(), rotations[i].get(), &shift, k_mem.data,
+                        v_mem ? v_mem->data : nullptr, 0, 1), "K-shift");
+            k_mem.write_back();
+            if (v_mem) {
+                v_mem->write_back();
+            }
         }
     }
 }

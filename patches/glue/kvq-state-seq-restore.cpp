@@ -130,7 +130,8 @@ void llama_kvq_cache::restore_rows(uint32_t strm, const kvq_state_seq & saved) {
     std::vector<int32_t> plan(kvq_planner_plan_len(planner.get(), ubatch.size()));
     plan_stream(strm, ubatch, plan.data(), plan.size());
 
-    auto at = cell_positions(strm);
+    std::vector<int32_t> at(n_positions());
+    cell_positions(strm, at.data());
     for (size_t i = 0; i < saved.cells.size() && !at.empty(); ++i) {
         if (saved.as[i] != SAVED_NOT) {
             at[saved.cells[i].cell] = saved.cells[i].pos;

@@ -14,7 +14,7 @@ bin=${KVQ_BIN:-$root/build/llama/bin}
 model=$root/models/tiny-12m-q8_0.gguf
 text=$root/models/amazon-excerpt.txt
 work=$root/build/cuda
-recipes=(on 2 3 4 skvq kivi:k=2.25 qaq)
+recipes=(on 2 3 4 skvq kivi:k=2.25 qaq aqua:profile=tiny.kvq.gguf)
 mkdir -p "$work"
 cd "$work"
 unset LLAMA_ARG_KVQ
@@ -49,6 +49,11 @@ for ngl in 99 2; do
 done
 check "kivi:k=4,v=4" on_gpu 99 "$bin/test_llama" "$model" kivi:k=4,v=4 0.02
 check "outlier tokens" on_gpu 99 "$bin/test_llama" "$model" ott:k=4,v=8,skip-layers=0 0.01
+# Made from the end of the text, of whose beginning everything else here makes use.
+tail -c 48000 "$text" >calibration.txt
+check "llama-kvq-calibrate" "$bin/llama-kvq-calibrate" -m "$model" -f calibration.txt -o tiny.kvq.gguf -c 1024 --chunks 8
+aqua=aqua:profile=tiny.kvq.gguf
+check "a profile" on_gpu 99 "$bin/test_llama" "$model" $aqua,k=4,v=8 0.01
 check "widths by attention" on_gpu 99 "$bin/test_llama" "$model" qaq:bits=3.5 0.01
 check "what is in saved states" on_gpu 99 "$bin/test_state" "$model" 300
 check "K-shifts lose nothing" on_gpu 99 "$bin/test_shift" "$model" "$text" skvq:k=2,v=2

@@ -449,11 +449,24 @@ extern "C" kvq_status kvq_store_workspace(const kvq_layout *, const kvq_device *
     return KVQ_STATUS_OK;
 }
 
+// what the library gives lies there, or nothing where it gives nothing
+static void check_profile(const fake_device * device, const kvq_layout * layout, const void * profile) {
+    std::vector<char> bytes(kvq_layout_profile_bytes(layout));
+    MUST(bytes.empty() == !profile);
+    if (profile) {
+        must_be_on(device, profile, bytes.size());
+        MUST((uintptr_t) profile % 64 == 0);
+        MUST(kvq_layout_profile(layout, bytes.data(), bytes.size()) == KVQ_STATUS_OK);
+        MUST(memcmp(profile, bytes.data(), bytes.size()) == 0);
+    }
+}
+
 extern "C" kvq_status kvq_attend_enqueue(const kvq_device * device, const kvq_layout * layout, const kvq_attend_args * given,
         const kvq_streams * streams, void * space, size_t size, void * stream) {
     ((fake_stream *) stream)->enqueued.push_back([=, first = *given, of = *streams, on = device->device] {
         auto args = first; // graphs run it again
         MUST(args.n_splits == 1);
+        check_profile(on, layout, args.profile);
         check_space(on, space, size, of.n_streams*args.n_tokens);
         for (uint32_t i = 0; i < of.n_streams; ++i) {
             must_be_on(on, args.q,     sizeof(float));
@@ -493,6 +506,7 @@ extern "C" kvq_status kvq_store_enqueue(const kvq_device * device, const kvq_lay
     ((fake_stream *) stream)->enqueued.push_back([=, first = *given, of = *streams, on = device->device] {
         auto args = first; // graphs run it again
         check_space(on, space, size, of.n_streams*args.n_tokens);
+        check_profile(on, layout, args.profile);
         for (uint32_t i = 0; i < of.n_streams; ++i) {
             must_be_on(on, args.k_cur, sizeof(float));
             must_be_on(on, args.v_cur, sizeof(float));
@@ -501,6 +515,9 @@ extern "C" kvq_status kvq_store_enqueue(const kvq_device * device, const kvq_lay
             must_be_on(on, args.plan,  args.plan_len*sizeof(int32_t));
             must_be_on(on, args.q,     sizeof(float));
             must_be_on(on, args.lse,   sizeof(float));
+            if (args.positions) {
+                must_be_on(on, args.positions, sizeof(int32_t));
+            }
             MUST(kvq_store(layout, &args, 0, 1) == KVQ_STATUS_OK);
 
             args.k_cur += args.n_tokens*args.k_stride_token;
@@ -510,6 +527,7 @@ extern "C" kvq_status kvq_store_enqueue(const kvq_device * device, const kvq_lay
             args.k_mem += of.k_stride;
             args.v_mem += of.v_stride;
             args.plan  += of.plan_stride;
+            args.positions += args.positions ? of.positions_stride : 0;
         }
     });
     return KVQ_STATUS_OK;

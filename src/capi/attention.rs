@@ -71,6 +71,9 @@ pub struct kvq_attend_args {
     /// If n_splits is 1: natural logarithms of the softmax denominators, float [n_tokens][n_heads], for kvq_store. NULL:
     /// not wanted.
     pub lse: *mut f32,
+    /// Read by the functions of devices alone: device memory that holds what kvq_layout_profile gives, 64-byte aligned.
+    /// NULL for layouts that have none.
+    pub profile: *const c_void,
 }
 
 /// Computes part `part` of `n_parts` of the attention of one layer over the cells that the mask shows: sealed pages,

@@ -6,7 +6,7 @@ use super::attention::{kvq_attend_args, rotation};
 use super::layout::kvq_layout;
 use super::shift::kvq_rotation;
 use super::store::kvq_store_args;
-use super::{check, guard, output, release, shared};
+use super::{check, guard, guard_or, output, release, shared, slice_mut};
 use crate::cuda::attend::{self, Size, Workspace};
 use crate::cuda::desc::{AttendCall, BlockDesc, RotationDesc, StoreCall, StreamDesc, STORE_EARLY};
 use crate::cuda::{dequantize, store, Call, Device};
@@ -37,6 +37,8 @@ pub struct kvq_streams {
     pub plan_stride: usize,
     /// Elements between their masks; 0: all have the same. Not read where there is no mask.
     pub mask_stride: usize,
+    /// Integers between their positions, at least n_cells. Read by kvq_store_enqueue of layouts that want positions.
+    pub positions_stride: usize,
 }
 
 /// Opens a device: "cuda:0" is the first that the CUDA driver lists, with its primary context, which the CUDA
@@ -84,7 +86,7 @@ pub unsafe extern "C" fn kvq_attend_workspace(
             unsafe { (shared(layout, "layout")?, shared(device, "device")?, output(bytes, "bytes")?) };
         check_streams(n_streams)?;
         let size = Size { n_tokens, n_streams, n_kv };
-        bytes.write(attend::workspace_bytes(&device.device, on_device(layout)?, size)?);
+        bytes.write(attend::workspace_bytes(&device.device, &layout.layout, size)?);
         Ok(())
     })
 }
@@ -112,8 +114,9 @@ pub unsafe extern "C" fn kvq_attend_enqueue(
         let (device, layout, args) =
             unsafe { (shared(device, "device")?, shared(layout, "layout")?, shared(args, "args")?) };
         check_workspace(workspace, "workspace")?;
-        let layout = on_device(layout)?;
+        let layout = &layout.layout;
         let mut call = attend_call(args)?;
+        let profile = profile_of(layout, args.profile)?;
         // SAFETY: both are NULL or live, on the host, as the header requires.
         let (rotation, n_streams) = unsafe {
             (
@@ -121,7 +124,7 @@ pub unsafe extern "C" fn kvq_attend_enqueue(
                 streams_of(streams, "streams", layout, args.plan_len, &mut call.streams)?,
             )
         };
-        let call = Call { call, rotation, n_streams, plan_len: args.plan_len };
+        let call = Call { call, rotation, n_streams, plan_len: args.plan_len, profile };
         let workspace = Workspace { memory: workspace, bytes: workspace_bytes };
         // SAFETY: device memory of the sizes that the header gives.
         unsafe { attend::enqueue(&device.device, layout, call, workspace, stream) }
@@ -144,7 +147,7 @@ pub unsafe extern "C" fn kvq_store_workspace(
         let (layout, device, bytes) =
             unsafe { (shared(layout, "layout")?, shared(device, "device")?, output(bytes, "bytes")?) };
         check_streams(n_streams)?;
-        bytes.write(store::workspace_bytes(&device.device, on_device(layout)?, n_tokens, n_streams));
+        bytes.write(store::workspace_bytes(&device.device, &layout.layout, n_tokens, n_streams));
         Ok(())
     })
 }
@@ -166,8 +169,9 @@ pub unsafe extern "C" fn kvq_store_enqueue(
         let (device, layout, args) =
             unsafe { (shared(device, "device")?, shared(layout, "layout")?, shared(args, "args")?) };
         check_workspace(workspace, "workspace")?;
-        let layout = on_device(layout)?;
-        let mut call = store_call(args)?;
+        let layout = &layout.layout;
+        let mut call = store_call(layout, args)?;
+        let profile = profile_of(layout, args.profile)?;
         // SAFETY: both are NULL or live, on the host, as the header requires.
         let (rotation, n_streams) = unsafe {
             (
@@ -175,19 +179,57 @@ pub unsafe extern "C" fn kvq_store_enqueue(
                 streams_of(streams, "streams", layout, args.plan_len, &mut call.streams)?,
             )
         };
-        let call = Call { call, rotation, n_streams, plan_len: args.plan_len };
+        let n_positions = if layout.wants_positions() && n_streams > 1 { layout.n_cells() } else { 0 };
+        if call.streams.positions < n_positions as u64 {
+            return Err(Error::invalid(format!(
+                "positions_stride is {}: a stream has {n_positions}",
+                call.streams.positions
+            )));
+        }
+        let call = Call { call, rotation, n_streams, plan_len: args.plan_len, profile };
         let workspace = Workspace { memory: workspace, bytes: workspace_bytes };
         // SAFETY: device memory of the sizes that the header gives.
         unsafe { store::enqueue(&device.device, layout, call, workspace, stream) }
     })
 }
 
-/// A layout whose pages kernels can read and write.
-fn on_device(layout: &kvq_layout) -> Result<&Layout> {
-    if layout.layout.wants_positions() {
-        return Err(Error::new(Status::Unsupported, "recipes with a profile run on the CPU only so far"));
+/// Bytes of device memory, beside that of the cache, in which kernels find the profile of a layer; 0 for layouts that
+/// have none, and if `layout` is NULL.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_layout_profile_bytes(layout: *const kvq_layout) -> usize {
+    // SAFETY: layout is NULL or a live layout.
+    guard_or(0, || Ok(unsafe { shared(layout, "layout") }?.layout.profile().len()))
+}
+
+/// Writes what such memory is to hold (64-byte aligned, the same for all streams) into `buf` of `buf_size` bytes on the
+/// host, at least kvq_layout_profile_bytes; KVQ_STATUS_BUFFER_TOO_SMALL if it does not fit.
+#[no_mangle]
+pub unsafe extern "C" fn kvq_layout_profile(layout: *const kvq_layout, buf: *mut c_void, buf_size: usize) -> Status {
+    guard(|| {
+        // SAFETY: a live layout and buf_size bytes, as the header requires.
+        let (layout, buf) = unsafe { (shared(layout, "layout")?, slice_mut(buf.cast::<u8>(), buf_size, "buf")?) };
+        let profile = layout.layout.profile();
+        let Some(buf) = buf.get_mut(..profile.len()) else {
+            let text = format!("the profile has {} bytes, the buffer {buf_size}", profile.len());
+            return Err(Error::new(Status::BufferTooSmall, text));
+        };
+        buf.copy_from_slice(&profile);
+        Ok(())
+    })
+}
+
+/// The address of a layer's profile.
+fn profile_of(layout: &Layout, profile: *const c_void) -> Result<u64> {
+    if !layout.wants_positions() {
+        return Ok(0);
     }
-    Ok(&layout.layout)
+    if profile.is_null() {
+        return Err(Error::invalid("profile is NULL: on a device this recipe needs what kvq_layout_profile gives"));
+    }
+    if !(profile as usize).is_multiple_of(64) {
+        return Err(Error::invalid("profile is not aligned to 64 bytes"));
+    }
+    Ok(profile as u64)
 }
 
 /// A rotation as kernels get it.
@@ -225,7 +267,8 @@ unsafe fn streams_of(
         return Ok(1);
     }
     // SAFETY: as the caller vouches.
-    let kvq_streams { n_streams, k_stride, v_stride, plan_stride, mask_stride } = *unsafe { shared(streams, name) }?;
+    let kvq_streams { n_streams, k_stride, v_stride, plan_stride, mask_stride, positions_stride } =
+        *unsafe { shared(streams, name) }?;
     check_streams(n_streams)?;
     let needs = [
         ("k_stride", k_stride, layout.k_bytes(), 64),
@@ -239,16 +282,20 @@ unsafe fn streams_of(
     }
     (desc.k, desc.v) = (k_stride as u64, v_stride as u64);
     (desc.plan, desc.mask) = (plan_stride as u64, mask_stride as u64);
+    desc.positions = positions_stride as u64;
     Ok(n_streams)
 }
 
 /// What can be seen of the arguments without following a pointer.
-fn store_call(args: &kvq_store_args) -> Result<StoreCall> {
+fn store_call(layout: &Layout, args: &kvq_store_args) -> Result<StoreCall> {
     check(args.plan, "plan")?;
     check_memory(args.k_mem, args.v_mem)?;
     if args.n_tokens > 0 {
         check(args.k_cur, "k_cur")?;
         check(args.v_cur, "v_cur")?;
+    }
+    if layout.wants_positions() {
+        check(args.positions, "positions")?;
     }
     for (rows, name) in [(args.q, "q"), (args.lse, "lse")] {
         if !rows.is_null() {
@@ -269,6 +316,7 @@ fn store_call(args: &kvq_store_args) -> Result<StoreCall> {
         k_mem: args.k_mem,
         v_mem: args.v_mem,
         plan: args.plan,
+        positions: if layout.wants_positions() { args.positions } else { std::ptr::null() },
         rows: std::ptr::null_mut(),
         notes: std::ptr::null_mut(),
         note_stride: 0,
@@ -325,8 +373,9 @@ pub unsafe extern "C" fn kvq_dequantize_enqueue(
         // SAFETY: live objects and arguments that nobody changes during the call, as the header requires.
         let (device, layout, args) =
             unsafe { (shared(device, "device")?, shared(layout, "layout")?, shared(args, "args")?) };
-        let layout = on_device(layout)?;
+        let layout = &layout.layout;
         let mut read = read_call(args)?;
+        let profile = profile_of(layout, args.profile)?;
         // SAFETY: both are NULL or live, on the host, as the header requires.
         let (rotation, n_streams) = unsafe {
             (
@@ -337,7 +386,7 @@ pub unsafe extern "C" fn kvq_dequantize_enqueue(
         if k_out.is_null() && v_out.is_null() {
             return Err(Error::invalid("k_out and v_out are both NULL: there is nothing to decode"));
         }
-        let read = Call { call: read, rotation, n_streams, plan_len: args.plan_len };
+        let read = Call { call: read, rotation, n_streams, plan_len: args.plan_len, profile };
         // SAFETY: device memory of the sizes that the header gives.
         unsafe { dequantize::enqueue(&device.device, layout, read, [k_out.cast(), v_out.cast()], stream) }
     })
@@ -411,21 +460,60 @@ mod tests {
     use crate::recipe::Recipe;
     use crate::shape::Shape;
 
+    /// Without what kernels would read, nothing is enqueued.
     #[test]
-    fn recipes_with_a_profile_are_refused() {
+    fn layers_with_a_profile_need_it() {
         let device = kvq_device { device: Device::open("emulated:0").unwrap() };
         let shape = Shape { n_heads: 1, n_kv_heads: 1, head_dim_k: 64, head_dim_v: 64 };
         let recipe = crate::tests::profile::parse("aqua", shape);
         let layout = kvq_layout { layout: Layout::new(&recipe, shape, 3, 256, 256).unwrap() };
-        let mut bytes = 77;
-        // SAFETY: live objects and room for a size.
-        let (attend, store, said) = unsafe {
-            let attend = kvq_attend_workspace(&layout, &device, 1, 1, 64, &mut bytes);
-            let store = kvq_store_workspace(&layout, &device, 1, 1, &mut bytes);
-            (attend, store, CStr::from_ptr(kvq_last_error()).to_str().unwrap())
+        let memory = std::ptr::without_provenance_mut::<u8>(256);
+        // SAFETY: numbers and pointers, for which zero is a value.
+        let (mut attend, mut store): (kvq_attend_args, kvq_store_args) = unsafe { std::mem::zeroed() };
+        (attend.q, attend.out, attend.n_tokens, attend.n_splits) = (memory.cast(), memory.cast(), 1, 1);
+        (attend.k_mem, attend.v_mem, attend.plan, attend.plan_len) = (memory, memory, memory.cast(), 4096);
+        (store.k_mem, store.v_mem, store.plan, store.plan_len) = (memory, memory, memory.cast(), 4096);
+        store.positions = memory.cast();
+        let said = |status: Status| {
+            assert_eq!(status, Status::InvalidArgument);
+            // SAFETY: a text that ends with a zero, until the next call.
+            unsafe { CStr::from_ptr(kvq_last_error()) }.to_str().unwrap().to_string()
         };
-        assert_eq!((attend, store, bytes), (Status::Unsupported, Status::Unsupported, 77));
-        assert_eq!(said, "recipes with a profile run on the CPU only so far");
+        let none = std::ptr::null_mut::<c_void>();
+        for (profile, want) in [(0, "profile is NULL"), (32, "profile is not aligned to 64 bytes")] {
+            (attend.profile, store.profile) =
+                (std::ptr::without_provenance(profile), std::ptr::without_provenance(profile));
+            // SAFETY: live objects; nothing is enqueued, so no pointer is followed.
+            let errors = unsafe {
+                [
+                    said(kvq_attend_enqueue(&device, &layout, &attend, none.cast(), memory.cast(), 0, none)),
+                    said(kvq_store_enqueue(&device, &layout, &store, none.cast(), memory.cast(), 0, none)),
+                    said(kvq_dequantize_enqueue(&device, &layout, &attend, none.cast(), memory.cast(), none, none)),
+                ]
+            };
+            assert!(errors.iter().all(|error| error.starts_with(want)), "{errors:?}");
+        }
+        store.positions = std::ptr::null();
+        // SAFETY: as above.
+        let error = unsafe { said(kvq_store_enqueue(&device, &layout, &store, none.cast(), memory.cast(), 0, none)) };
+        assert!(error.contains("positions"), "{error}");
+    }
+
+    #[test]
+    fn profiles_are_written_whole_or_not_at_all() {
+        let shape = Shape { n_heads: 1, n_kv_heads: 1, head_dim_k: 64, head_dim_v: 64 };
+        let recipe = crate::tests::profile::parse("aqua", shape);
+        let layout = kvq_layout { layout: Layout::new(&recipe, shape, 3, 256, 256).unwrap() };
+        // SAFETY: a live layout.
+        let n = unsafe { kvq_layout_profile_bytes(&layout) };
+        let mut buf = vec![7u8; n + 1];
+        // SAFETY: a live layout, and a buffer of at least the size that is given.
+        let status = [n - 1, n].map(|size| unsafe { kvq_layout_profile(&layout, buf.as_mut_ptr().cast(), size) });
+        assert_eq!(status, [Status::BufferTooSmall, Status::Ok]);
+        assert!(buf[..n] == layout.layout.profile() && buf[n] == 7);
+        let plain = kvq_layout { layout: Layout::new(&Recipe::parse("on").unwrap(), shape, 3, 256, 256).unwrap() };
+        // SAFETY: a live layout.
+        assert_eq!(unsafe { kvq_layout_profile_bytes(&plain) }, 0);
     }
 
     #[test]
@@ -440,7 +528,14 @@ mod tests {
         (attend.q, attend.out, attend.n_tokens, attend.n_splits) = (memory.cast(), memory.cast(), 1, 1);
         (attend.k_mem, attend.v_mem, attend.plan, attend.plan_len) = (memory, memory, memory.cast(), 4096);
         (store.k_mem, store.v_mem, store.plan, store.plan_len) = (memory, memory, memory.cast(), 4096);
-        let good = kvq_streams { n_streams: 2, k_stride: k, v_stride: v, plan_stride: 4096, mask_stride: 0 };
+        let good = kvq_streams {
+            n_streams: 2,
+            k_stride: k,
+            v_stride: v,
+            plan_stride: 4096,
+            mask_stride: 0,
+            positions_stride: 0,
+        };
         for (streams, want) in [
             (kvq_streams { n_streams: 0, ..good }, "n_streams is 0: a call is for one stream at least".to_string()),
             (

@@ -1,5 +1,7 @@
 //! Writing and reading the memory of one layer.
 
+use std::ffi::c_void;
+
 use super::attention::{optional, rotation, rows};
 use super::layout::{head_region, kvq_layout, memory_name};
 use super::shift::kvq_rotation;
@@ -57,6 +59,8 @@ pub struct kvq_store_args {
     /// Position of each cell's token, this ubatch's included, int32 [n_cells]; values of cells without a token do not
     /// matter. Only recipes with a profile need it (kvq_layout_wants_positions), for others it may be NULL.
     pub positions: *const i32,
+    /// As in kvq_attend_args.
+    pub profile: *const c_void,
     /// Rows; the plan's n_tokens. Without any, `k_cur` and `v_cur` are not read.
     pub n_tokens: u32,
     /// For kvq_store_enqueue. 1: kvq_attend_enqueue with the same rows, queries, plan and memory comes before on the

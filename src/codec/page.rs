@@ -95,6 +95,12 @@ pub(crate) trait PageCodec: Debug + Send + Sync {
     /// Fills in what device code has to know of a page.
     fn describe(&self, desc: &mut SideDesc);
 
+    /// What kernels of a device read beside the page, of a codec that was calibrated: [`crate::cuda::desc::FrameDesc`] and what
+    /// it names.
+    fn profile(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
     /// Whether sealing a page anew needs [`SealRows::place`] for its best result.
     fn wants_places(&self) -> bool {
         false

@@ -2,7 +2,9 @@
 
 use std::ffi::c_void;
 
-use super::desc::{AttendCall, AttendParams, BlockDesc, LayerDesc, SideDesc, ABSENT, CODEC_CHANNEL, CODEC_GROUP};
+use super::desc::{
+    AttendCall, AttendParams, BlockDesc, LayerDesc, SideDesc, ABSENT, CODEC_AQUA, CODEC_CHANNEL, CODEC_GROUP,
+};
 use super::{plan_of, Call, Device, Launch, Limits};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
@@ -56,14 +58,21 @@ static KERNELS: &[Kernel] = &[
     fast("kvq_attend_fast_4_128_small", 4, |layer| fits_fast(layer, 64, 128)),
     fast("kvq_attend_fast_8_64_small", 8, |layer| fits_fast(layer, 64, 64)),
     fast("kvq_attend_fast_8_128_small", 8, |layer| fits_fast(layer, 64, 128)),
-    general("kvq_attend_any_4", 4),
-    general("kvq_attend_any_8", 8),
+    general("kvq_attend_any_4", 4, |layer| !has_frames(layer)),
+    general("kvq_attend_any_8", 8, |layer| !has_frames(layer)),
+    general("kvq_attend_aqua_4", 4, has_frames),
+    general("kvq_attend_aqua_8", 8, has_frames),
 ];
 
-const fn general(name: &'static str, tile_rows: u32) -> Kernel {
+const fn general(name: &'static str, tile_rows: u32, fits: fn(&LayerDesc) -> bool) -> Kernel {
     let (reads_turned, blocks_per_multiprocessor) = (true, 3);
     let (most_splits, block) = (general_splits, general_block);
-    Kernel { name, tile_rows, reads_turned, fits: |_| true, blocks_per_multiprocessor, most_splits, block }
+    Kernel { name, tile_rows, reads_turned, fits, blocks_per_multiprocessor, most_splits, block }
+}
+
+/// Whether keys are coded in the frames of pages.
+pub(super) fn has_frames(layer: &LayerDesc) -> bool {
+    layer.k.codec == CODEC_AQUA
 }
 
 const fn fast(name: &'static str, tile_rows: u32, fits: fn(&LayerDesc) -> bool) -> Kernel {
@@ -84,11 +93,12 @@ fn general_splits(_: &LayerDesc, _: &Kernel, [n_pages, n_exact_pieces]: [u32; 2]
     (n_pages + n_exact_pieces.div_ceil(2)).min(MAX_SPLITS)
 }
 
-/// See `attend_any.cu`.
+/// See `attend_any.cuh` and `attend_aqua.cu`.
 fn general_block(layer: &LayerDesc, kernel: &Kernel, _work: Work, limits: Limits) -> Option<BlockDesc> {
     let (columns, rows) = (layer.page.max(128), kernel.tile_rows);
     let dim = layer.k.head_dim.max(layer.v.head_dim);
-    let shared_bytes = 4 * (3 * rows * dim + 2 * rows * columns + 8 * rows + 2 * dim + 256 + 128);
+    let framed = if has_frames(layer) { rows * (4 * layer.k.head_dim + 2 * 4 + 2) } else { 0 };
+    let shared_bytes = 4 * (3 * rows * dim + 2 * rows * columns + 8 * rows + 2 * dim + 256 + 128 + framed);
     let block = BlockDesc { n_warps: 4, shared_bytes, ..BlockDesc::default() };
     (shared_bytes <= limits.shared_bytes).then_some(block)
 }
@@ -301,8 +311,8 @@ pub(crate) unsafe fn enqueue(
     workspace: Workspace,
     stream: *mut c_void,
 ) -> Result<()> {
-    let layer = layout.describe();
-    let Call { mut call, rotation, n_streams, plan_len } = given;
+    let layer = given.layer(layout);
+    let Call { mut call, rotation, n_streams, plan_len, .. } = given;
     let size = Size { n_tokens: call.n_tokens, n_streams, n_kv: call.n_kv };
     let cut = Cut::new(device, &layer, size, rotation.n_pairs > 0)?;
     let plan_at = plan_of(layout, call.n_tokens, plan_len)?;

@@ -36,6 +36,8 @@ __device__ __forceinline__ void measure_channels(const Store &b, const Target &t
     Scratch &s = b.s;
     const uint32_t c = b.thread, dim = t.side.desc.head_dim;
     const float *learned = t.side.learned();
+    // Errors of coefficients in a frame matter alike.
+    const bool is_weighed = t.side.desc.codec == CODEC_CHANNEL && has_learned(b, t.side);
     const Coded coded = Coded::of(b);
     if (c < dim) {
         // Where the pool has all of them, all count.
@@ -53,7 +55,7 @@ __device__ __forceinline__ void measure_channels(const Store &b, const Target &t
             weight = is || all ? weight_with : weight;
         });
         // See Team::range.
-        s.a[c] = low + 0.f, s.b[c] = high + 0.f, s.c[c] = has_learned(b, t.side) ? weight * learned[c] : weight;
+        s.a[c] = low + 0.f, s.b[c] = high + 0.f, s.c[c] = is_weighed ? weight * learned[c] : weight;
     }
     __syncthreads();
 }

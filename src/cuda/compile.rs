@@ -32,10 +32,11 @@ pub fn render_desc() {
     config.sys_includes = vec!["stddef.h".into(), "stdint.h".into()];
     config.constant.allow_static_const = true;
     config.constant.allow_constexpr = true;
-    for name in ["SideDesc", "LayerDesc", "AttendParams", "DequantizeParams", "StoreParams"] {
+    for name in ["SideDesc", "LayerDesc", "FrameDesc", "AttendParams", "DequantizeParams", "StoreParams"] {
         config.export.include.push(name.into());
     }
-    let trailer = "static_assert(sizeof(kvq::LayerDesc) == kvq::LAYER_DESC_BYTES, \"as Rust has it\");";
+    let trailer = "static_assert(sizeof(kvq::LayerDesc) == kvq::LAYER_DESC_BYTES, \"as Rust has it\");\n\
+                   static_assert(sizeof(kvq::FrameDesc) == kvq::FRAME_DESC_BYTES, \"as Rust has it\");";
     let header = cbindgen::Builder::new().with_config(config).with_src(source).with_trailer(trailer).generate();
     header.expect("desc.rs is readable for cbindgen").write_to_file(out_dir().join("kvq_desc.h"));
 }

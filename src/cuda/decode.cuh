@@ -1,6 +1,6 @@
 // Single rows back from a page, exactly as the scalar code decodes them.
 #pragma once
-#include "store.cuh"
+#include "aqua_rows.cuh"
 
 namespace kvq::store {
 
@@ -58,8 +58,10 @@ __device__ __forceinline__ void transform_back(const SideDesc &d, const Page &pa
     __syncwarp();
 }
 
-// Decodes the row of a token, by a warp. Ends with a barrier of the warp.
-__device__ __forceinline__ void decode_row(const LayerDesc &l, const SideDesc &d, const Page &page, uint32_t token, bool is_key, uint32_t lane, float *out) {
+// Decodes the row of a token, by a warp. Ends with a barrier of the warp. FRAMES: for layers of codec `aqua`, whose code costs kernels
+// that do not need it registers.
+template <bool FRAMES> __device__ __forceinline__ void decode_row(const LayerDesc &l, const SideDesc &d, const Page &page, uint32_t token, bool is_key, uint32_t lane, float *out) {
+    if (FRAMES && d.codec == CODEC_AQUA) return decode_framed(l, page, token, lane, out);
     if (d.codec == CODEC_CHANNEL) {
         const Segments segments = Segments::of_header(page.header, d.n_segments, d.budget);
         const uint8_t *block = page.bytes + token / 32 * d.tile_words * 128;
@@ -76,27 +78,38 @@ __device__ __forceinline__ void decode_row(const LayerDesc &l, const SideDesc &d
 }
 
 // Whether decode_chunk can read a side: everything but ternary codes and pages whose tokens have places.
-__device__ __forceinline__ bool has_chunks(const SideDesc &d) { return d.codec == CODEC_CHANNEL || (d.codec == CODEC_GROUP && d.width != WIDTH_TERNARY); }
+__device__ __forceinline__ bool has_chunks(const SideDesc &d) {
+    return d.codec == CODEC_CHANNEL || d.codec == CODEC_AQUA || (d.codec == CODEC_GROUP && d.width != WIDTH_TERNARY);
+}
 
-// Decodes the rows of 32 tokens, from token 32 * chunk on, by a block: `rows` is [32][stride]. A warp takes words of 32 lanes
-// and 16 codes each. What transform_back does for codecs with a step per token is left to do. No barrier.
-__device__ __forceinline__ void decode_chunk(const LayerDesc &l, const SideDesc &d, const Page &page, uint32_t chunk, bool is_key, uint32_t warp, uint32_t n_warps, uint32_t lane, float *rows, uint32_t stride) {
-    const uint32_t *words = reinterpret_cast<const uint32_t *>(page.bytes) + lane;
-    if (d.codec == CODEC_CHANNEL) {
-        const Segments segments = Segments::of_header(page.header, d.n_segments, d.budget);
-        words += chunk * d.tile_words * 32;
-        for (uint32_t segment = warp; segment < d.n_segments; segment += n_warps) {
-            const float centre = centre_of(segments.bits(segment), false);
-            for (uint32_t q = 0; q < 4; q++) {
-                const uint32_t codes = mixed_quad(segments, words, segment, q);
-                for (uint32_t j = 0; j < 4; j++) {
-                    const uint32_t i = 16 * segment + 4 * q + j;
-                    rows[lane * stride + page.ordered(d, i, d.head_dim)] = page.step(d, i) * (float(codes >> 8 * j & 255) - centre) + page.mid(d, i);
-                }
+// decode_chunk of codec `channel`.
+__device__ __forceinline__ void decode_channels(const SideDesc &d, const Page &page, uint32_t chunk, uint32_t warp, uint32_t n_warps, uint32_t lane, float *rows, uint32_t stride) {
+    const Segments segments = Segments::of_header(page.header, d.n_segments, d.budget);
+    const uint32_t *words = reinterpret_cast<const uint32_t *>(page.bytes) + lane + chunk * d.tile_words * 32;
+    for (uint32_t segment = warp; segment < d.n_segments; segment += n_warps) {
+        const float centre = centre_of(segments.bits(segment), false);
+        for (uint32_t q = 0; q < 4; q++) {
+            const uint32_t codes = mixed_quad(segments, words, segment, q);
+            for (uint32_t j = 0; j < 4; j++) {
+                const uint32_t i = 16 * segment + 4 * q + j;
+                rows[lane * stride + page.ordered(d, i, d.head_dim)] = page.step(d, i) * (float(codes >> 8 * j & 255) - centre) + page.mid(d, i);
             }
         }
+    }
+}
+
+// Decodes the rows of 32 tokens, from token 32 * chunk on, by a block: `rows` is [32][stride]. A warp takes words of 32 lanes
+// and 16 codes each. What transform_back does for codecs with a step per token is left to do, and for codec `aqua`, whose coefficients
+// these are, what leave_frame does. No barrier.
+template <bool FRAMES> __device__ __forceinline__ void decode_chunk(const LayerDesc &l, const SideDesc &d, const Page &page, uint32_t chunk, bool is_key, uint32_t warp, uint32_t n_warps, uint32_t lane, float *rows, uint32_t stride) {
+    if (d.codec == CODEC_CHANNEL) return decode_channels(d, page, chunk, warp, n_warps, lane, rows, stride);
+    if (FRAMES && d.codec == CODEC_AQUA) {
+        const SideDesc coded = coded_side(d, FramePlace::of(l, page.bytes).segments);
+        decode_channels(coded, page, chunk, warp, n_warps, lane, rows, stride);
+        for (uint32_t c = coded.head_dim + warp; c < d.head_dim; c += n_warps) rows[lane * stride + c] = rest_mean(coded, page, c);
         return;
     }
+    const uint32_t *words = reinterpret_cast<const uint32_t *>(page.bytes) + lane;
     const float centre = Quantizer::of_width(d).centre();
     for (uint32_t item = warp; item < d.head_dim / 16; item += n_warps) {
         // Lanes of keys are tokens, those of values channels.

@@ -7,7 +7,8 @@ namespace kvq {
 
 constexpr uint32_t DEQUANTIZE_WARPS = DEQUANTIZE_THREADS / 32;
 
-struct Dequantize {
+// FRAMES as of decode_row.
+template <bool FRAMES> struct Dequantize {
     const DequantizeParams &d;
     const AttendStep p;
     const SideDesc &side;
@@ -32,29 +33,69 @@ struct Dequantize {
         __syncwarp();
     }
 
+    // Rows that a warp has of those of a chunk.
+    static constexpr uint32_t ROWS = 32 / DEQUANTIZE_WARPS;
+    __device__ store::WarpRows<ROWS> rows_of_warp(float *rows, uint32_t stride) const {
+        return store::WarpRows<ROWS>::of(ROWS * warp, ROWS, [&](uint32_t i) { return rows + i * stride; });
+    }
+
+    // Coefficients of codec `aqua` become keys. `angles`: of the block.
+    __device__ void leave_frames(const Page &page, uint32_t in_page, float *rows, uint32_t stride, Angle *angles) const {
+        const FramePlace place = FramePlace::of(p.layer, page.bytes);
+        const Frame frame = Frame::of(p.layer, place);
+        const RotationDesc &rotation = frame.desc.rotation;
+        const uint32_t n_pairs = min(rotation.n_pairs, side.head_dim / 2);
+        if (threadIdx.x < n_pairs) angles[threadIdx.x] = angle_of(rotation, threadIdx.x, place.first);
+        store::leave_frame(frame, place, rows_of_warp(rows, stride), lane, [&](uint32_t r) { return 32 * in_page + ROWS * warp + r; });
+        __syncthreads();
+        for (uint32_t i = warp; i < 32; i += DEQUANTIZE_WARPS)
+            for (uint32_t pair = lane; pair < n_pairs; pair += 32) turn_pair(rotation, rows + i * stride, pair, angles[pair]);
+        __syncthreads();
+    }
+
+    // What the keys of a chunk predict of a warp's values, used or not. Ends with a barrier.
+    __device__ void predict(const Page &keys, uint32_t in_page, float *rows, uint32_t stride, store::LaneRows<ROWS> &predicted) const {
+        const LayerDesc &l = p.layer;
+        store::decode_chunk<FRAMES>(l, l.k, keys, in_page, true, warp, DEQUANTIZE_WARPS, lane, rows, stride);
+        __syncthreads();
+        predicted.predict(Frame::of(l, FramePlace::of(l, keys.bytes)), rows_of_warp(rows, stride), lane);
+        __syncthreads();
+    }
+
     // The rows of 32 cells.
     __device__ void chunk(uint32_t index, uint8_t *shared) const {
-        const uint32_t dim = side.head_dim, stride = dim + 1, first = 32 * index, page = first / p.layer.page, in_page = first % p.layer.page / 32;
+        const uint32_t dim = side.head_dim, first = 32 * index, page = first / p.layer.page, in_page = first % p.layer.page / 32;
+        const bool has_predicted = FRAMES && !is_key && p.layer.predicts;
+        const uint32_t stride = (has_predicted ? max(dim, p.layer.k.head_dim) : dim) + 1;
         float *rows = reinterpret_cast<float *>(shared);
-        Angle *angles = reinterpret_cast<Angle *>(rows + 32 * stride) + warp * (dim / 2);
+        Angle *of_page = reinterpret_cast<Angle *>(rows + 32 * stride), *angles = of_page + (1 + warp) * (dim / 2);
         // Not more pages than the layer has.
         const bool is_planned = page < uint32_t(p.plan[p.plan_at.n_pages[p.view]]);
         const uint32_t held = is_planned ? uint32_t(p.plan[p.plan_at.page_bits[p.view] + index]) : 0;
-        const Page from = Page::of(side, memory + head * side.head_bytes, page);
+        const Page from = Page::of(side, memory + head * side.head_bytes, page), keys = Page::of(p.layer.k, p.k_mem + head * p.layer.k.head_bytes, page);
         const bool together = store::has_chunks(side) && held != 0;
-        if (together) store::decode_chunk(p.layer, side, from, in_page, is_key, warp, DEQUANTIZE_WARPS, lane, rows, stride);
+        store::LaneRows<ROWS> predicted;
+        if (has_predicted && held != 0) predict(keys, in_page, rows, stride, predicted);
+        if (together) store::decode_chunk<FRAMES>(p.layer, side, from, in_page, is_key, warp, DEQUANTIZE_WARPS, lane, rows, stride);
         __syncthreads();
+        if (FRAMES && together && side.codec == CODEC_AQUA) leave_frames(from, in_page, rows, stride, of_page);
         const Turns turns = is_key && held != 0 ? Turns::of(p, page) : Turns{};
         int turned_by = 0;
-        for (uint32_t i = warp; i < 32 && first + i < p.n_kv; i += DEQUANTIZE_WARPS) {
+#pragma unroll 1
+        for (uint32_t r = 0; r < ROWS; r++) {
+            const uint32_t i = ROWS * warp + r;
+            if (first + i >= p.n_kv) break;
             uint16_t *to = row_of(first + i);
             if (!(held >> i & 1)) {
                 for (uint32_t c = lane; c < dim; c += 32) to[c] = 0;
                 continue;
             }
             float *row = rows + i * stride;
-            if (!together) store::decode_row(p.layer, side, from, 32 * in_page + i, is_key, lane, row);
-            else if (side.codec != CODEC_CHANNEL) store::transform_back(side, from, lane, row);
+            if (!together) store::decode_row<FRAMES>(p.layer, side, from, 32 * in_page + i, is_key, lane, row);
+            else if (side.codec == CODEC_GROUP) store::transform_back(side, from, lane, row);
+            if (has_predicted && has_gate(p.layer, keys.bytes, 32 * in_page + i)) {
+                for (uint32_t c = lane; c < dim; c += 32) row[c] += predicted.at[c / 32][r];
+            }
             const uint32_t turn_of = turns.of_token(32 * in_page + i);
             const int distance = turn_of == turns.n ? 0 : turns.distance(turn_of);
             if (distance != 0) turn(row, distance, turned_by, angles);
@@ -99,13 +140,21 @@ struct Dequantize {
     }
 };
 
-KVQ_KERNEL(kvq_dequantize_any, DEQUANTIZE_THREADS, 1, DequantizeParams) {
-    KVQ_SHARED(shared);
+template <bool FRAMES> __device__ inline void dequantize(const DequantizeParams &p, uint8_t *shared) {
     wait_for_stream();
     let_next_start();
-    const Dequantize block(p);
+    const Dequantize<FRAMES> block(p);
     if (p.exact) block.exact(blockIdx.y);
     else block.chunk(blockIdx.y, shared);
+}
+
+KVQ_KERNEL(kvq_dequantize_any, DEQUANTIZE_THREADS, 1, DequantizeParams) {
+    KVQ_SHARED(shared);
+    dequantize<false>(p, shared);
+}
+KVQ_KERNEL(kvq_dequantize_aqua, DEQUANTIZE_THREADS, 2, DequantizeParams) {
+    KVQ_SHARED(shared);
+    dequantize<true>(p, shared);
 }
 
 }  // namespace kvq

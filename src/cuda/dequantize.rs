@@ -2,6 +2,7 @@
 
 use std::ffi::c_void;
 
+use super::attend::has_frames;
 use super::desc::{
     AttendCall, AttendParams, DequantizeParams, SideDesc, CODEC_CHANNEL, CODEC_GROUP, DEQUANTIZE_ROWS_WARPS,
     DEQUANTIZE_THREADS,
@@ -11,8 +12,8 @@ use crate::error::Result;
 use crate::layout::Layout;
 use crate::plan::{View, CELLS_PER_WORD};
 
-/// The kernel for everything, and for exact rows; see `dequantize.cu`.
-const GENERAL: &str = "kvq_dequantize_any";
+/// The kernels for everything, and for exact rows: of layers without frames and with them; see `dequantize.cu`.
+const GENERAL: [&str; 2] = ["kvq_dequantize_any", "kvq_dequantize_aqua"];
 
 /// A kernel for pages of one format.
 struct RowsKernel {
@@ -69,7 +70,7 @@ fn kernel_of(side: &SideDesc, is_key: bool) -> Option<&'static RowsKernel> {
 /// Names of all kernels, for whoever loads them.
 #[cfg(any(test, feature = "cuda"))]
 pub(super) fn kernel_names() -> impl Iterator<Item = &'static str> {
-    KERNELS.iter().map(|kernel| kernel.name).chain([GENERAL])
+    KERNELS.iter().map(|kernel| kernel.name).chain(GENERAL)
 }
 
 /// Exact rows that are one piece of work: EXACT_ROWS of `attend.cuh`.
@@ -87,11 +88,12 @@ pub(crate) unsafe fn enqueue(
     rows: [*mut u16; 2],
     stream: *mut c_void,
 ) -> Result<()> {
-    let layer = layout.describe();
-    let Call { mut call, rotation, n_streams, plan_len } = given;
+    let layer = given.layer(layout);
+    let Call { mut call, rotation, n_streams, plan_len, .. } = given;
     let plan_at = plan_of(layout, call.n_tokens, plan_len)?;
     call.view = if call.k_cur.is_null() { View::After } else { View::Before } as u32;
     let read = AttendParams { call, layer, plan_at, rotation };
+    let general = GENERAL[usize::from(has_frames(&layer))];
     let n_chunks = call.n_kv.div_ceil(CELLS_PER_WORD as u32);
     let n_exact = [layer.n_slots, layer.pool_rows, if call.k_cur.is_null() { 0 } else { call.n_tokens }];
     let n_exact: u32 = n_exact.into_iter().map(|n| n.div_ceil(EXACT_ROWS)).sum();
@@ -106,21 +108,23 @@ pub(crate) unsafe fn enqueue(
         };
         // Pairs of words are written at once.
         let is_aligned = (rows as usize).is_multiple_of(8);
-        let fitting = kernel_of(desc, is_key);
+        let fitting = kernel_of(desc, is_key).filter(|_| is_key || layer.predicts == 0);
         let known = fitting.filter(|_| is_aligned && !(may_have_moved && is_key));
-        // Rows of a chunk, and the angles of each warp.
-        let general_bytes = 4 * (CELLS_PER_WORD as u32 * (desc.head_dim + 1) + DEQUANTIZE_THREADS / 32 * desc.head_dim);
+        // Rows of a chunk, of values after the keys that predict them, and the angles of its page and of each warp.
+        let dim = desc.head_dim.max(layer.predicts * layer.k.head_dim);
+        let angles = (1 + DEQUANTIZE_THREADS / 32) * desc.head_dim;
+        let general_bytes = 4 * (CELLS_PER_WORD as u32 * (dim + 1) + angles);
         match known {
             _ if n_chunks == 0 => {}
             Some(kernel) => {
                 let (warps, shared_warp) = (DEQUANTIZE_ROWS_WARPS, kernel.shared_warp());
                 launch(kernel.name, 0, shared_warp, n_chunks.div_ceil(warps), 32 * warps, warps * shared_warp)?;
             }
-            None => launch(GENERAL, 0, 0, n_chunks, DEQUANTIZE_THREADS, general_bytes)?,
+            None => launch(general, 0, 0, n_chunks, DEQUANTIZE_THREADS, general_bytes)?,
         }
         // Exact rows take the place of what a page has for their cells.
         if n_exact > 0 {
-            launch(GENERAL, 1, 0, n_exact, DEQUANTIZE_THREADS, general_bytes)?;
+            launch(general, 1, 0, n_exact, DEQUANTIZE_THREADS, general_bytes)?;
         }
     }
     Ok(())

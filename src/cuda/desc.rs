@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 /// Bytes of a [`LayerDesc`], asserted on both sides.
-pub const LAYER_DESC_BYTES: usize = 424;
+pub const LAYER_DESC_BYTES: usize = 456;
 
 /// Threads of a block of the store step.
 pub const STORE_THREADS: u32 = 512;
@@ -40,6 +40,8 @@ pub const CODEC_GROUP: u32 = 0;
 pub const CODEC_CHANNEL: u32 = 1;
 /// Of [`SideDesc::codec`]: tokens have widths of their own; see `codec::adaptive`.
 pub const CODEC_ADAPTIVE: u32 = 2;
+/// Of [`SideDesc::codec`]: keys as `CODEC_CHANNEL` has them, in a frame that [`FrameDesc`] knows; see `codec::aqua`.
+pub const CODEC_AQUA: u32 = 3;
 
 /// Of [`SideDesc::width`]: ternary codes, five in a byte. Other widths are their bits.
 pub const WIDTH_TERNARY: u32 = 1;
@@ -97,8 +99,12 @@ pub struct SideDesc {
     pub budget: u32,
     /// Mixed widths: places of a segment and number of segments.
     pub segment: u32,
-    /// See `segment`.
+    /// See `segment`. `CODEC_AQUA`: it depends on the page, which has so many at most.
     pub n_segments: u32,
+    /// `CODEC_AQUA`: the fewest that a page has. Offsets behind the steps depend on their number.
+    pub fewest_segments: u32,
+    /// `CODEC_AQUA`: where the page says what its frame is.
+    pub tail: u32,
     /// Steps.
     pub steps: u32,
     /// Mid-points, or `ABSENT`.
@@ -159,11 +165,51 @@ pub struct LayerDesc {
     pub pool_outliers: u32,
     /// Query tokens that the ring of recent queries has room for.
     pub attn_window: u32,
+    /// 1: values are predicted from keys, and their pages hold the rest.
+    pub predicts: u32,
     /// Keys.
     pub k: SideDesc,
     /// Values.
     pub v: SideDesc,
+    /// `CODEC_AQUA`: address of the layer's [`FrameDesc`].
+    pub profile: u64,
 }
+
+/// What kernels know of the frames of a layer's pages: the beginning of the bytes that kvq_layout_profile gives. Offsets count
+/// floats from there; arrays hold all KV heads, one after the other.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct FrameDesc {
+    /// How keys turn with their positions.
+    pub rotation: RotationDesc,
+    /// `[page][dim_k]`: what has been taken off the keys of each row, or `ABSENT`.
+    pub bias: u32,
+    /// `[dim_k]`: the same in the middle of a page.
+    pub middle: u32,
+    /// `[dim_k][coefficient]`: from the frame to what is coded.
+    pub transform: u32,
+    /// `[coefficient][dim_k]`: back.
+    pub directions: u32,
+    /// `[dim_k][coefficient]`: from queries in the frame to what meets coefficients.
+    pub queries: u32,
+    /// `[dim_k + 1][dim_v]`: from coefficients to values, and what is added, or `ABSENT`.
+    pub predictor: u32,
+    /// `[pair]`, integers: which curves behind the powers have its cosine and its sine, or `ABSENT`: it is slow.
+    pub curve_of: u32,
+    /// Floats from power to power of `slow`.
+    pub slow_stride: u32,
+    /// Of mirrored and of negated curves (`codec::aqua::curves`): powers, `[power][slow_stride]` by pair.
+    pub slow: [u32; 2],
+    /// Numbers of powers.
+    pub n_slow: [u32; 2],
+    /// `[curve][page / 2]`, powers first.
+    pub curves: [u32; 2],
+    /// Numbers of curves.
+    pub n_curves: [u32; 2],
+}
+
+/// Bytes of a [`FrameDesc`], asserted on both sides.
+pub const FRAME_DESC_BYTES: usize = 2120;
 
 /// Where each array of a plan lies, in ints; see `plan`. Pairs are the views before and after the store.
 #[repr(C)]
@@ -218,6 +264,8 @@ pub struct StreamDesc {
     pub plan: u64,
     /// Elements of masks.
     pub mask: u64,
+    /// Store: ints of positions.
+    pub positions: u64,
     /// Attention: floats of what blocks leave each other in the workspace.
     pub partial: u64,
 }
@@ -380,6 +428,8 @@ pub struct StoreCall {
     pub v_mem: *mut u8,
     /// The plan.
     pub plan: *const i32,
+    /// By cell, or NULL for layers without a profile.
+    pub positions: *const i32,
     /// `[side][head][page][row_stride]`: rows on their way. NULL: they are in shared memory.
     pub rows: *mut f32,
     /// `[head][note_stride]`: the number of pages, then noise, signal and rows of the sample of each of `n_pages`, then the
@@ -422,3 +472,4 @@ pub struct StoreParams {
 }
 
 const _: () = assert!(std::mem::size_of::<LayerDesc>() == LAYER_DESC_BYTES);
+const _: () = assert!(std::mem::size_of::<FrameDesc>() == FRAME_DESC_BYTES);

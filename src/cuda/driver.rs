@@ -115,7 +115,7 @@ impl Cuda {
             self.modules.push(module);
         }
         let mut can_wait = self.limits.capability >= 90;
-        for kernel in attend::kernel_names().chain(dequantize::kernel_names()).chain([store::KERNEL]) {
+        for kernel in attend::kernel_names().chain(dequantize::kernel_names()).chain(store::KERNELS) {
             let function = self.find(kernel)?;
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a function of a module that stays loaded.

@@ -350,13 +350,13 @@ __device__ __forceinline__ void add_error(float *learned, uint32_t dim, const Ke
 }
 
 // Compares the sample with what the page says; to `note`, or to what is known. Ends with a barrier.
-__device__ __forceinline__ void learn_error(const Store &b, const Target &target, float *note) {
+template <bool FRAMES> __device__ __forceinline__ void learn_error(const Store &b, const Target &target, float *note) {
     Scratch &s = b.s;
     const SideDesc &desc = target.side.desc;
     float *learned = target.side.learned();
     const uint32_t dim = desc.head_dim;
     if (b.thread < dim) s.c[b.thread] = learned[b.thread];
-    if (b.warp < s.n_samples) decode_row(b.p.layer, desc, {target.header, target.bytes}, s.at[s.sampled[b.warp]], true, b.lane, s.decoded[b.warp]);
+    if (b.warp < s.n_samples) decode_row<FRAMES>(b.p.layer, desc, {target.header, target.bytes}, s.at[s.sampled[b.warp]], true, b.lane, s.decoded[b.warp]);
     __syncthreads();
     if (b.thread < 2 * s.n_samples) {
         const uint32_t i = b.thread / 2;

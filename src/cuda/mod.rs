@@ -24,7 +24,7 @@ mod tests;
 use std::ffi::c_void;
 use std::fmt::Debug;
 
-use desc::{PlanDesc, RotationDesc};
+use desc::{LayerDesc, PlanDesc, RotationDesc};
 
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
@@ -106,6 +106,15 @@ pub(crate) struct Call<T> {
     pub(crate) n_streams: u32,
     /// Integers of each stream's plan.
     pub(crate) plan_len: usize,
+    /// Address of [`Layout::profile`] on the device; 0 for layers without one.
+    pub(crate) profile: u64,
+}
+
+impl<T> Call<T> {
+    /// The layer with its profile.
+    fn layer(&self, layout: &Layout) -> LayerDesc {
+        LayerDesc { profile: self.profile, ..layout.describe() }
+    }
 }
 
 /// Where the arrays of a plan of `n_tokens` are.

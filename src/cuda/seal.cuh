@@ -48,14 +48,14 @@ __device__ __forceinline__ uint32_t find_member(const Store &b, const Side &side
 }
 
 // Reads a row that the page keeps as it is now, from the pool's row `member` if it has one. By a warp.
-__device__ __forceinline__ void read_from_page(const Store &b, const Target &t, uint32_t page, uint32_t i, uint32_t member) {
+template <bool FRAMES> __device__ __forceinline__ void read_from_page(const Store &b, const Target &t, uint32_t page, uint32_t i, uint32_t member) {
     const uint32_t dim = t.side.desc.head_dim;
     // Zeros stand there, other lanes' as well.
     __syncwarp();
     if (member != NONE) {
         for (uint32_t c = b.lane; c < dim; c += 32) b.row(i)[c] = half_to_float(t.side.pool_row(member)[c]);
     } else {
-        decode_row(b.p.layer, t.side.desc, {t.header, t.bytes}, b.s.at[i], t.is_key, b.lane, b.row(i));
+        decode_row<FRAMES>(b.p.layer, t.side.desc, {t.header, t.bytes}, b.s.at[i], t.is_key, b.lane, b.row(i));
         if (t.is_key && b.p.rotation.n_pairs > 0) turn_row(b, b.row(i), distance_of(b, page, b.s.at[i]), 1.f, dim);
     }
     __syncwarp();
@@ -71,7 +71,7 @@ __device__ __forceinline__ RowAt source_row(const Store &b, const Side &side, in
 }
 
 // Copies the page's rows together; where they go is not known yet. Ends with a barrier.
-__device__ __forceinline__ void gather(const Store &b, const Target &t, uint32_t page, Seal seal) {
+template <bool FRAMES> __device__ __forceinline__ void gather(const Store &b, const Target &t, uint32_t page, Seal seal) {
     const Side &side = t.side;
     if (b.thread < b.p.layer.page) b.s.record_of[b.thread] = NONE;
     copy_rows<true>(b, b.s.n_rows, side.desc.head_dim, [&](uint32_t i) { return source_row(b, side, b.s.source[i]); });
@@ -81,7 +81,7 @@ __device__ __forceinline__ void gather(const Store &b, const Target &t, uint32_t
             b.s.pooled[i] = uint16_t(member);
             atomicAdd(&b.s.n_exact, 1u);
         }
-        if (b.s.source[i] == KEPT) read_from_page(b, t, page, i, member);
+        if (b.s.source[i] == KEPT) read_from_page<FRAMES>(b, t, page, i, member);
     }
     __syncthreads();
 }

@@ -2,6 +2,7 @@
 // for the other. Where pages do not depend on those before them, several blocks take them in turn; then what comes before
 // and after all pages are launches of their own: who enters the outlier pool is decided before, page by page.
 #include "channel.cuh"
+#include "aqua_seal.cuh"
 #include "few.cuh"
 
 namespace kvq::store {
@@ -51,25 +52,41 @@ __device__ __forceinline__ void read_records(const Store &b, uint32_t first, uin
     if (seal_of(records[2 * first + 1]) == Seal::RENEW) add_kept(b, first, index);
 }
 
-// Encodes a page, one side of it.
-__device__ __forceinline__ void seal_side(const Store &b, const Side &side, uint32_t page, Seal seal, bool is_key, float *note) {
+// Encodes a page, one side of it. FRAMES as of decode_row: then these are keys.
+template <bool FRAMES> __device__ __forceinline__ void seal_side(const Store &b, const Side &side, uint32_t page, Seal seal, bool is_key, float *note) {
     const LayerDesc &l = b.p.layer;
     const bool fresh = seal == Seal::FRESH;
     const Target target = {side, side.header(page), side.page(page), seal != Seal::JOIN, is_key};
-    gather(b, target, page, seal);
-    if (is_key && l.attn_window > 0) find_attention(b, side);
+    gather<FRAMES>(b, target, page, seal);
+    if (!FRAMES && is_key && l.attn_window > 0) find_attention(b, side);
     if (is_key && !fresh && b.p.rotation.n_pairs > 0) turn_back(b, page, side.desc.head_dim);
     if (is_key) {
         mean_of_rows(b, side.desc.head_dim);
         take_sample(b, side.desc.head_dim);
     }
     if (target.fresh) clear_page(b, target);
-    if (side.desc.codec == CODEC_CHANNEL) {
+    if (FRAMES) {
+        seal_framed(b, target, page, seal);
+    } else if (side.desc.codec == CODEC_CHANNEL) {
         seal_channels(b, target);
     } else {
         seal_tokens(b, target);
     }
-    if (is_key) learn_error(b, target, note);
+    if (is_key) learn_error<FRAMES>(b, target, note);
+}
+
+// Encodes a page whose keys have a frame, and may predict its values.
+__device__ __forceinline__ void seal_in_frame(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t page, Seal seal, float *note) {
+    const bool predicts = b.p.layer.predicts != 0;
+    const Store of_values = predicts ? b.beside() : b;
+    const Target target = {values, values.header(page), values.page(page), seal != Seal::JOIN, false};
+    if (predicts) gather_predicted(b, keys, target, page, seal);
+    if (has_keys) seal_side<true>(b, keys, page, seal, true, note);
+    if (!has_values) return;
+    if (predicts) take_predicted(b, keys, page);
+    else gather<true>(b, target, page, seal);
+    if (target.fresh) clear_page(b, target);
+    seal_tokens(of_values, target);
 }
 
 // Writes the ubatch's rows that stay exact to their slots, those of one turn.
@@ -149,7 +166,7 @@ __device__ __forceinline__ void fill_pool(const Store &b, const Side &keys, cons
     give_back(b, keys, page);
     give_back(b, values, page);
     measure_members(b, keys);
-    gather(b, {keys, keys.header(page), keys.page(page), true, true}, page, Seal::FRESH);
+    gather<false>(b, {keys, keys.header(page), keys.page(page), true, true}, page, Seal::FRESH);
     trace_outliers(b, keys);
     write_pooled(b, keys, page);
     write_pooled(b, values, page);
@@ -174,14 +191,15 @@ __device__ __forceinline__ void recall_pooled(const Store &b, const Notes &notes
 }
 
 // Seals the pages of a block.
-__device__ __forceinline__ void seal_pages(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t turn, uint32_t turns, const Notes &notes) {
+template <bool FRAMES> __device__ __forceinline__ void seal_pages(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values, uint32_t turn, uint32_t turns, const Notes &notes) {
     const uint32_t n_pages = for_each_page(b, turn, turns, [&](uint32_t page, Seal seal, uint32_t number, uint32_t first) KVQ_INLINE_LAMBDA {
-        if (b.p.layer.pool_rows > 0 && seal == Seal::FRESH) {
+        if (!FRAMES && b.p.layer.pool_rows > 0 && seal == Seal::FRESH) {
             if (notes.exist()) recall_pooled(b, notes, first);
             else fill_pool(b, keys, values, page);
         }
-        if (has_keys) seal_side(b, keys, page, seal, true, notes.error(number));
-        if (has_values) seal_side(b, values, page, seal, false, nullptr);
+        if (FRAMES) return seal_in_frame(b, keys, values, has_keys, has_values, page, seal, notes.error(number));
+        if (has_keys) seal_side<false>(b, keys, page, seal, true, notes.error(number));
+        if (has_values) seal_side<false>(b, values, page, seal, false, nullptr);
     });
     if (notes.exist() && has_keys && turn == 0 && b.thread == 0) notes.first[0] = __uint_as_float(n_pages);
 }
@@ -192,8 +210,7 @@ __device__ __forceinline__ void prefetch_learned(const Store &b, const Side &sid
     for (uint64_t at = side.desc.pool_table + 128 * b.thread; at < end; at += 128 * STORE_THREADS) prefetch(side.region + at);
 }
 
-KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
-    KVQ_SHARED(shared);
+template <bool FRAMES> __device__ __forceinline__ void store(const StoreParams &p, uint8_t *shared) {
     const uint32_t thread = threadIdx.x;
     const StoreStep step(p);
     float *rows = step.rows == nullptr ? reinterpret_cast<float *>(shared + STORE_SCRATCH_BYTES) : step.rows;
@@ -227,9 +244,9 @@ KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
     }
     if (step.phases & STORE_LEARN) {
         learn(b, keys, values, has_keys, has_values);
-        if (step.layer.pool_rows > 0 && notes.exist()) fill_pool_of_all(b, keys, values, notes);
+        if (!FRAMES && step.layer.pool_rows > 0 && notes.exist()) fill_pool_of_all(b, keys, values, notes);
     }
-    if (step.phases & STORE_SEAL) seal_pages(b, keys, values, has_keys, has_values, turn, turns, notes);
+    if (step.phases & STORE_SEAL) seal_pages<FRAMES>(b, keys, values, has_keys, has_values, turn, turns, notes);
     if (step.phases & STORE_FINISH) {
         if (notes.exist() && has_keys && turn == 0 && thread == 0) {
             const uint32_t n_pages = __float_as_uint(notes.first[0]);
@@ -242,6 +259,15 @@ KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
         // Records read slots as they were before.
         write_slots(b, keys, values, has_keys, has_values, turn, turns);
     }
+}
+
+KVQ_KERNEL(kvq_store_any, STORE_THREADS, 1, StoreParams) {
+    KVQ_SHARED(shared);
+    store<false>(p, shared);
+}
+KVQ_KERNEL(kvq_store_aqua, STORE_THREADS, 1, StoreParams) {
+    KVQ_SHARED(shared);
+    store<true>(p, shared);
 }
 
 }  // namespace kvq::store

@@ -1,6 +1,7 @@
 // What the steps of a store share: a block has a KV head, of which it seals the pages one after the other, and one or both
 // of its sides. Compiled without fused multiply-add; see quantizer.cuh.
 #pragma once
+#include "aqua.cuh"
 #include "pack.cuh"
 #include "quantizer.cuh"
 
@@ -28,6 +29,7 @@ struct Scratch {
     uint16_t record_of[MAX_PAGE];  // the row here of each token or place, or NONE
     uint16_t free_rows[MAX_POOL];
     uint8_t order[MAX_PAGE], place[MAX_PAGE];
+    FramePlace frame;
 };
 static_assert(sizeof(Scratch) <= STORE_SCRATCH_BYTES, "the host asks for as much");
 
@@ -46,7 +48,8 @@ struct StoreStep : StoreCall {
         k_mem += stream * streams.k;
         v_mem += stream * streams.v;
         plan += stream * streams.plan;
-        if (rows != nullptr) rows += ((stream * (n_key_blocks + n_value_blocks) + blockIdx.y) * gridDim.x + blockIdx.x) * layer.page * row_stride;
+        if (positions != nullptr) positions += stream * streams.positions;
+        if (rows != nullptr) rows += ((stream * (n_key_blocks + n_value_blocks) + blockIdx.y) * gridDim.x + blockIdx.x) * (1 + layer.predicts) * layer.page * row_stride;
         if (notes != nullptr) notes += (stream * layer.n_kv_heads + blockIdx.x) * note_stride;
     }
 };
@@ -55,10 +58,12 @@ struct StoreStep : StoreCall {
 struct Store {
     const StoreStep &p;
     Scratch &s;
-    float *rows;  // [record][row_stride]: the rows, what of them is kept exactly, and at last their codes
+    float *rows;  // [record][row_stride]: the rows, what of them is kept exactly, and at last their codes; and once more, for predicted values
     uint32_t head, thread, lane, warp;
 
     __device__ __forceinline__ float *row(uint32_t i) const { return rows + i * p.row_stride; }
+    // The same with the second rows.
+    __device__ __forceinline__ Store beside() const { return {p, s, rows + p.layer.page * p.row_stride, head, thread, lane, warp}; }
     __device__ __forceinline__ uint8_t *codes(uint32_t i) const { return reinterpret_cast<uint8_t *>(row(i)); }
     __device__ __forceinline__ int plan(uint32_t at) const { return p.plan[at]; }
     __device__ __forceinline__ uint8_t *keys() const { return p.k_mem + head * p.layer.k.head_bytes; }

@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use super::attend::Workspace;
+use super::attend::{has_frames, Workspace};
 use super::desc::{
     LayerDesc, StoreCall, StoreParams, ABSENT, FEW_ROWS, QUERIES_AT_ONCE, STORE_EARLY, STORE_FEW, STORE_FINISH,
     STORE_LEARN, STORE_SCRATCH_BYTES, STORE_SEAL, STORE_THREADS,
@@ -11,8 +11,8 @@ use super::{plan_of, Call, Device, Launch};
 use crate::error::{Error, Result, Status};
 use crate::layout::Layout;
 
-/// The one kernel; see `store.cu`.
-pub(super) const KERNEL: &str = "kvq_store_any";
+/// The kernels, for layers without frames and with them; see `store.cu`.
+pub(super) const KERNELS: [&str; 2] = ["kvq_store_any", "kvq_store_aqua"];
 
 /// Channels of a block that learns from queries.
 const QUERY_CHANNELS: u32 = 32;
@@ -39,12 +39,12 @@ impl Cut {
     fn new(device: &Device, layer: &LayerDesc, n_tokens: u32, n_streams: u32) -> Self {
         let row_stride =
             [layer.k, layer.v].map(|side| side.head_dim + 2 * side.n_outliers + 1).into_iter().fold(0, u32::max);
-        let row_bytes = layer.page * row_stride * 4;
+        let row_bytes = (1 + layer.predicts) * layer.page * row_stride * 4;
         let turns = n_tokens.div_ceil(layer.page).clamp(1, MAX_TURNS);
         // Factors stay from page to page.
         let keys_are_apart = layer.k.exponents == ABSENT;
-        // Keys decide for both sides which tokens matter, and who enters the pool unless that is decided before.
-        let sides_are_apart = layer.attn_window == 0 && (layer.pool_rows == 0 || turns > 1);
+        // Keys decide for both sides which tokens matter, what of values they predict, and who enters the pool unless that is decided before.
+        let sides_are_apart = layer.attn_window == 0 && layer.predicts == 0 && (layer.pool_rows == 0 || turns > 1);
         let n_records = layer.n_slots + n_tokens;
         let n_pages = layer.n_pages.min(n_records);
         Self {
@@ -108,8 +108,8 @@ pub(crate) unsafe fn enqueue(
     workspace: Workspace,
     stream: *mut c_void,
 ) -> Result<()> {
-    let layer = layout.describe();
-    let Call { mut call, rotation, n_streams, plan_len } = given;
+    let layer = given.layer(layout);
+    let Call { mut call, rotation, n_streams, plan_len, .. } = given;
     let cut = Cut::new(device, &layer, call.n_tokens, n_streams);
     let plan_at = plan_of(layout, call.n_tokens, plan_len)?;
     let bytes = cut.workspace_bytes(&layer);
@@ -138,7 +138,9 @@ pub(crate) unsafe fn enqueue(
         let blocks = [layer.n_kv_heads, n_key_blocks + n_value_blocks + n_more, n_streams];
         let launch = Launch { blocks, threads: STORE_THREADS, shared_bytes };
         // SAFETY: the kernel takes a StoreParams; the caller answers for the pointers in it.
-        unsafe { device.runner.launch(KERNEL, launch, (&raw mut params).cast(), stream) }
+        unsafe {
+            device.runner.launch(KERNELS[usize::from(has_frames(&layer))], launch, (&raw mut params).cast(), stream)
+        }
     };
     if cut.is_one_launch() {
         let few = if is_few(&layer, n_tokens) { STORE_FEW | early } else { 0 };

@@ -34,7 +34,7 @@ fn kernels_are_named_after_their_files() {
         .filter(|path| path.extension().is_some_and(|e| e == "cu"))
         .map(|path| (path.file_stem().unwrap().to_str().unwrap().into(), std::fs::read_to_string(&path).unwrap()))
         .collect();
-    for kernel in attend::kernel_names().chain(dequantize::kernel_names()).chain([store::KERNEL]) {
+    for kernel in attend::kernel_names().chain(dequantize::kernel_names()).chain(store::KERNELS) {
         let is_in = |(stem, text): &&(String, String)| {
             kernel.starts_with(&format!("kvq_{stem}_")) && text.contains(&format!("({kernel},"))
         };

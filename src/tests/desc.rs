@@ -1,14 +1,14 @@
 //! What device code is told of layers.
 
+use super::profile;
 use crate::codec::page::Side;
 use crate::cuda::desc::*;
 use crate::layout::Layout;
-use crate::recipe::Recipe;
 use crate::shape::Shape;
 
 fn desc(spec: &str, layer: usize) -> (Layout, LayerDesc) {
     let shape = Shape { n_heads: 8, n_kv_heads: 2, head_dim_k: 128, head_dim_v: 64 };
-    let layout = Layout::new(&Recipe::parse(spec).unwrap(), shape, layer, 1000, 300).unwrap();
+    let layout = Layout::new(&profile::parse(spec, shape), shape, layer, 1000, 300).unwrap();
     let desc = layout.describe();
     (layout, desc)
 }
@@ -45,4 +45,13 @@ fn pages_are_described_as_their_codec_has_them() {
     let (_, adaptive) = desc("qaq:bits=2.25,outliers=1", 3);
     assert_eq!((adaptive.k.codec, adaptive.k.budget, adaptive.k.n_outliers), (CODEC_ADAPTIVE, 9, 1));
     assert_eq!(adaptive.v.outliers, adaptive.v.order + 128);
+    let (layout, framed) = desc("aqua:k=2.25", 3);
+    assert_eq!(
+        (framed.k.codec, framed.k.budget, framed.k.fewest_segments, framed.k.n_segments),
+        (CODEC_AQUA, 18, 5, 7)
+    );
+    // Behind numbers of 112 coefficients and the means of 16.
+    assert_eq!((framed.k.steps, framed.k.tail, framed.predicts), (4608, 4608 + 3 * 112 + 16, 1));
+    assert!(layout.profile().len() > 2 * 4 * (3 * 128 * 128 + 129 * 64) && desc("kivi", 3).0.profile().is_empty());
+    assert_eq!(desc("aqua:predict=0", 3).1.predicts, 0);
 }

@@ -4,24 +4,28 @@
 use half::f16;
 
 use super::device_twin::{denominators, next_cells, spoil, Learns, Twin};
-use super::layer::{device_recipes, Layer, Ubatch};
+use super::layer::{recipes, Layer, Ubatch};
 use super::random::Rng;
 use crate::codec::page::Side;
 use crate::cuda::lab::Lab;
 use crate::location::Location;
 use crate::shape::Shape;
-use crate::store::dequantize_head;
+use crate::store::{dequantize_head, dequantize_values};
 
 /// What the CPU reads of some cells of one side, `[head][cell][dim]`.
 fn decoded(layer: &Layer, side: Side, location: &[Location]) -> Vec<f16> {
     let shape = layer.layout.shape();
     let dim = if side == Side::Key { shape.head_dim_k } else { shape.head_dim_v } as usize;
-    let regions = layer.memory[side as usize].chunks_exact(layer.layout.head_bytes(side));
+    let [keys, values] =
+        [Side::Key, Side::Value].map(|of| layer.memory[of as usize].chunks_exact(layer.layout.head_bytes(of)));
     let mut rows = vec![0f32; dim * location.len()];
-    regions
-        .flat_map(|region| {
-            let (rotation, cells) = (layer.rotation.as_ref(), 0..location.len());
-            dequantize_head(&layer.layout, side, region, location, rotation, cells, &mut rows).unwrap();
+    keys.zip(values)
+        .flat_map(|(key, value)| {
+            let (layout, rotation, cells) = (&layer.layout, layer.rotation.as_ref(), 0..location.len());
+            match side {
+                Side::Key => dequantize_head(layout, side, key, location, rotation, cells, &mut rows).unwrap(),
+                Side::Value => dequantize_values(layout, [key, value], location, cells, &mut rows).unwrap(),
+            }
             rows.iter().map(|x| f16::from_f32(x.clamp(-65504.0, 65504.0))).collect::<Vec<f16>>()
         })
         .collect()
@@ -105,12 +109,15 @@ fn walk(lab: &Lab, spec: &str, shape: Shape, steps: usize, moves: bool) {
 #[test]
 fn rows_are_those_of_the_cpu() {
     for lab in Lab::all() {
-        for spec in device_recipes(&[
+        for spec in recipes(&[
             "skvq:k=1.6,v=1.6",
             "skvq:k=8,v=4,group=32",
             "skvq:page=64",
             "ott:sinks=0,window=0",
             "kivi:page=256",
+            "aqua:k=1.5,v=1.6,page=64",
+            "aqua:klt=0,page=256",
+            "aqua:predict=0",
         ]) {
             for shape in [
                 Shape { n_heads: 4, n_kv_heads: 2, head_dim_k: 128, head_dim_v: 64 },

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::device_twin::{denominators, next_cells, spoil, Learns, Twin, POISON};
-use super::layer::{device_recipes, Layer, Ubatch};
+use super::layer::{recipes, Layer, Ubatch};
 use super::random::Rng;
 use crate::codec::page::Side;
 use crate::cuda::attend::Workspace;
@@ -90,67 +90,25 @@ fn walk_all(specs: &[String], shapes: &[Shape], steps: usize) {
     }
 }
 
-/// Microseconds of a call: one token that goes to a slot, and a page that is sealed. For a GPU that does nothing else:
-/// `cargo test --release --features cuda times_of_a_layer -- --ignored --nocapture`.
-#[test]
-#[ignore = "a measurement"]
-fn times_of_a_layer() {
-    const CALLS: u32 = 200;
-    for lab in Lab::all() {
-        for spec in ["skvq:k=2,v=2", "kivi:k=2.25,v=2", "on", "ott", "qaq:bits=2.25"] {
-            let mut twin = Twin::new(&lab, spec, shape(8, 4, 128, 128), 4096);
-            let mut rng = Rng::new(1);
-            let mut time = |cells: std::ops::Range<usize>| {
-                let ints = twin.layer.plan(cells.clone());
-                let ubatch = twin.layer.ubatch(&mut rng, cells.len());
-                let lse = vec![1.0; cells.len() * 32];
-                let floats = |x: &[f32]| lab.upload(x);
-                let rows = [floats(&ubatch.q), floats(&ubatch.k), floats(&ubatch.v), floats(&lse), lab.upload(&ints)];
-                let workspace = Workspace { memory: twin.workspace.pointer(), bytes: twin.workspace.bytes() };
-                let call = || {
-                    let call = twin.call(&rows, &ints, Learns::Everything);
-                    // SAFETY: as in `Twin::store`.
-                    unsafe {
-                        enqueue(lab.device(), &twin.layer.layout, call, workspace, std::ptr::null_mut()).unwrap();
-                    }
-                };
-                call();
-                lab.download::<f32>(&rows[3]);
-                let start = Instant::now();
-                (0..CALLS).for_each(|_| call());
-                lab.download::<f32>(&rows[3]);
-                let microseconds = start.elapsed().as_secs_f64() * 1e6 / f64::from(CALLS);
-                let n_records = Plan::new(&ints).unwrap().records().len();
-                (microseconds, n_records)
-            };
-            let (many, n_many) = time(0..512);
-            let (one, n_one) = time(512..513);
-            println!(
-                "{:10} {spec:18} 512 tokens, {n_many} rows sealed: {many:8.1} us; 1 token, {n_one}: {one:6.1} us",
-                lab.name()
-            );
-        }
-    }
-}
-
 fn owned(specs: &[&str]) -> Vec<String> {
     specs.iter().map(|spec| spec.to_string()).collect()
 }
 
 #[test]
 fn every_recipe() {
-    walk_all(&device_recipes(&[]), &[shape(2, 2, 128, 128)], 12);
+    walk_all(&recipes(&[]), &[shape(2, 2, 128, 128)], 12);
 }
 
 #[test]
 fn every_width_and_form() {
     let group = ["skvq:k=8,v=8", "skvq:k=4,v=4", "skvq:k=3,v=3", "skvq:k=1.6,v=1.6", "skvq:k=2,v=2", "skvq:group=32"];
     let forms = ["skvq:smooth=0", "skvq:mean=0,rotate=0", "skvq:group=64,symmetric=0,k=4", "skvq:refit=0,clip=0.8"];
+    let framed = ["aqua:k=1.5,v=1.6", "aqua:k=4,v=4,refit=0", "aqua:klt=0,bias=0", "aqua:predict=0,clip=0.8"];
     let channel = ["kivi:k=2.25", "kivi:k=1", "kivi:k=3.5,meta=fp16", "kivi:k=4,adaptive=0", "ott:k=2.5,outliers=6"];
     let adaptive = ["qaq:bits=3,attn-keys=1", "qaq:levels=normal", "qaq:outliers=2,symmetric=0,mean=0"];
     let more = ["qaq:bits=1.5,min-bits=1,levels=normal", "qaq:adaptive=0", "qaq:attn-window=0,mean=0"];
     let specs: Vec<String> =
-        [&group[..], &forms, &channel, &adaptive, &more].concat().iter().map(|s| with_page(s, 64)).collect();
+        [&group[..], &forms, &framed, &channel, &adaptive, &more].concat().iter().map(|s| with_page(s, 64)).collect();
     walk_all(&specs, &[shape(1, 3, 64, 96)], 16);
 }
 
@@ -162,7 +120,7 @@ fn with_page(spec: &str, page: usize) -> String {
 fn every_page_and_head_size() {
     for page in [64, 256] {
         let specs: Vec<String> =
-            ["skvq:k=1.6,v=3", "skvq:symmetric=0,group=32", "kivi:k=2.5", "qaq", "ott:k=3,outliers=3,pool=4"]
+            ["skvq:k=1.6,v=3", "skvq:symmetric=0,group=32", "kivi:k=2.5", "qaq", "ott:k=3,outliers=3,pool=4", "aqua"]
                 .iter()
                 .map(|spec| with_page(spec, page))
                 .collect();
@@ -176,6 +134,7 @@ fn small_windows() {
     let specs =
         ["skvq:page=64,window=0,sinks=0", "kivi:page=64,window=5", "ott:page=64,window=0", "qaq:page=64,window=8"];
     walk_all(&owned(&specs), &[shape(1, 2, 64, 64)], 40);
+    walk_all(&owned(&["aqua:page=64,window=0,sinks=0"]), &[shape(2, 2, 64, 96)], 40);
 }
 
 /// Pages of few rows that are made anew when others join, from what the outlier pool has of them as well.
@@ -186,6 +145,7 @@ fn pages_of_few_rows() {
         "kivi:k=2.25,page=64,window=0,sinks=0",
         "ott:k=2.5,page=64,window=0,sinks=0,outliers=6,pool=8",
         "qaq:page=64,window=0,sinks=0,outliers=1,attn-window=0",
+        "aqua:page=64,window=0,sinks=0",
     ];
     let page = 64;
     for lab in Lab::all() {
@@ -251,9 +211,11 @@ fn members_that_are_named_twice() {
 #[test]
 fn rows_are_turned_back() {
     for lab in Lab::all() {
-        for (spec, shape) in
-            [("skvq:page=64,window=0", shape(1, 2, 64, 64)), ("kivi:page=64,window=8", shape(1, 3, 96, 64))]
-        {
+        for (spec, shape) in [
+            ("skvq:page=64,window=0", shape(1, 2, 64, 64)),
+            ("kivi:page=64,window=8", shape(1, 3, 96, 64)),
+            ("aqua:page=64,window=8", shape(1, 3, 96, 64)),
+        ] {
             let walked = walk(&lab, spec, shape, 331, 60, true);
             assert!(walked.turned > 20, "{spec}: {} rows tell too little", walked.turned);
         }
@@ -270,15 +232,19 @@ fn several_streams() {
             ("on", shape(2, 2, 64, 64), 1),
             ("on", shape(1, 4, 128, 128), 300),
             ("qaq", shape(2, 1, 64, 96), 140),
+            ("aqua", shape(2, 2, 64, 64), 1),
+            ("aqua", shape(2, 1, 128, 64), 300),
             ("skvq:page=256", shape(1, 1, 256, 256), 200),
         ] {
             let mut rng = Rng::new(11);
             let mut twins = [310, 20, 140].map(|held| {
                 let mut twin = Twin::new(&lab, spec, shape, N_CELLS);
-                let (ints, ubatch) = (twin.layer.plan(0..held), twin.layer.ubatch(&mut rng, held));
+                // Each stream has positions of its own.
+                let ints = twin.layer.plan_cells(&(0..held).collect::<Vec<usize>>(), 5 * held);
+                let ubatch = twin.layer.ubatch(&mut rng, held);
                 let lse = vec![1.5; held * shape.n_heads as usize];
                 assert_eq!(twin.store(&ints, &ubatch, &lse, Learns::Everything), None);
-                let ints = twin.layer.plan(held..held + n);
+                let ints = twin.layer.plan_cells(&(held..held + n).collect::<Vec<usize>>(), 6 * held);
                 (ints, twin.layer.ubatch(&mut rng, n), vec![2.5; n * shape.n_heads as usize], twin)
             });
             let all = |of: &dyn Fn(&Ubatch) -> &Vec<f32>| {
@@ -286,7 +252,9 @@ fn several_streams() {
             };
             let ints: Vec<i32> = twins.iter().flat_map(|twin| twin.0.clone()).collect();
             let lse: Vec<f32> = twins.iter().flat_map(|twin| twin.2.clone()).collect();
-            let rows = [all(&|u| &u.q), all(&|u| &u.k), all(&|u| &u.v), lab.upload(&lse), lab.upload(&ints)];
+            let positions: Vec<i32> = twins.iter().flat_map(|twin| twin.3.layer.positions().to_vec()).collect();
+            let (plan, positions) = (lab.upload(&ints), lab.upload(&positions));
+            let rows = [all(&|u| &u.q), all(&|u| &u.k), all(&|u| &u.v), lab.upload(&lse), plan, positions];
             let memory = [0, 1].map(|side: usize| {
                 lab.upload(&twins.iter().flat_map(|twin| twin.3.layer.memory[side].clone()).collect::<Vec<u8>>())
             });
@@ -294,7 +262,8 @@ fn several_streams() {
             let mut call = twins[0].3.call(&rows, &twins[0].0, Learns::Everything);
             (call.call.k_mem, call.call.v_mem) = (memory[0].pointer().cast(), memory[1].pointer().cast());
             let (k, v) = (layout.k_bytes() as u64, layout.v_bytes() as u64);
-            call.call.streams = StreamDesc { k, v, plan: plan_len as u64, ..StreamDesc::default() };
+            call.call.streams =
+                StreamDesc { k, v, plan: plan_len as u64, positions: N_CELLS as u64, ..StreamDesc::default() };
             let call = Call { n_streams: 3, ..call };
             let bytes = workspace_bytes(lab.device(), layout, n as u32, 3);
             let space = lab.upload(&vec![POISON; bytes]);
@@ -320,7 +289,7 @@ fn too_little_workspace_and_short_plans_are_refused() {
         // Rows of such pages fit no shared memory.
         let mut twin = Twin::new(&lab, "skvq:page=256", shape(1, 1, 256, 256), 512);
         let ints = twin.layer.plan(0..3);
-        let rows = [(); 5].map(|()| lab.upload(&[0f32; 4096]));
+        let rows = [(); 6].map(|()| lab.upload(&[0f32; 4096]));
         let bytes = workspace_bytes(lab.device(), &twin.layer.layout, 3, 1);
         let given = Workspace { memory: twin.workspace.pointer(), bytes };
         assert!((256 * 256 * 4..=twin.workspace.bytes()).contains(&bytes));

@@ -26,6 +26,7 @@ pub(super) struct Twin<'a> {
     pub(super) layer: Layer,
     pub(super) memory: [Buffer; 2],
     pub(super) workspace: Buffer,
+    profile: Buffer,
 }
 
 /// Which queries the store learns from.
@@ -43,7 +44,8 @@ impl<'a> Twin<'a> {
         layer.memory.iter_mut().for_each(|side| side.fill(POISON));
         let memory = layer.memory.each_ref().map(|side| lab.upload(side));
         let workspace = lab.upload(&vec![POISON; workspace_bytes(lab.device(), &layer.layout, n_cells as u32, 1)]);
-        Self { lab, layer, memory, workspace }
+        let profile = lab.upload(&layer.layout.profile());
+        Self { lab, layer, memory, workspace, profile }
     }
 
     /// Lets positions move from now on.
@@ -60,12 +62,12 @@ impl<'a> Twin<'a> {
         let (near, far) = (distance(), distance());
         let page = self.layer.layout.page();
         self.layer.shift(|cell| if cell % page < page / 2 { near } else { far });
-        self.memory[0] = self.lab.upload(&self.layer.memory[0]);
+        self.memory = self.layer.memory.each_ref().map(|side| self.lab.upload(side));
     }
 
-    pub(super) fn call(&self, rows: &[Buffer; 5], ints: &[i32], learns: Learns) -> Call<StoreCall> {
+    pub(super) fn call(&self, rows: &[Buffer; 6], ints: &[i32], learns: Learns) -> Call<StoreCall> {
         let Shape { n_heads, n_kv_heads, head_dim_k, head_dim_v } = self.layer.layout.shape();
-        let [q, k, v, lse, plan] = rows.each_ref().map(Buffer::pointer);
+        let [q, k, v, lse, plan, positions] = rows.each_ref().map(Buffer::pointer);
         let unless = |is_left_out: bool, pointer: *const f32| if is_left_out { std::ptr::null() } else { pointer };
         let call = StoreCall {
             k_cur: k.cast(),
@@ -81,6 +83,7 @@ impl<'a> Twin<'a> {
             k_mem: self.memory[0].pointer().cast(),
             v_mem: self.memory[1].pointer().cast(),
             plan: plan.cast(),
+            positions: positions.cast(),
             rows: std::ptr::null_mut(),
             notes: std::ptr::null_mut(),
             note_stride: 0,
@@ -95,7 +98,11 @@ impl<'a> Twin<'a> {
             n_tokens: Plan::new(ints).unwrap().n_tokens() as u32,
             streams: StreamDesc::default(),
         };
-        Call { call, rotation: self.rotation(), n_streams: 1, plan_len: ints.len() }
+        Call { call, rotation: self.rotation(), n_streams: 1, plan_len: ints.len(), profile: self.profile() }
+    }
+
+    fn profile(&self) -> u64 {
+        self.profile.pointer() as u64
     }
 
     fn rotation(&self) -> RotationDesc {
@@ -106,7 +113,8 @@ impl<'a> Twin<'a> {
     pub(super) fn store(&mut self, ints: &[i32], ubatch: &Ubatch, lse: &[f32], learns: Learns) -> Option<String> {
         let lab = self.lab;
         let floats = |x: &[f32]| lab.upload(x);
-        let rows = [floats(&ubatch.q), floats(&ubatch.k), floats(&ubatch.v), floats(lse), lab.upload(ints)];
+        let (plan, positions) = (lab.upload(ints), lab.upload(self.layer.positions()));
+        let rows = [floats(&ubatch.q), floats(&ubatch.k), floats(&ubatch.v), floats(lse), plan, positions];
         let call = self.call(&rows, ints, learns);
         let workspace = Workspace { memory: self.workspace.pointer(), bytes: self.workspace.bytes() };
         // SAFETY: every pointer is a buffer of the device that holds what the header says and outlives the download, which
@@ -160,7 +168,7 @@ impl<'a> Twin<'a> {
             // SAFETY: numbers and pointers, for which zero is a value.
             ..unsafe { std::mem::zeroed() }
         };
-        let read = Call { call: read, rotation: self.rotation(), n_streams: 1, plan_len };
+        let read = Call { call: read, rotation: self.rotation(), n_streams: 1, plan_len, profile: self.profile() };
         // What nobody writes must not look like a row.
         let out =
             [head_dim_k, head_dim_v].map(|dim| self.lab.upload(&vec![f16::NAN; n_kv * (n_kv_heads * dim) as usize]));

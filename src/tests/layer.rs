@@ -29,12 +29,6 @@ pub(super) fn recipes(more: &[&str]) -> Vec<String> {
     presets.chain(methods).chain(papers).chain(more.iter().map(|spec| spec.to_string())).collect()
 }
 
-/// Those of them that GPUs have kernels for.
-pub(super) fn device_recipes(more: &[&str]) -> Vec<String> {
-    let is_known = |spec: &String| matches!(Recipe::parse(spec).unwrap().profile_path(), Ok(None));
-    recipes(more).into_iter().filter(is_known).collect()
-}
-
 /// Queries, keys and values of an ubatch.
 #[derive(Clone)]
 pub(super) struct Ubatch {
@@ -95,6 +89,11 @@ impl Layer {
             self.positions[row.cell as usize] = row.pos;
         }
         ints
+    }
+
+    /// The position of each cell's token.
+    pub(super) fn positions(&self) -> &[i32] {
+        &self.positions
     }
 
     /// Whether each cell holds a token; some may be removed.

@@ -11,7 +11,7 @@ use crate::simd::vector::{dot_floats, Vector, MAX_LANES};
 
 const MAX_PAIRS: usize = MAX_HEAD_DIM as usize / 2;
 /// Even and odd powers of the polynomial.
-const SLOW: [usize; 2] = [3, 2];
+pub(super) const SLOW: [usize; 2] = [3, 2];
 /// Radians from the middle of a page to its end up to which a pair is slow: the polynomial is within 2e-5 there.
 const SLOW_TURN: f64 = 0.5;
 
@@ -19,9 +19,9 @@ const SLOW_TURN: f64 = 0.5;
 #[derive(Clone, Debug)]
 pub(super) struct Curves {
     /// Pairs with a cosine and a sine of their own.
-    fast: Vec<usize>,
+    pub(super) fast: Vec<usize>,
     /// `[power][pair]`: the polynomials of cosines and of sines; whole vectors, 0 for other pairs.
-    slow: [Vec<f32>; 2],
+    pub(super) slow: [Vec<f32>; 2],
     /// `[len][page / 2]`: powers, then cosines or sines, of the second half of the rows. The first cosine is 1 everywhere.
     pub(super) rows: [Vec<f32>; 2],
 }

@@ -23,7 +23,7 @@ pub(crate) struct Frame {
     pub(super) rotation: Rotation,
     /// What the bias adds to scores.
     pub(super) curves: Curves,
-    heads: Vec<HeadFrame>,
+    pub(super) heads: Vec<HeadFrame>,
     pub(super) dim_k: usize,
     pub(super) dim_v: usize,
     /// Of the profile; 0 without one.
@@ -38,7 +38,7 @@ pub(super) struct HeadFrame {
     /// The same in the middle of a page, `[dim_k]`.
     pub(super) middle: Vec<f32>,
     /// `T`, transposed: `[dim_k][coefficient]`; empty: the identity.
-    transform: Vec<f32>,
+    pub(super) transform: Vec<f32>,
     /// Its inverse, transposed: `[coefficient][dim_k]`.
     pub(super) directions: Vec<f32>,
     /// The same for queries.

@@ -11,6 +11,7 @@
 #![deny(unsafe_code)]
 
 mod curves;
+mod device;
 mod frame;
 mod kernels;
 mod predict;
@@ -30,7 +31,7 @@ use super::mixed::{MAX_BITS, SEGMENT};
 use super::page::{PageCodec, PageRef, SealRows, ValuePredictor};
 use super::quantizer::mean_row;
 use super::query::{Probabilities, Query};
-use crate::cuda::desc::SideDesc;
+use crate::cuda::desc::{SideDesc, CODEC_AQUA};
 use crate::error::{Error, Result, Status};
 use crate::profile::Profile;
 use crate::shape::{Shape, MAX_HEAD_DIM};
@@ -302,8 +303,15 @@ impl PageCodec for AquaCodec {
         self.frame.predicts().then_some(self)
     }
 
-    /// No kernel on a GPU reads this: no codec is named.
+    /// That of the largest number of segments.
     fn describe(&self, desc: &mut SideDesc) {
-        (desc.codec, desc.page_bytes) = (u32::MAX, self.page_bytes() as u32);
+        let (first, last) = (&self.inners[0], &self.inners[self.inners.len() - 1]);
+        last.describe(desc);
+        desc.codec = CODEC_AQUA;
+        (desc.fewest_segments, desc.tail) = (first.tile.n_segments() as u32, self.tail_offset() as u32);
+    }
+
+    fn profile(&self) -> Vec<u8> {
+        self.frame.for_device()
     }
 }
