@@ -56,7 +56,7 @@ warned() {
 # The instruction sets that this processor has, one a line: the library says "" to one that it has not.
 list_isas() {
     local isa
-    for isa in scalar avx2 avxvnni avx512; do
+    for isa in scalar avx2 avxvnni avx512 amx; do
         KVQ_ISA=$isa python3 -c 'import ctypes, sys
 isa = ctypes.CDLL(sys.argv[1]).kvq_isa
 isa.restype = ctypes.c_char_p
@@ -86,7 +86,7 @@ release_lane() {
     # Tests of all instruction sets pass over those that this processor lacks; the library says which.
     rm -f "$logs/isas"
     step "instruction sets of this processor" list_isas
-    for isa in scalar avx2 avxvnni avx512; do
+    for isa in scalar avx2 avxvnni avx512 amx; do
         if grep -q -x "$isa" "$logs/isas"; then
             step "cargo test, $isa" env KVQ_ISA="$isa" cargo test --release
         else

@@ -323,7 +323,7 @@ if [ -e "$bin/fake_cuda.so" ]; then
     check "-lv 4 lists pages, exact rows and outlier tokens of each device" each_device
     each_layer() {
         fake_completion -c 8192 -n 1 -p x -ngl 3 --kvq on -lv 5 2>&1 | grep 'attended to and stored by' | tee layers.log
-        [ "$(grep -c -E 'layer [01]: attended to and stored by (scalar|avx2|avxvnni|avx512): ' layers.log)" = 2 ] &&
+        [ "$(grep -c -E 'layer [01]: attended to and stored by (scalar|avx2|avxvnni|avx512|amx): ' layers.log)" = 2 ] &&
             [ "$(grep -c -E 'layer [23]: attended to and stored by CUDA0: ' layers.log)" = 2 ]
     }
     check "-lv 5 lists who attends to each layer" each_layer

@@ -18,6 +18,7 @@ use crate::layout::Layout;
 use crate::plan::MAX_TURNS;
 use crate::pool;
 use crate::rotation::Angles;
+use crate::simd::aligned::Aligned;
 use crate::simd::exact::{ExactRows, Logits, State};
 
 /// Buffers of a thread, kept from call to call so that the path allocates nothing.
@@ -30,10 +31,10 @@ pub(super) struct Workspace {
     turned: Vec<f32>,
     angles: Angles,
     /// Scores of the rows of a page that have moved by another distance than those before.
-    scores: Vec<f32>,
+    scores: Aligned<f32>,
     probabilities: Probabilities,
     mask: Vec<f32>,
-    exact: Vec<f32>,
+    exact: Aligned<f32>,
     slopes: Vec<f32>,
     mask_row: Vec<u32>,
     /// For each query row: it is not finite, and its output is NaN.

@@ -6,6 +6,7 @@ use super::quantizer::{abs_max, sum};
 use crate::codec::float8::factor;
 use crate::rotation::Angles;
 use crate::shape::MAX_HEAD_DIM;
+use crate::simd::aligned::Aligned;
 
 /// Largest magnitude of one int8 coefficient.
 const INT8_MAX: f32 = 127.0;
@@ -32,12 +33,12 @@ pub(crate) struct QueryForm {
 #[derive(Default, Debug)]
 pub(crate) struct Query {
     n_rows: usize,
-    rows: Vec<f32>,
+    rows: Aligned<f32>,
     /// Of the page that the rows below are made for; empty: none, or no page has factors.
     exponents: Vec<u8>,
-    rotated: Vec<f32>,
+    rotated: Aligned<f32>,
     /// `[row][plane][head_dim]`
-    pub(crate) int8: Vec<i8>,
+    pub(crate) int8: Aligned<i8>,
     /// `[row][group]`: value of one unit of the (low plane's) coefficients.
     pub(crate) scale: Vec<f32>,
     /// `[row][group]`: minus the codes' centre times the sum of the rounded coefficients.
@@ -205,13 +206,13 @@ pub(crate) fn allowed(nmse: f64) -> f32 {
 #[derive(Default, Debug)]
 pub(crate) struct Probabilities {
     /// `[n_rows][page]`, not negative.
-    pub(crate) p: Vec<f32>,
+    pub(crate) p: Aligned<f32>,
     /// Rows in use.
     pub(crate) n_rows: usize,
     /// Columns.
     pub(crate) page: usize,
     /// `[row][plane][page]` of one group of channels.
-    pub(crate) int8: Vec<i8>,
+    pub(crate) int8: Aligned<i8>,
     /// `[row]`: value of one unit of the (low plane's) coefficients.
     pub(crate) scale: Vec<f32>,
     /// `[row]`: what the codes' centre and the mid-points add to every channel of the group.

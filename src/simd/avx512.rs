@@ -172,7 +172,7 @@ fn load_i32(x: &[i32], at: usize) -> __m512i {
 /// Stores sixteen integers at `x[at..]`, bounds checked.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn store_i32(x: &mut [i32], at: usize, value: __m512i) {
+pub(crate) fn store_i32(x: &mut [i32], at: usize, value: __m512i) {
     let x = &mut x[at..at + 16];
     // SAFETY: the slice holds sixteen integers.
     unsafe { _mm512_storeu_si512(x.as_mut_ptr().cast(), value) }

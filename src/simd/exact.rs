@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use super::aligned::Aligned;
+
 /// A block of exact rows `[n][dim]`, finite, with room behind them: `data` holds a multiple of 16 rows.
 #[derive(Clone, Copy)]
 pub(crate) struct ExactRows<'a> {
@@ -19,11 +21,11 @@ pub(crate) struct State {
     /// `[row]`
     pub(crate) sum: Vec<f32>,
     /// `[row][head_dim_v]`, in the value codec's transformed space.
-    pub(crate) packed: Vec<f32>,
+    pub(crate) packed: Aligned<f32>,
     /// `[row][head_dim_v]`, from exact rows.
-    pub(crate) exact: Vec<f32>,
+    pub(crate) exact: Aligned<f32>,
     /// `[row][n_sums]` of the keys' predictor (`codec::page::ValuePredictor`); empty: values are not predicted.
-    pub(crate) predicted: Vec<f32>,
+    pub(crate) predicted: Aligned<f32>,
 }
 
 /// How raw scores become logits.

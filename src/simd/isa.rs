@@ -16,11 +16,13 @@ pub enum Isa {
     AvxVnni,
     /// AVX-512 F, BW, DQ, VL, VNNI and VBMI (Ice Lake, Zen 4 and newer).
     Avx512,
+    /// These and AMX with tiles of bytes (Sapphire Rapids and newer), which an operating system may refuse.
+    Amx,
 }
 
 impl Isa {
     /// Every instruction set, simplest first.
-    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512];
+    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Amx];
 
     /// The name that `KVQ_ISA` takes.
     pub fn name(self) -> &'static str {
@@ -29,6 +31,7 @@ impl Isa {
             Isa::Avx2 => "avx2",
             Isa::AvxVnni => "avxvnni",
             Isa::Avx512 => "avx512",
+            Isa::Amx => "amx",
         }
     }
 }
@@ -40,9 +43,16 @@ pub struct Avx2<const VNNI: bool = false>(());
 /// Proof that the CPU has what [`Isa::AvxVnni`] lists.
 pub type AvxVnni = Avx2<true>;
 
-/// Proof that the CPU has what [`Isa::Avx512`] lists: only detection makes one.
+/// Proof that the CPU has what [`Isa::Avx512`] lists, and perhaps that this process may use AMX: only detection makes one. A mark
+/// instead of a type of its own, since a single kernel asks for it and all others would be compiled twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Avx512(());
+pub struct Avx512 {
+    has_amx: bool,
+}
+
+/// What tables of kernels hold of either kind.
+#[cfg(target_arch = "x86_64")]
+static AVX512: [Avx512; 2] = [Avx512 { has_amx: false }, Avx512 { has_amx: true }];
 
 #[cfg(target_arch = "x86_64")]
 impl Avx2 {
@@ -62,6 +72,21 @@ impl AvxVnni {
 
 #[cfg(target_arch = "x86_64")]
 impl Avx512 {
+    /// Whether this process may use AMX.
+    pub(crate) fn has_amx(self) -> bool {
+        self.has_amx
+    }
+
+    /// The same proof for as long as the program runs.
+    pub(crate) fn kept(self) -> &'static Self {
+        &AVX512[usize::from(self.has_amx)]
+    }
+
+    fn detect_amx() -> Option<Self> {
+        Avx512::detect()?;
+        crate::simd::amx::is_permitted().then_some(Avx512 { has_amx: true })
+    }
+
     fn detect() -> Option<Self> {
         Avx2::<false>::detect()?;
         (is_x86_feature_detected!("avx512f")
@@ -70,7 +95,7 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512vnni")
             && is_x86_feature_detected!("avx512vbmi"))
-        .then_some(Avx512(()))
+        .then_some(Avx512 { has_amx: false })
     }
 }
 
@@ -86,6 +111,10 @@ impl Avx512 {
     fn detect() -> Option<Self> {
         None
     }
+
+    fn detect_amx() -> Option<Self> {
+        None
+    }
 }
 
 /// An instruction set that this CPU has, with the proof that opens its tables of kernels.
@@ -99,6 +128,8 @@ pub enum IsaToken {
     AvxVnni(AvxVnni),
     /// [`Isa::Avx512`]
     Avx512(Avx512),
+    /// [`Isa::Amx`]
+    Amx(Avx512),
 }
 
 /// What has no proof to carry: plain Rust runs everywhere.
@@ -106,8 +137,8 @@ pub enum IsaToken {
 pub(crate) struct Scalar;
 
 /// The table of kernels for a token, out of what implements `$table` for all instruction sets: the one place that knows which
-/// there are. The proof goes into the table, so that whoever has the table has the proof; neither has a size, and nothing is
-/// allocated.
+/// there are. The proof goes into the table, so that whoever has the table has the proof. Proofs without a size take no memory, the
+/// others are kept once.
 macro_rules! kernels_of {
     ($token:expr => $table:ty) => {{
         let table: &'static $table = match $token {
@@ -116,7 +147,7 @@ macro_rules! kernels_of {
             #[cfg(target_arch = "x86_64")]
             $crate::simd::isa::IsaToken::AvxVnni(proof) => Box::leak(Box::new(proof)),
             #[cfg(target_arch = "x86_64")]
-            $crate::simd::isa::IsaToken::Avx512(proof) => Box::leak(Box::new(proof)),
+            $crate::simd::isa::IsaToken::Avx512(proof) | $crate::simd::isa::IsaToken::Amx(proof) => proof.kept(),
             _ => &$crate::simd::isa::Scalar,
         };
         table
@@ -132,6 +163,7 @@ impl IsaToken {
             Isa::Avx2 => Avx2::<false>::detect().map(IsaToken::Avx2),
             Isa::AvxVnni => AvxVnni::detect().map(IsaToken::AvxVnni),
             Isa::Avx512 => Avx512::detect().map(IsaToken::Avx512),
+            Isa::Amx => Avx512::detect_amx().map(IsaToken::Amx),
         }
     }
 
@@ -142,6 +174,7 @@ impl IsaToken {
             IsaToken::Avx2(_) => Isa::Avx2,
             IsaToken::AvxVnni(_) => Isa::AvxVnni,
             IsaToken::Avx512(_) => Isa::Avx512,
+            IsaToken::Amx(_) => Isa::Amx,
         }
     }
 
@@ -161,10 +194,10 @@ impl IsaToken {
             return Ok(Isa::ALL.iter().rev().find_map(|isa| IsaToken::new(*isa)).unwrap_or(IsaToken::Scalar));
         };
         match Isa::ALL.iter().find(|isa| isa.name() == wanted) {
-            None => fail(format!("KVQ_ISA={wanted}: use scalar, avx2, avxvnni or avx512")),
+            None => fail(format!("KVQ_ISA={wanted}: use scalar, avx2, avxvnni, avx512 or amx")),
             Some(isa) => match IsaToken::new(*isa) {
                 Some(token) => Ok(token),
-                None => fail(format!("KVQ_ISA={wanted}: this CPU does not have it")),
+                None => fail(format!("KVQ_ISA={wanted}: this CPU or its operating system does not have it")),
             },
         }
     }
@@ -188,7 +221,10 @@ mod tests {
             match (IsaToken::new(isa), IsaToken::choose(Some(isa.name()))) {
                 (Some(token), Ok(chosen)) => assert_eq!(token, chosen),
                 (None, Err(error)) => {
-                    assert_eq!(error.message(), format!("KVQ_ISA={}: this CPU does not have it", isa.name()));
+                    assert_eq!(
+                        error.message(),
+                        format!("KVQ_ISA={}: this CPU or its operating system does not have it", isa.name())
+                    );
                 }
                 (token, chosen) => panic!("{}: {token:?} {chosen:?}", isa.name()),
             }
@@ -202,6 +238,6 @@ mod tests {
         assert_eq!(IsaToken::choose(Some("scalar")).unwrap().isa(), Isa::Scalar);
         assert!(IsaToken::choose(None).is_ok());
         let error = IsaToken::choose(Some("sse9")).unwrap_err();
-        assert_eq!(error.message(), "KVQ_ISA=sse9: use scalar, avx2, avxvnni or avx512");
+        assert_eq!(error.message(), "KVQ_ISA=sse9: use scalar, avx2, avxvnni, avx512 or amx");
     }
 }

@@ -68,15 +68,13 @@ pub(super) fn copy_finite(from: &[f32], to: &mut [f32]) {
 impl State {
     /// Clears the state for `n_rows` rows of `dim` outputs and `n_sums` sums.
     pub(crate) fn reset(&mut self, n_rows: usize, dim: usize, n_sums: usize) {
-        for (values, n, value) in [
-            (&mut self.max, n_rows, f32::NEG_INFINITY),
-            (&mut self.sum, n_rows, 0.0),
-            (&mut self.packed, n_rows * dim, 0.0),
-            (&mut self.exact, n_rows * dim, 0.0),
-            (&mut self.predicted, n_rows * n_sums, 0.0),
-        ] {
+        for (values, value) in [(&mut self.max, f32::NEG_INFINITY), (&mut self.sum, 0.0)] {
             values.clear();
-            values.resize(n, value);
+            values.resize(n_rows, value);
+        }
+        for (values, n) in [(&mut self.packed, dim), (&mut self.exact, dim), (&mut self.predicted, n_sums)] {
+            values.clear();
+            values.resize(n_rows * n, 0.0);
         }
     }
 

@@ -220,7 +220,7 @@ fn attention_reads_what_decoding_gives() {
         let mut p = Probabilities::default();
         p.resize(2, PAGE);
         p.p.iter_mut().for_each(|p| *p = rng.below(100) as f32 / 1000.0);
-        let weights = p.p.clone();
+        let weights = p.p.to_vec();
         let (mut out, mut want) = (vec![1f32; 2 * DIM], vec![1f64; 2 * DIM]);
         let mut sums = vec![0f32; 2 * predictor.n_sums()];
         predictor.accumulate(page.as_ref(), &mut p, &mut sums);

@@ -6,6 +6,7 @@
 //! that measure best without calibration.
 #![deny(unsafe_code)]
 
+mod many;
 pub(crate) mod scalar;
 mod vector;
 

@@ -1,15 +1,19 @@
 //! Codec `group` on the vectors of any instruction set: byte dot products straight on the packed codes.
 #![forbid(unsafe_code)]
 
-use super::{scalar, GroupCodec, PageRef, Probabilities, Query, QueryForm, SealRows, NMSE};
+use super::{many, scalar, GroupCodec, PageRef, Probabilities, Query, QueryForm, SealRows, NMSE};
 use crate::codec::float8::vector::{e4m3_decode, step_decode};
 use crate::codec::hadamard;
 use crate::codec::kernels::Kernels;
 use crate::codec::page::MAX_PAGE;
 use crate::codec::query::{allowed, is_coarse, PLANE, REST};
-use crate::codec::tile::vector::{by_width_and_rows, dot_rows, float_sum, planes, Codes, Coefficients, TileVector};
+use crate::codec::tile::many::with_room;
+use crate::codec::tile::vector::{
+    by_width, by_width_and_rows, dot_rows, float_sum, planes, Codes, Coefficients, TileVector,
+};
 use crate::codec::tile::Width;
 use crate::shape::MAX_HEAD_DIM;
+use crate::simd::aligned::OnLines;
 use crate::simd::vector::dot_floats;
 
 impl<V: TileVector> Kernels<GroupCodec> for V {
@@ -51,16 +55,16 @@ impl<V: TileVector> Kernels<GroupCodec> for V {
 
 /// The steps and mid-points of a page, found once: in a loop that stores scores the compiler would look them up each time.
 #[derive(Clone, Copy)]
-struct Steps<'a> {
+pub(super) struct Steps<'a> {
     steps: &'a [u8],
     mids: &'a [u8],
     header: [u8; 2],
-    symmetric: bool,
+    pub(super) symmetric: bool,
 }
 
 impl<'a> Steps<'a> {
     #[inline(always)]
-    fn of(codec: &GroupCodec, page: PageRef<'a>) -> Self {
+    pub(super) fn of(codec: &GroupCodec, page: PageRef<'a>) -> Self {
         let (steps, n) = (&page.bytes[codec.steps_offset()..], codec.n_groups * codec.page);
         let symmetric = codec.params.symmetric;
         let (steps, mids) = steps.split_at(n);
@@ -69,32 +73,36 @@ impl<'a> Steps<'a> {
 
     /// Steps from the one of token `at % page` in group `at / page` on.
     #[inline(always)]
-    fn step<V: TileVector>(&self, v: V, at: usize) -> V::F32 {
+    pub(super) fn step<V: TileVector>(&self, v: V, at: usize) -> V::F32 {
         step_decode(v, v.load_bytes(self.steps, at), self.header[0], self.symmetric)
     }
 
     /// Mid-points, likewise; symmetric codes have none.
     #[inline(always)]
-    fn mid<V: TileVector>(&self, v: V, at: usize) -> V::F32 {
+    pub(super) fn mid<V: TileVector>(&self, v: V, at: usize) -> V::F32 {
         e4m3_decode(v, v.load_bytes(self.mids, at), self.header[1])
     }
 }
 
 /// The tile of group `g`; with `ask` the same of a later page is asked for.
 #[inline(always)]
-fn codes_of<'a>(codec: &GroupCodec, page: PageRef<'a>, g: usize, ask: bool) -> Codes<'a> {
+pub(super) fn codes_of<'a>(codec: &GroupCodec, page: PageRef<'a>, g: usize, ask: bool) -> Codes<'a> {
     Codes::new(&page.bytes[g * codec.tile.bytes()..][..codec.tile.bytes()], page.bytes.len(), ask)
 }
 
 #[inline(always)]
 fn scores<V: TileVector>(v: V, codec: &GroupCodec, page: PageRef, query: &Query, out: &mut [f32]) {
     v.ask_behind(page.bytes, codec.steps_offset());
-    let mut mean = [0f32; MAX_HEAD_DIM as usize];
-    let mean = &mut mean[..codec.head_dim];
+    let mut mean = OnLines([0f32; MAX_HEAD_DIM as usize]);
+    let mean = &mut mean.0[..codec.head_dim];
     if codec.params.mean {
         v.f16_to_f32(codec.smooth().mean_half(codec.smooth_part(page), codec.head_dim), mean);
     }
     let (mean, of_dot) = (&*mean, dot_rows::<V>(codec.coefficient_planes()));
+    if query.n_rows() >= v.many_rows() && codec.coefficient_planes() == 1 {
+        with_room(|room| by_width!(v: V, codec.params.width, many::scores(codec, page, query, mean, out, room)));
+        return;
+    }
     for row in (0..query.n_rows()).step_by(V::MAX_ROWS / of_dot) {
         let n = (query.n_rows() - row).min(V::MAX_ROWS / of_dot);
         by_width_and_rows!(v: V, codec.params.width, n * of_dot, score_rows(codec, page, query, row, mean, out));
@@ -168,28 +176,33 @@ fn accumulate<V: TileVector>(v: V, codec: &GroupCodec, page: PageRef, p: &mut Pr
     let of_dot = dot_rows::<V>(codec.coefficient_planes());
     let steps = Steps::of(codec, page);
     for g in 0..codec.n_groups {
-        let (mut step, mut mid) = ([0f32; MAX_PAGE], [0f32; MAX_PAGE]);
+        let [mut step, mut mid, mut x] = [OnLines([0f32; MAX_PAGE]); 3];
+        let (step, mid, x) = (&mut step.0, &mut mid.0, &mut x.0);
         for t in (0..codec.page).step_by(V::LANES) {
-            v.store(&mut step, t, steps.step(v, g * codec.page + t));
+            v.store(step, t, steps.step(v, g * codec.page + t));
             if !steps.symmetric {
-                v.store(&mut mid, t, steps.mid(v, g * codec.page + t));
+                v.store(mid, t, steps.mid(v, g * codec.page + t));
             }
         }
         p.coarse.clear();
         for row in 0..p.n_rows {
             if codec.coefficient_planes() == 2 {
-                round_weights::<V, 2>(v, codec, p, row, &step, &mid);
-            } else if round_weights::<V, 1>(v, codec, p, row, &step, &mid) {
+                round_weights::<V, 2>(v, codec, p, row, step, mid, x);
+            } else if round_weights::<V, 1>(v, codec, p, row, step, mid, x) {
                 p.coarse.push(row);
             }
         }
         let all = &*p;
-        for row in (0..p.n_rows).step_by(V::MAX_ROWS / of_dot) {
-            let n = (p.n_rows - row).min(V::MAX_ROWS / of_dot);
-            by_width_and_rows!(v: V, codec.params.width, n * of_dot, add_rows(codec, page, all, g, row, acc));
+        if p.n_rows >= v.many_rows() && codec.coefficient_planes() == 1 {
+            with_room(|room| by_width!(v: V, codec.params.width, many::add(codec, page, all, g, acc, room)));
+        } else {
+            for row in (0..p.n_rows).step_by(V::MAX_ROWS / of_dot) {
+                let n = (p.n_rows - row).min(V::MAX_ROWS / of_dot);
+                by_width_and_rows!(v: V, codec.params.width, n * of_dot, add_rows(codec, page, all, g, row, acc));
+            }
         }
         for i in 0..p.coarse.len() {
-            round_rest(v, codec, p, &step, i);
+            round_rest(v, codec, p, step, i);
         }
         let rest = &*p;
         for row in (0..p.coarse.len()).step_by(V::MAX_ROWS) {
@@ -199,8 +212,8 @@ fn accumulate<V: TileVector>(v: V, codec: &GroupCodec, page: PageRef, p: &mut Pr
     }
 }
 
-/// Multiplies one row of weights with the steps of a group and rounds the products to uint8, or to what codes of 8 bits are
-/// multiplied by. Gives whether that took too much of them.
+/// Multiplies one row of weights with the steps of a group and rounds the products, for which `x` is room, to uint8, or to what
+/// codes of 8 bits are multiplied by. Gives whether that took too much of them.
 #[inline(always)]
 fn round_weights<V: TileVector, const PLANES: usize>(
     v: V,
@@ -209,32 +222,32 @@ fn round_weights<V: TileVector, const PLANES: usize>(
     row: usize,
     step: &[f32; MAX_PAGE],
     mid: &[f32; MAX_PAGE],
+    x: &mut [f32; MAX_PAGE],
 ) -> bool {
     let n = codec.page;
     let weights = &p.p[row * n..][..n];
-    let mut max = v.splat(0.0);
+    let [mut max, mut all, mut squares] = [v.splat(0.0); 3];
     for t in (0..n).step_by(V::LANES) {
-        max = v.max(max, v.mul(v.load(weights, t), v.load(step, t)));
+        let product = v.mul(v.load(weights, t), v.load(step, t));
+        max = v.max(max, product);
+        if PLANES == 1 {
+            all = v.add(all, product);
+            squares = v.mul_add(product, product, squares);
+        }
+        v.store(x, t, product);
     }
     let max = v.largest(max);
     let top = if PLANES == 2 { 127.0 * PLANE as f32 } else { 255.0 };
-    let inverse = v.splat(if max > 0.0 { top / max } else { 0.0 });
-    let allowed = v.splat(-allowed(NMSE));
+    let of_unit = if max > 0.0 { top / max } else { 0.0 };
+    let inverse = v.splat(of_unit);
     let mut total = v.splat_i32(0);
-    let (mut lost, mut excess) = (v.splat(0.0), v.splat(0.0));
     let int8 = &mut p.int8[row * PLANES * n..][..PLANES * n];
     for t in (0..n).step_by(4 * V::LANES) {
         let mut whole = [v.splat_i32(0); 4];
         for i in 0..4 {
-            let t = t + i * V::LANES;
-            let x = v.mul(v.mul(v.load(weights, t), v.load(step, t)), inverse);
-            whole[i] = v.nearest(x);
+            whole[i] = v.nearest(v.mul(v.load(x, t + i * V::LANES), inverse));
             if PLANES == 2 {
                 total = v.add_i32(total, whole[i]);
-            } else {
-                let error = v.rest(x, whole[i]);
-                lost = v.add(lost, error);
-                excess = v.mul_add(error, error, v.mul_add(v.mul(x, x), allowed, excess));
             }
         }
         if PLANES == 2 {
@@ -253,7 +266,30 @@ fn round_weights<V: TileVector, const PLANES: usize>(
         }
         p.offset[row] += v.sum(mid_sum);
     }
-    PLANES == 1 && is_coarse(NMSE, v.sum(lost), sum, v.sum(excess))
+    if PLANES == 2 {
+        return false;
+    }
+    let lost = of_unit * v.sum(all) - sum;
+    // In this order, as the squares of small weights may be too small for a float and those of the unit too large.
+    let power = allowed(NMSE) * (v.sum(squares) * of_unit * of_unit);
+    is_coarse(NMSE, lost, sum, excess(v, &x[..n], inverse, power))
+}
+
+/// What the squares of the errors of rounding `x` times `inverse` come to beyond `power`; something below it where no errors could
+/// come to that much.
+#[inline(always)]
+fn excess<V: TileVector>(v: V, x: &[f32], inverse: V::F32, power: f32) -> f32 {
+    let most = 0.25 * x.len() as f32;
+    if power >= most {
+        return most - power;
+    }
+    let mut sum = v.splat(0.0);
+    for t in (0..x.len()).step_by(V::LANES) {
+        let x = v.mul(v.load(x, t), inverse);
+        let error = v.rest(x, v.nearest(x));
+        sum = v.mul_add(error, error, sum);
+    }
+    v.sum(sum) - power
 }
 
 /// Rounds what [`round_weights`] left of the coarse row `to` to int8 and puts it there; coarse rows are not before that place.

@@ -28,6 +28,11 @@ impl<const VNNI: bool> MixedVector for Avx2<VNNI> {
     }
 
     #[inline(always)]
+    fn unpack_mixed<const NORMAL: bool>(self, _: &MixedTile, _: &Segments, _: Codes, _: usize, _: &mut [u8]) {
+        unreachable!("no number of rows is worth it");
+    }
+
+    #[inline(always)]
     fn lane_sums<const R: usize>(
         self,
         tile: &MixedTile,

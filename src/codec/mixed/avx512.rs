@@ -8,8 +8,9 @@ use super::vector::{MixedVector, MAX_ROWS, ROUNDED};
 use super::{MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH, NMSE, SEGMENT, SEGMENT_QUADS};
 use crate::codec::quantizer::NORMAL_LEVELS;
 use crate::codec::query::{allowed, is_coarse, REST};
-use crate::codec::tile::avx512::{add_quad, field, Sums};
+use crate::codec::tile::avx512::{add_quad, field, store_quad, Sums};
 use crate::codec::tile::vector::{Codes, Coefficients};
+use crate::codec::tile::LANE_BLOCK;
 use crate::simd::avx512::{load, load_bytes, pack_bytes, store_bytes};
 use crate::simd::isa::Avx512;
 use crate::simd::vector::by_instructions;
@@ -46,6 +47,9 @@ impl MixedVector for Avx512 {
     fn ask_codes(self, _page: &MixedPage, _part: usize, _parts: usize) {}
 
     by_instructions! {
+        fn unpack_mixed<const NORMAL: bool>(
+            tile: &MixedTile, segments: &Segments, codes: Codes, strip: usize, out: &mut [u8]
+        ) = unpack::<NORMAL>(tile, segments, codes, strip, out);
         fn permute<const B: usize>(x: &[f32], index: __m512i) -> __m512 = permute::<B>(x, index);
         fn round_rows<const R: usize, const IS_REST: bool>(
             page: &MixedPage, x: &[f32], rows: &[usize; MAX_ROWS], int8: &mut [i8]
@@ -176,55 +180,70 @@ fn dot<const NORMAL: bool, const R: usize>(
     block: usize,
     coefficients: Coefficients,
 ) -> Sums<R> {
-    let [four, three, two, one] = segments.0;
-    let n = four + three + two + one;
+    let n = segments.0.iter().sum::<usize>();
     assert!(n == tile.n_segments() && (R - 1) * coefficients.stride + n * SEGMENT <= coefficients.bytes.len());
     let base = codes.part(block * tile.block_bytes(), tile.block_bytes());
     let mut sums = [[_mm512_setzero_si512(); 2]; R];
+    each_quad::<NORMAL>(segments, base, |quad, codes| {
+        // SAFETY: the quad belongs to one of the `n` segments, whose coefficients the assertion above covers.
+        unsafe { add_quad(&mut sums, codes, coefficients, quad) }
+    });
+    sums
+}
+
+/// [`MixedVector::unpack_mixed`]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn unpack<const NORMAL: bool>(tile: &MixedTile, segments: &Segments, codes: Codes, strip: usize, out: &mut [u8]) {
+    assert!(segments.0.iter().sum::<usize>() == tile.n_segments());
+    let out = &mut out[..tile.depth * LANE_BLOCK];
+    let base = codes.part(strip * tile.block_bytes(), tile.block_bytes());
+    each_quad::<NORMAL>(segments, base, |quad, codes| store_quad(out, quad, codes));
+}
+
+/// Calls `f(quad, codes)` for every quad of the lanes of a block, unpacked.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn each_quad<const NORMAL: bool>(segments: &Segments, base: Codes, mut f: impl FnMut(usize, [__m512i; 2])) {
+    let [four, three, two, one] = segments.0;
     let (mask4, mask2, mask1) = (_mm512_set1_epi8(15), _mm512_set1_epi8(3), _mm512_set1_epi8(1));
     let bit2 = _mm512_set1_epi8(4);
     let plane = 2 * four + three + two;
     let levels = |codes, bits: usize| if NORMAL { normal_levels(codes, bits) } else { codes };
-    // SAFETY: every quad below belongs to one of the `n` segments, whose coefficients the assertion above covers.
-    unsafe {
-        for word in 0..2 * four {
-            let words = base.load(word * 128);
-            for f in 0..2 {
-                add_quad(&mut sums, levels(field(words, f, mask4, 4), 4), coefficients, word * 2 + f);
-            }
-        }
-        for i in 0..three {
-            let low = base.load((2 * four + i) * 128);
-            let high = base.load((plane + i / 2) * 128);
-            for f in 0..SEGMENT_QUADS {
-                let (low, bit) = (field(low, f, mask2, 2), i % 2 * SEGMENT_QUADS + f);
-                let codes = std::array::from_fn(|half| {
-                    // Bring the bit to the place worth 4.
-                    let moved = if bit < 2 {
-                        _mm512_sll_epi16(high[half], _mm_cvtsi32_si128(2 - bit as i32))
-                    } else {
-                        _mm512_srl_epi16(high[half], _mm_cvtsi32_si128(bit as i32 - 2))
-                    };
-                    _mm512_ternarylogic_epi32::<0xea>(moved, bit2, low[half])
-                });
-                add_quad(&mut sums, levels(codes, 3), coefficients, (four + i) * SEGMENT_QUADS + f);
-            }
-        }
-        for segment in four + three..four + three + two {
-            let words = base.load((four + segment) * 128);
-            for f in 0..SEGMENT_QUADS {
-                let codes = levels(field(words, f, mask2, 2), 2);
-                add_quad(&mut sums, codes, coefficients, segment * SEGMENT_QUADS + f);
-            }
-        }
-        for i in 0..one {
-            let (odd, segment) = (three + i, four + three + two + i);
-            let words = base.load((plane + odd / 2) * 128);
-            for f in 0..SEGMENT_QUADS {
-                let codes = field(words, odd % 2 * SEGMENT_QUADS + f, mask1, 1);
-                add_quad(&mut sums, levels(codes, 1), coefficients, segment * SEGMENT_QUADS + f);
-            }
+    for word in 0..2 * four {
+        let words = base.load(word * 128);
+        for i in 0..2 {
+            f(word * 2 + i, levels(field(words, i, mask4, 4), 4));
         }
     }
-    sums
+    for i in 0..three {
+        let low = base.load((2 * four + i) * 128);
+        let high = base.load((plane + i / 2) * 128);
+        for quad in 0..SEGMENT_QUADS {
+            let (low, bit) = (field(low, quad, mask2, 2), i % 2 * SEGMENT_QUADS + quad);
+            let codes = std::array::from_fn(|half| {
+                // Bring the bit to the place worth 4.
+                let moved = if bit < 2 {
+                    _mm512_sll_epi16(high[half], _mm_cvtsi32_si128(2 - bit as i32))
+                } else {
+                    _mm512_srl_epi16(high[half], _mm_cvtsi32_si128(bit as i32 - 2))
+                };
+                _mm512_ternarylogic_epi32::<0xea>(moved, bit2, low[half])
+            });
+            f((four + i) * SEGMENT_QUADS + quad, levels(codes, 3));
+        }
+    }
+    for segment in four + three..four + three + two {
+        let words = base.load((four + segment) * 128);
+        for quad in 0..SEGMENT_QUADS {
+            f(segment * SEGMENT_QUADS + quad, levels(field(words, quad, mask2, 2), 2));
+        }
+    }
+    for i in 0..one {
+        let (odd, segment) = (three + i, four + three + two + i);
+        let words = base.load((plane + odd / 2) * 128);
+        for quad in 0..SEGMENT_QUADS {
+            let codes = field(words, odd % 2 * SEGMENT_QUADS + quad, mask1, 1);
+            f(segment * SEGMENT_QUADS + quad, levels(codes, 1));
+        }
+    }
 }

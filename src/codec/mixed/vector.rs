@@ -1,7 +1,8 @@
 //! What codecs ask of an instruction set for mixed tiles.
 #![forbid(unsafe_code)]
 
-use super::{listed, MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH};
+use super::{listed, many, MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH};
+use crate::codec::tile::many::with_room;
 use crate::codec::tile::vector::{Codes, Coefficients, Sums, TileVector};
 
 /// Most rows of coefficients that a pass over the codes serves.
@@ -31,6 +32,15 @@ pub(crate) trait MixedVector: TileVector {
         strip: usize,
         coefficients: Coefficients,
     ) -> Sums<Self, R>;
+    /// Unpacks what the codes of a strip stand for, as [`TileVector::unpack`].
+    fn unpack_mixed<const NORMAL: bool>(
+        self,
+        tile: &MixedTile,
+        segments: &Segments,
+        codes: Codes,
+        strip: usize,
+        out: &mut [u8],
+    );
     /// `out[row * stride + d] = sum_lane weights[row * lanes + lane] * code[lane][d]` for `R` rows, at most 4, of weights between
     /// -127 and 127.
     fn lane_sums<const R: usize>(
@@ -77,6 +87,22 @@ pub(crate) use by_levels_and_rows;
 #[inline(always)]
 pub(crate) fn add_products<V: MixedVector>(v: V, page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) {
     let depth = page.factors.len();
+    if x.len() / depth >= v.many_rows() && page.tile.depth == depth {
+        with_room(|room| {
+            if page.normal {
+                v.run(
+                    #[inline(always)]
+                    |v| many::add_products::<V, true>(v, page, x, out, stride, room),
+                );
+            } else {
+                v.run(
+                    #[inline(always)]
+                    |v| many::add_products::<V, false>(v, page, x, out, stride, room),
+                );
+            }
+        });
+        return;
+    }
     for (group, x) in x.chunks(V::MAX_ROWS * depth).enumerate() {
         let out = &mut out[group * V::MAX_ROWS * stride..];
         let n = x.len() / depth;
@@ -104,7 +130,7 @@ fn add_rows<V: MixedVector, const NORMAL: bool, const R: usize>(
 
 /// Adds what rounding left of the `R` coarse rows `rows`.
 #[inline(always)]
-fn add_rest<V: MixedVector, const NORMAL: bool, const R: usize>(
+pub(super) fn add_rest<V: MixedVector, const NORMAL: bool, const R: usize>(
     v: V,
     page: &MixedPage,
     x: &[f32],

@@ -31,6 +31,7 @@ impl<const VNNI: bool> TileVector for Avx2<VNNI> {
     /// int16, with the two middle ones of each quad swapped, so that a 32-bit word holds what the even or the odd bytes of a quad
     /// are multiplied by.
     const PLANE_ROWS: usize = 1;
+    type Many = ();
 
     #[inline(always)]
     fn dot<const W: u8, const R: usize, const UNSIGNED: bool>(
@@ -41,6 +42,24 @@ impl<const VNNI: bool> TileVector for Avx2<VNNI> {
         coefficients: Coefficients<UNSIGNED>,
     ) -> Sums<R> {
         dot::<VNNI, W, R, UNSIGNED>(self, tile, codes.bytes, strip, coefficients)
+    }
+
+    #[inline(always)]
+    fn many_rows(self) -> usize {
+        usize::MAX
+    }
+
+    #[inline(always)]
+    fn unpack<const W: u8>(self, _: &Tile, _: Codes, _: usize, _: &mut [u8]) {
+        unreachable!("no number of rows is worth it");
+    }
+
+    #[inline(always)]
+    fn begin_many(self, _: usize, _: usize) {}
+
+    #[inline(always)]
+    fn multiply<const UNSIGNED: bool>(self, _: &(), _: &[u8], _: Coefficients<UNSIGNED>, _: &mut [i32]) {
+        unreachable!("no number of rows is worth it");
     }
 
     #[inline(always)]

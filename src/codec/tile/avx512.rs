@@ -4,10 +4,11 @@
 use std::arch::x86_64::*;
 
 use super::vector::{Codes, Coefficients, TileVector};
-use super::{Tile, QUAD};
+use super::{Tile, LANE_BLOCK, QUAD};
 use crate::codec::query::PLANE;
+use crate::simd::amx;
 use crate::simd::avx2::prefetch_next_from;
-use crate::simd::avx512::{pack_bytes, store_bytes};
+use crate::simd::avx512::{pack_bytes, store_bytes, store_i32};
 use crate::simd::isa::Avx512;
 use crate::simd::vector::by_instructions;
 
@@ -20,6 +21,7 @@ pub(crate) type Sums<const R: usize> = [[__m512i; 2]; R];
 impl TileVector for Avx512 {
     const MAX_ROWS: usize = MAX_ROWS;
     const PLANE_ROWS: usize = 2;
+    type Many = Many;
 
     #[inline(always)]
     fn dot<const W: u8, const R: usize, const UNSIGNED: bool>(
@@ -31,6 +33,35 @@ impl TileVector for Avx512 {
     ) -> Sums<R> {
         // SAFETY: the token proves that the CPU has the instructions.
         unsafe { dot::<W, R, UNSIGNED>(tile, codes, strip, coefficients) }
+    }
+
+    #[inline(always)]
+    fn many_rows(self) -> usize {
+        MAX_ROWS + 1
+    }
+
+    by_instructions! {
+        fn unpack<const W: u8>(tile: &Tile, codes: Codes, strip: usize, out: &mut [u8]) = {
+            unpack::<W>(tile, codes, strip, out)
+        };
+    }
+
+    #[inline(always)]
+    fn begin_many(self, rows: usize, depth: usize) -> Many {
+        // SAFETY: the token says whether this process may use them, and a thread has one `Many` at a time.
+        Many { rows, depth, registers: self.has_amx().then(|| unsafe { amx::Registers::new(rows, depth) }) }
+    }
+
+    #[inline(always)]
+    fn multiply<const UNSIGNED: bool>(
+        self,
+        many: &Many,
+        codes: &[u8],
+        coefficients: Coefficients<UNSIGNED>,
+        sums: &mut [i32],
+    ) {
+        // SAFETY: the token proves that the CPU has the instructions.
+        unsafe { multiply(many, codes, coefficients, sums) }
     }
 
     #[inline(always)]
@@ -126,60 +157,130 @@ fn dot<const W: u8, const R: usize, const UNSIGNED: bool>(
     block: usize,
     coefficients: Coefficients<UNSIGNED>,
 ) -> Sums<R> {
-    let quads = tile.depth() / QUAD;
     assert!((R - 1) * coefficients.stride + tile.depth() <= coefficients.bytes.len());
-    let base = codes.part(block * tile.block_bytes(), tile.block_bytes());
     let mut sums = [[_mm512_setzero_si512(); 2]; R];
-    // SAFETY: every quad below is less than `quads`, and the assertion above covers the last quad of the last row.
-    unsafe {
-        match W {
-            2 => dot_2(base, quads, coefficients, &mut sums),
-            3 => dot_3(base, quads, coefficients, &mut sums),
-            4 => dot_4(base, quads, coefficients, &mut sums),
-            8 => {
-                for quad in 0..quads {
-                    add_quad(&mut sums, base.load(quad * 128), coefficients, quad);
-                }
-            }
-            _ => {
-                dot_ternary(base, quads, coefficients, &mut sums);
-                dot_tail(tile, codes.bytes, block, coefficients, &mut sums);
-            }
-        }
-    }
+    // SAFETY: the assertion above covers the last quad of the last row.
+    each_quad::<W>(tile, codes, block, |quad, codes| unsafe { add_quad(&mut sums, codes, coefficients, quad) });
     sums
 }
 
-/// # Safety
-///
-/// As [`Coefficients::quad`] for all rows below `R` and quads below `quads`; so for the functions that follow.
+/// [`TileVector::unpack`]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
+fn unpack<const W: u8>(tile: &Tile, codes: Codes, strip: usize, out: &mut [u8]) {
+    let out = &mut out[..tile.depth() * LANE_BLOCK];
+    each_quad::<W>(tile, codes, strip, |quad, codes| store_quad(out, quad, codes));
+}
+
+/// Puts quad `quad` of a strip where [`TileVector::unpack`] says.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn dot_2<const R: usize, const U: bool>(base: Codes, quads: usize, c: Coefficients<U>, sums: &mut Sums<R>) {
-    let mask = _mm512_set1_epi8(3);
-    for word in 0..quads / 4 {
-        let words = base.load(word * 128);
-        for f in 0..4 {
-            // SAFETY: by this function's contract.
-            unsafe { add_quad(sums, field(words, f, mask, 2), c, word * 4 + f) };
+#[target_feature(enable = "avx512f")]
+pub(crate) fn store_quad(out: &mut [u8], quad: usize, codes: [__m512i; 2]) {
+    let out = &mut out[quad * 128..][..128];
+    // SAFETY: the slice holds 128 bytes.
+    unsafe {
+        _mm512_storeu_si512(out.as_mut_ptr().cast(), codes[0]);
+        _mm512_storeu_si512(out.as_mut_ptr().add(64).cast(), codes[1]);
+    }
+}
+
+/// How many rows, of how many coefficients, and the registers of AMX for them.
+pub(crate) struct Many {
+    rows: usize,
+    depth: usize,
+    registers: Option<amx::Registers>,
+}
+
+/// [`TileVector::multiply`]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
+fn multiply<const UNSIGNED: bool>(many: &Many, codes: &[u8], coefficients: Coefficients<UNSIGNED>, sums: &mut [i32]) {
+    let Coefficients { bytes, stride } = coefficients;
+    if let Some(registers) = &many.registers {
+        let size = (many.rows, many.depth);
+        // SAFETY: they are for this size.
+        return unsafe { registers.multiply::<UNSIGNED>(size, (bytes, stride), codes, (sums, LANE_BLOCK)) };
+    }
+    let codes = &codes[..many.depth * LANE_BLOCK];
+    for row in (0..many.rows).step_by(MAX_ROWS) {
+        let c = Coefficients { bytes: &bytes[row * stride..], stride };
+        let sums = &mut sums[row * LANE_BLOCK..];
+        match many.rows - row {
+            1 => multiply_rows::<1, UNSIGNED>(codes, c, sums),
+            2 => multiply_rows::<2, UNSIGNED>(codes, c, sums),
+            3 => multiply_rows::<3, UNSIGNED>(codes, c, sums),
+            4 => multiply_rows::<4, UNSIGNED>(codes, c, sums),
+            5 => multiply_rows::<5, UNSIGNED>(codes, c, sums),
+            6 => multiply_rows::<6, UNSIGNED>(codes, c, sums),
+            7 => multiply_rows::<7, UNSIGNED>(codes, c, sums),
+            _ => multiply_rows::<MAX_ROWS, UNSIGNED>(codes, c, sums),
         }
     }
 }
 
-/// # Safety
-///
-/// As [`dot_2`].
+/// `R` rows of them.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn multiply_rows<const R: usize, const UNSIGNED: bool>(
+    codes: &[u8],
+    coefficients: Coefficients<UNSIGNED>,
+    sums: &mut [i32],
+) {
+    assert!((R - 1) * coefficients.stride + codes.len() / LANE_BLOCK <= coefficients.bytes.len());
+    let mut products = [[_mm512_setzero_si512(); 2]; R];
+    for (quad, codes) in codes.chunks_exact(128).enumerate() {
+        // SAFETY: the chunk holds 128 bytes, and the assertion above covers the last quad of the last row.
+        unsafe {
+            let codes = [_mm512_loadu_si512(codes.as_ptr().cast()), _mm512_loadu_si512(codes.as_ptr().add(64).cast())];
+            add_quad(&mut products, codes, coefficients, quad);
+        }
+    }
+    for (row, products) in products.into_iter().enumerate() {
+        store_i32(sums, row * LANE_BLOCK, products[0]);
+        store_i32(sums, row * LANE_BLOCK + LANE_BLOCK / 2, products[1]);
+    }
+}
+
+/// Calls `f(quad, codes)` for every quad of the lanes of block `block` of a tile, unpacked.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
+fn each_quad<const W: u8>(tile: &Tile, codes: Codes, block: usize, f: impl FnMut(usize, [__m512i; 2])) {
+    let (quads, mut f) = (tile.depth() / QUAD, f);
+    let base = codes.part(block * tile.block_bytes(), tile.block_bytes());
+    match W {
+        2 => fields::<4>(base, quads, 2, f),
+        3 => three_bits(base, quads, f),
+        4 => fields::<2>(base, quads, 4, f),
+        8 => (0..quads).for_each(|quad| f(quad, base.load(quad * 128))),
+        _ => {
+            ternary(base, quads, &mut f);
+            tail(tile, codes.bytes, block, f);
+        }
+    }
+}
+
+/// The `N` quads of each word of 2-bit or 4-bit codes.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn dot_3<const R: usize, const U: bool>(base: Codes, quads: usize, c: Coefficients<U>, sums: &mut Sums<R>) {
+fn fields<const N: usize>(base: Codes, quads: usize, bits: usize, mut f: impl FnMut(usize, [__m512i; 2])) {
+    let mask = _mm512_set1_epi8((1 << bits) - 1);
+    for word in 0..quads / N {
+        let words = base.load(word * 128);
+        for i in 0..N {
+            f(word * N + i, field(words, i, mask, bits));
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn three_bits(base: Codes, quads: usize, mut f: impl FnMut(usize, [__m512i; 2])) {
     let (mask, high_mask) = (_mm512_set1_epi8(3), _mm512_set1_epi8(4));
     for pair in 0..quads / 8 {
         let high = base.load((quads / 4 + pair) * 128);
         for half in 0..2 {
             let low = base.load((pair * 2 + half) * 128);
-            for f in 0..4 {
-                let bit = half * 4 + f;
-                let low = field(low, f, mask, 2);
+            for i in 0..4 {
+                let bit = half * 4 + i;
+                let low = field(low, i, mask, 2);
                 let codes = std::array::from_fn(|i| {
                     // Bring the bit to the place worth 4.
                     let moved = if bit < 2 {
@@ -189,25 +290,8 @@ unsafe fn dot_3<const R: usize, const U: bool>(base: Codes, quads: usize, c: Coe
                     };
                     _mm512_ternarylogic_epi32::<0xea>(moved, high_mask, low[i])
                 });
-                // SAFETY: by this function's contract.
-                unsafe { add_quad(sums, codes, c, pair * 8 + bit) };
+                f(pair * 8 + bit, codes);
             }
-        }
-    }
-}
-
-/// # Safety
-///
-/// As [`dot_2`].
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn dot_4<const R: usize, const U: bool>(base: Codes, quads: usize, c: Coefficients<U>, sums: &mut Sums<R>) {
-    let mask = _mm512_set1_epi8(15);
-    for word in 0..quads / 2 {
-        let words = base.load(word * 128);
-        for f in 0..2 {
-            // SAFETY: by this function's contract.
-            unsafe { add_quad(sums, field(words, f, mask, 4), c, word * 2 + f) };
         }
     }
 }
@@ -223,17 +307,9 @@ const DIGITS: [u8; 128] = {
     table
 };
 
-/// # Safety
-///
-/// As [`dot_2`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-unsafe fn dot_ternary<const R: usize, const U: bool>(
-    base: Codes,
-    quads: usize,
-    c: Coefficients<U>,
-    sums: &mut Sums<R>,
-) {
+fn ternary(base: Codes, quads: usize, mut f: impl FnMut(usize, [__m512i; 2])) {
     let (mask, one, top) = (_mm512_set1_epi8(3), _mm512_set1_epi8(1), _mm512_set1_epi8(81));
     let table = Codes::new(&DIGITS, 0, false).load(0);
     for word in 0..base.bytes.len() / 128 {
@@ -248,29 +324,19 @@ unsafe fn dot_ternary<const R: usize, const U: bool>(
             let digit = _mm512_maskz_mov_epi8(some, one);
             fifth[i] = _mm512_mask_add_epi8(digit, two, digit, one);
         }
-        for f in 0..4.min(quads - word * 5) {
-            // SAFETY: by this function's contract.
-            unsafe { add_quad(sums, field(digits, f, mask, 2), c, word * 5 + f) };
+        for i in 0..4.min(quads - word * 5) {
+            f(word * 5 + i, field(digits, i, mask, 2));
         }
         if word * 5 + 4 < quads {
-            // SAFETY: by this function's contract.
-            unsafe { add_quad(sums, fifth, c, word * 5 + 4) };
+            f(word * 5 + 4, fifth);
         }
     }
 }
 
-/// # Safety
-///
-/// As [`dot_2`].
+/// The left-over quads of ternary codes.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn dot_tail<const R: usize, const U: bool>(
-    tile: &Tile,
-    bytes: &[u8],
-    block: usize,
-    c: Coefficients<U>,
-    sums: &mut Sums<R>,
-) {
+fn tail(tile: &Tile, bytes: &[u8], block: usize, mut f: impl FnMut(usize, [__m512i; 2])) {
     let first = tile.depth() / QUAD - tile.tail_quads();
     for u in 0..tile.tail_quads() {
         let codes = std::array::from_fn(|half| {
@@ -280,8 +346,7 @@ unsafe fn dot_tail<const R: usize, const U: bool>(
             let words = unsafe { _mm512_loadu_si512(vector.as_ptr().cast()) };
             field([words; 2], entry % 4, _mm512_set1_epi8(3), 2)[0]
         });
-        // SAFETY: by this function's contract.
-        unsafe { add_quad(sums, codes, c, first + u) };
+        f(first + u, codes);
     }
 }
 

@@ -8,6 +8,9 @@ use crate::simd::vector::Vector;
 /// Sums of one strip of lanes for `R` rows of coefficients: `[row][half of the strip]`.
 pub(crate) type Sums<V, const R: usize> = [[<V as Vector>::I32; 2]; R];
 
+/// Most rows of coefficients that [`TileVector::multiply`] takes.
+pub(crate) const MANY_ROWS: usize = 32;
+
 /// `R` rows of coefficients of a byte, `stride` apart: int8 or, `UNSIGNED`, uint8, of which weights, having no sign, get a
 /// unit half as large. Codes of 8 bits need their own eighth bit and finer coefficients: see [`TileVector::PLANE_ROWS`].
 #[derive(Clone, Copy)]
@@ -45,6 +48,8 @@ pub(crate) trait TileVector: Vector {
     /// Coefficients of codes of 8 bits take two bytes. These are 2 rows of int8, of which the first weighs [`PLANE`], or 1 row of
     /// int16.
     const PLANE_ROWS: usize;
+    /// What many rows at once take beside the proof.
+    type Many;
 
     /// Dot products of the lanes of a strip of a tile with `R` rows of coefficients of the tile's depth.
     fn dot<const W: u8, const R: usize, const UNSIGNED: bool>(
@@ -54,6 +59,21 @@ pub(crate) trait TileVector: Vector {
         strip: usize,
         coefficients: Coefficients<UNSIGNED>,
     ) -> Sums<Self, R>;
+    /// Rows of coefficients, at fewest, for which the codes of a page are first unpacked to bytes: [`MAX_ROWS`](TileVector::MAX_ROWS)
+    /// at a time would unpack them again and again.
+    fn many_rows(self) -> usize;
+    /// Unpacks the codes of a strip: `out[quad][lane of the strip][code of the quad]`.
+    fn unpack<const W: u8>(self, tile: &Tile, codes: Codes, strip: usize, out: &mut [u8]);
+    /// Makes ready for [`TileVector::multiply`] with `rows` rows, at most [`MANY_ROWS`], of `depth` coefficients.
+    fn begin_many(self, rows: usize, depth: usize) -> Self::Many;
+    /// Dot products of the lanes of an unpacked strip with many rows of coefficients: `sums[row][lane of the strip]`.
+    fn multiply<const UNSIGNED: bool>(
+        self,
+        many: &Self::Many,
+        codes: &[u8],
+        coefficients: Coefficients<UNSIGNED>,
+        sums: &mut [i32],
+    );
     /// Makes of `rows` rows of two planes, high and low, what [`TileVector::dot`] takes for codes of 8 bits, in `room` if it is
     /// something else.
     fn take_planes<'a>(self, planes: &'a [i8], rows: usize, room: &'a mut [i8]) -> &'a [i8];
@@ -126,3 +146,21 @@ macro_rules! by_width_and_rows {
     };
 }
 pub(crate) use by_width_and_rows;
+
+/// Runs a kernel for many rows over `$v: $V` with the width as a constant. Codes of 8 bits take other coefficients.
+macro_rules! by_width {
+    ($v:ident: $V:ident, $width:expr, $module:ident::$call:ident $args:tt) => {{
+        use $module::$call as call;
+        match $width {
+            Width::Ternary => by_width!(@run $v $V 1, call $args),
+            Width::Bits2 => by_width!(@run $v $V 2, call $args),
+            Width::Bits3 => by_width!(@run $v $V 3, call $args),
+            Width::Bits4 => by_width!(@run $v $V 4, call $args),
+            Width::Bits8 => unreachable!("they have two planes"),
+        }
+    }};
+    (@run $v:ident $V:ident $w:literal, $call:ident ( $($arg:expr),* )) => {
+        $v.run(#[inline(always)] |v| $call::<$V, $w>(v, $($arg),*))
+    };
+}
+pub(crate) use by_width;
