@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::layout::Layout;
 
 /// Query rows (tokens times query heads of a KV head) of a tile: enough to pay for unpacking a page, few enough that
-/// scores and outputs stay near. 16 took 20 % longer with AMX, 32 took 6 % (docs/notes.md).
+/// scores and outputs stay near. 32 took 6 % longer with AMX (docs/notes.md).
 const TILE_ROWS: usize = 64;
 
 /// Query tokens of a tile.
