@@ -160,17 +160,9 @@ KVQ_KERNEL(kvq_dequantize_aqua, DEQUANTIZE_THREADS, 2, DequantizeParams) {
 }  // namespace kvq
 
 // The table in cuda/dequantize.rs has the same rows.
-KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_k2, 64, 2, true)
-KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_k3, 64, 3, true)
-KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_k4, 64, 4, true)
-KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_kc, 64, 0, true)
-KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_v2, 64, 2, false)
-KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_v3, 64, 3, false)
-KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_v4, 64, 4, false)
-KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_k2, 128, 2, true)
-KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_k3, 128, 3, true)
-KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_k4, 128, 4, true)
-KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_kc, 128, 0, true)
-KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_v2, 128, 2, false)
-KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_v3, 128, 3, false)
-KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_v4, 128, 4, false)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_keys, 64, KEYS)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_values, 64, VALUES)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_64_channels, 64, CHANNELS)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_keys, 128, KEYS)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_values, 128, VALUES)
+KVQ_DEQUANTIZE_ROWS(kvq_dequantize_128_channels, 128, CHANNELS)

@@ -15,45 +15,36 @@ use crate::plan::{View, CELLS_PER_WORD};
 /// The kernels for everything, and for exact rows: of layers without frames and with them; see `dequantize.cu`.
 const GENERAL: [&str; 2] = ["kvq_dequantize_any", "kvq_dequantize_aqua"];
 
-/// A kernel for pages of one format.
+/// A kernel for pages of one kind.
 struct RowsKernel {
     name: &'static str,
     is_key: bool,
     head_dim: u32,
-    /// Of codec `group`; 0: codec `channel`.
-    width: u32,
+    codec: u32,
 }
 
-const fn rows(name: &'static str, is_key: bool, head_dim: u32, width: u32) -> RowsKernel {
-    RowsKernel { name, is_key, head_dim, width }
+const fn rows(name: &'static str, is_key: bool, head_dim: u32, codec: u32) -> RowsKernel {
+    RowsKernel { name, is_key, head_dim, codec }
 }
 
 /// See `dequantize_rows.cuh`.
 static KERNELS: &[RowsKernel] = &[
-    rows("kvq_dequantize_64_k2", true, 64, 2),
-    rows("kvq_dequantize_64_k3", true, 64, 3),
-    rows("kvq_dequantize_64_k4", true, 64, 4),
-    rows("kvq_dequantize_64_kc", true, 64, 0),
-    rows("kvq_dequantize_64_v2", false, 64, 2),
-    rows("kvq_dequantize_64_v3", false, 64, 3),
-    rows("kvq_dequantize_64_v4", false, 64, 4),
-    rows("kvq_dequantize_128_k2", true, 128, 2),
-    rows("kvq_dequantize_128_k3", true, 128, 3),
-    rows("kvq_dequantize_128_k4", true, 128, 4),
-    rows("kvq_dequantize_128_kc", true, 128, 0),
-    rows("kvq_dequantize_128_v2", false, 128, 2),
-    rows("kvq_dequantize_128_v3", false, 128, 3),
-    rows("kvq_dequantize_128_v4", false, 128, 4),
+    rows("kvq_dequantize_64_keys", true, 64, CODEC_GROUP),
+    rows("kvq_dequantize_64_values", false, 64, CODEC_GROUP),
+    rows("kvq_dequantize_64_channels", true, 64, CODEC_CHANNEL),
+    rows("kvq_dequantize_128_keys", true, 128, CODEC_GROUP),
+    rows("kvq_dequantize_128_values", false, 128, CODEC_GROUP),
+    rows("kvq_dequantize_128_channels", true, 128, CODEC_CHANNEL),
 ];
 
 impl RowsKernel {
     fn fits(&self, side: &SideDesc, is_key: bool) -> bool {
-        let of_codec = match side.codec {
-            CODEC_GROUP => side.n_groups == 1 && side.symmetric == 1 && side.width == self.width,
-            CODEC_CHANNEL => self.width == 0,
+        let is_read = match side.codec {
+            CODEC_GROUP => side.n_groups == 1 && side.symmetric == 1 && matches!(side.width, 2..=4),
+            CODEC_CHANNEL => true,
             _ => false,
         };
-        of_codec && is_key == self.is_key && side.head_dim == self.head_dim
+        is_read && side.codec == self.codec && is_key == self.is_key && side.head_dim == self.head_dim
     }
 
     /// Tables of a warp, then its rows: keys lie there as FP16, values as floats before. Odd numbers of words a row.
@@ -144,10 +135,10 @@ mod tests {
             let name = |side: &SideDesc, is_key| kernel_of(side, is_key).map_or("none", |kernel| kernel.name);
             [name(&layer.k, true), name(&layer.v, false)]
         };
-        assert_eq!(kernels("on", 128), ["kvq_dequantize_128_kc", "kvq_dequantize_128_v3"]);
-        assert_eq!(kernels("4", 64), ["kvq_dequantize_64_kc", "kvq_dequantize_64_v4"]);
-        assert_eq!(kernels("kivi:k=2.25,v=2", 128), ["kvq_dequantize_128_kc", "kvq_dequantize_128_v2"]);
-        assert_eq!(kernels("skvq:k=2,v=2", 128), ["kvq_dequantize_128_k2", "kvq_dequantize_128_v2"]);
+        assert_eq!(kernels("on", 128), ["kvq_dequantize_128_channels", "kvq_dequantize_128_values"]);
+        assert_eq!(kernels("4", 64), ["kvq_dequantize_64_channels", "kvq_dequantize_64_values"]);
+        assert_eq!(kernels("kivi:k=2.25,v=2", 128), ["kvq_dequantize_128_channels", "kvq_dequantize_128_values"]);
+        assert_eq!(kernels("skvq:k=2,v=2", 128), ["kvq_dequantize_128_keys", "kvq_dequantize_128_values"]);
         // Heads, groups, widths and codecs of which the table has no row.
         for (spec, dim) in [("on", 96), ("skvq:group=32", 128), ("skvq:k=8,v=8", 128), ("qaq", 128)] {
             assert_eq!(kernels(spec, dim), ["none", "none"], "{spec}");

@@ -6,9 +6,12 @@
 
 namespace kvq {
 
-// A side of a layer, heads of DIM channels: codec `group` with one symmetric step a token and codes of WIDTH bits, or, with
-// WIDTH 0, keys of codec `channel`. A warp has 32 cells of a page, none of which has moved.
-template <int DIM, int WIDTH, bool IS_KEY> struct DequantizeRows {
+// What a kernel reads: keys or values of codec `group` with one symmetric step a token and codes of 2 to 4 bits, or keys of codec `channel`.
+enum class Rows { KEYS, VALUES, CHANNELS };
+
+// A side of a layer, heads of DIM channels. A warp has 32 cells of a page, none of which has moved.
+template <int DIM, Rows KIND> struct DequantizeRows {
+    static constexpr bool IS_KEY = KIND != Rows::VALUES;
     static constexpr uint32_t QUADS = DIM / 4;
     // Words of a finished row in shared memory, and floats of one on its way: odd numbers, so that lanes do not meet in a bank.
     static constexpr uint32_t ROW_WORDS = DIM / 2 + 1, ROW_FLOATS = DIM + 1;
@@ -43,7 +46,7 @@ template <int DIM, int WIDTH, bool IS_KEY> struct DequantizeRows {
 
     // Four codes, a byte each, less `centre`: a code is put into the low bits of a float of which it is a small part.
     __device__ static void floats_of(uint32_t codes, float centre, float (&x)[4]) {
-        constexpr uint32_t MASK = WIDTH == 0 ? 15 : (1u << WIDTH) - 1;
+        constexpr uint32_t MASK = 15;
         const uint32_t low = codes << 1, high = codes >> 15;
 #pragma unroll
         for (uint32_t j = 0; j < 4; j++) {
@@ -54,28 +57,28 @@ template <int DIM, int WIDTH, bool IS_KEY> struct DequantizeRows {
     }
 
     // Those at depth 4 (first + q) and up of a lane's words, see codec/tile.rs. `first` is a multiple of 8.
-    __device__ static uint32_t quad(const uint32_t *words, uint32_t depth, uint32_t first, uint32_t q) {
+    template <int WIDTH> __device__ static uint32_t quad(const uint32_t *words, uint32_t depth, uint32_t first, uint32_t q) {
         const auto field = [&](uint32_t w, uint32_t shift, uint32_t mask) { return words[w * 32] >> shift & mask * 0x01010101u; };
         if (WIDTH == 3) return field(first / 4 + q / 4, 2 * (q % 4), 3) | field(depth / 16 + first / 8 + q / 8, q % 8, 1) << 2;
-        constexpr uint32_t PER_WORD = WIDTH == 0 ? 1 : 8 / WIDTH;
+        constexpr uint32_t PER_WORD = 8 / WIDTH;
         return field(first / PER_WORD + q / PER_WORD, WIDTH * (q % PER_WORD), (1u << WIDTH) - 1);
     }
 
     // Codes times steps of a lane's row.
-    __device__ void decode_keys(const Page &page, uint32_t first_token, float (&x)[DIM]) const {
+    template <int WIDTH> __device__ void decode_keys(const Page &page, uint32_t first_token, float (&x)[DIM]) const {
         const uint32_t *words = reinterpret_cast<const uint32_t *>(page.bytes) + first_token * side.tile_words + lane;
         const float step = page.step(side, first_token + lane), centre = centre_of(WIDTH, false);
 #pragma unroll
         for (uint32_t q = 0; q < QUADS; q++) {
             float code[4];
-            floats_of(quad(words, DIM, 0, q), centre, code);
+            floats_of(quad<WIDTH>(words, DIM, 0, q), centre, code);
 #pragma unroll
             for (uint32_t j = 0; j < 4; j++) x[4 * q + j] = step * code[j] + 0.f;
         }
     }
 
     // The same; a lane of their tiles is a channel.
-    __device__ void decode_values(const Page &page, uint32_t first_token, float (&x)[DIM]) const {
+    template <int WIDTH> __device__ void decode_values(const Page &page, uint32_t first_token, float (&x)[DIM]) const {
         float *const floats = reinterpret_cast<float *>(rows);
         const float centre = centre_of(WIDTH, false);
         steps[lane] = page.step(side, first_token + lane);
@@ -86,7 +89,7 @@ template <int DIM, int WIDTH, bool IS_KEY> struct DequantizeRows {
 #pragma unroll
             for (uint32_t q = 0; q < 8; q++) {
                 float code[4];
-                floats_of(quad(words, p.layer.page, first_token / 4, q), centre, code);
+                floats_of(quad<WIDTH>(words, p.layer.page, first_token / 4, q), centre, code);
                 const float4 step = *reinterpret_cast<const float4 *>(steps + 4 * q);
                 const float of[4] = {step.x, step.y, step.z, step.w};
 #pragma unroll
@@ -97,6 +100,11 @@ template <int DIM, int WIDTH, bool IS_KEY> struct DequantizeRows {
 #pragma unroll
         for (uint32_t c = 0; c < DIM; c++) x[c] = floats[lane * ROW_FLOATS + c];
         __syncwarp();
+    }
+
+    template <int WIDTH> __device__ void decode(const Page &page, uint32_t first_token, float (&x)[DIM]) const {
+        if constexpr (IS_KEY) decode_keys<WIDTH>(page, first_token, x);
+        else decode_values<WIDTH>(page, first_token, x);
     }
 
     // What rows went through before they were coded, see transform_back.
@@ -180,12 +188,13 @@ template <int DIM, int WIDTH, bool IS_KEY> struct DequantizeRows {
         const Page from = Page::of(side, (IS_KEY ? p.k_mem : p.v_mem) + head * side.head_bytes, page);
         if (held == 0) {
             for (uint32_t i = 0; i < ROW_WORDS; i++) rows[lane * ROW_WORDS + i] = 0;
-        } else if constexpr (WIDTH == 0) {
+        } else if constexpr (KIND == Rows::CHANNELS) {
             decode_channels(from, first_token, is_held);
         } else {
             float x[DIM];
-            if constexpr (IS_KEY) decode_keys(from, first_token, x);
-            else decode_values(from, first_token, x);
+            if (side.width == 2) decode<2>(from, first_token, x);
+            else if (side.width == 3) decode<3>(from, first_token, x);
+            else decode<4>(from, first_token, x);
             transform_back(from, x);
             put_row(is_held, x);
         }
@@ -195,10 +204,10 @@ template <int DIM, int WIDTH, bool IS_KEY> struct DequantizeRows {
 
 }  // namespace kvq
 
-#define KVQ_DEQUANTIZE_ROWS(name, dim, width, is_key)                                            \
+#define KVQ_DEQUANTIZE_ROWS(name, dim, kind)                                            \
     KVQ_KERNEL(name, 32 * kvq::DEQUANTIZE_ROWS_WARPS, 12 / kvq::DEQUANTIZE_ROWS_WARPS, kvq::DequantizeParams) { \
         KVQ_SHARED(shared);                                                                      \
         kvq::wait_for_stream();                                                                  \
         kvq::let_next_start();                                                                   \
-        kvq::DequantizeRows<dim, width, is_key>(p, shared).run();                                \
+        kvq::DequantizeRows<dim, kvq::Rows::kind>(p, shared).run();                                \
     }
