@@ -60,7 +60,7 @@ __device__ __forceinline__ void transform_back(const SideDesc &d, const Page &pa
 
 // Decodes the row of a token, by a warp. Ends with a barrier of the warp. FRAMES: for layers of codec `aqua`, whose code costs kernels
 // that do not need it registers.
-template <bool FRAMES> __device__ __forceinline__ void decode_row(const LayerDesc &l, const SideDesc &d, const Page &page, uint32_t token, bool is_key, uint32_t lane, float *out) {
+template <bool FRAMES> __device__ __noinline__ void decode_row(const LayerDesc &l, const SideDesc &d, const Page &page, uint32_t token, bool is_key, uint32_t lane, float *out) {
     if (FRAMES && d.codec == CODEC_AQUA) return decode_framed(l, page, token, lane, out);
     if (d.codec == CODEC_CHANNEL) {
         const Segments segments = Segments::of_header(page.header, d.n_segments, d.budget);

@@ -67,7 +67,7 @@ template <bool FRAMES> __device__ __forceinline__ void seal_side(const Store &b,
     if (target.fresh) clear_page(b, target);
     if (FRAMES) {
         seal_framed(b, target, page, seal);
-    } else if (side.desc.codec == CODEC_CHANNEL) {
+    } else if (is_key && side.desc.codec == CODEC_CHANNEL) {
         seal_channels(b, target);
     } else {
         seal_tokens(b, target);
@@ -120,7 +120,7 @@ __device__ __forceinline__ void write_slots(const Store &b, const Side &keys, co
 }
 
 // What comes before any page: forgetting, queries, members of the pool that are gone. Ends with a barrier.
-__device__ __forceinline__ void learn(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values) {
+template <bool FRAMES> __device__ __forceinline__ void learn(const Store &b, const Side &keys, const Side &values, bool has_keys, bool has_values) {
     const StoreStep &p = b.p;
     if (b.plan(p.plan_at.starts_anew)) {
         if (has_keys) forget(b, keys);
@@ -128,9 +128,9 @@ __device__ __forceinline__ void learn(const Store &b, const Side &keys, const Si
     }
     if (has_keys && p.q != nullptr && p.n_tokens > 0) {
         if (p.n_query_blocks == 0) learn_queries(b, keys);
-        if (p.lse != nullptr && p.layer.attn_window > 0) remember_queries(b, keys);
+        if (!FRAMES && p.lse != nullptr && p.layer.attn_window > 0) remember_queries(b, keys);
     }
-    if (p.layer.pool_rows > 0) drop_stale(b, keys, values, has_keys, has_values);
+    if (!FRAMES && p.layer.pool_rows > 0) drop_stale(b, keys, values, has_keys, has_values);
     else __syncthreads();
 }
 
@@ -243,7 +243,7 @@ template <bool FRAMES> __device__ __forceinline__ void store(const StoreParams &
         let_next_start();
     }
     if (step.phases & STORE_LEARN) {
-        learn(b, keys, values, has_keys, has_values);
+        learn<FRAMES>(b, keys, values, has_keys, has_values);
         if (!FRAMES && step.layer.pool_rows > 0 && notes.exist()) fill_pool_of_all(b, keys, values, notes);
     }
     if (step.phases & STORE_SEAL) seal_pages<FRAMES>(b, keys, values, has_keys, has_values, turn, turns, notes);

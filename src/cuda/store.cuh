@@ -271,18 +271,22 @@ template <uint32_t N, uint32_t PARTS, class F> __device__ __forceinline__ void r
         for (uint32_t k = 0; k < PARTS; k++)
             if (r < n && lane + 32 * k < dim) row_of(r)[lane + 32 * k] = x[r][k] * norm;
 }
-// The same for rows of any size. Between barriers of the warp.
+// A row of any size. Between barriers of the warp. Called where rows are few, as the code of a store is large.
+__device__ __noinline__ void rotate_row_exactly(float *row, uint32_t dim, uint32_t lane) {
+    __syncwarp();
+    rotate_rows<1, MAX_DIM / 32>(1, dim, lane, [&](uint32_t) { return row; });
+    __syncwarp();
+}
+// N rows of any size.
 template <uint32_t N, class F> __device__ __forceinline__ void rotate_rows_exactly(uint32_t n, uint32_t dim, uint32_t lane, F row_of) {
     __syncwarp();
     if (dim <= 128) {
         rotate_rows<N, 4>(n, dim, lane, row_of);
     } else {
-        for (uint32_t r = 0; r < min(N, n); r++) rotate_rows<1, MAX_DIM / 32>(1, dim, lane, [&](uint32_t) { return row_of(r); });
+#pragma unroll 1
+        for (uint32_t r = 0; r < min(N, n); r++) rotate_row_exactly(row_of(r), dim, lane);
     }
     __syncwarp();
-}
-__device__ __forceinline__ void rotate_row_exactly(float *row, uint32_t dim, uint32_t lane) {
-    rotate_rows_exactly<1>(1, dim, lane, [&](uint32_t) { return row; });
 }
 
 }  // namespace kvq::store
