@@ -23,24 +23,29 @@ pub(super) enum Block {
     Current(usize),
 }
 
-/// The blocks of split `split` of `args.n_splits`: pages, slots, the ubatch's rows, the pool, dealt out evenly.
+/// The blocks of split `split` of `args.n_splits`: pages, then slots, the ubatch's rows, the pool. Pages and exact rows, which take
+/// longer, are dealt out evenly each.
 pub(super) fn blocks(args: &AttendArgs, split: usize, has_pool: bool) -> impl Iterator<Item = Block> + use<> {
     let n_pages = args.plan.n_pages(args.view());
     let n_slots = args.plan.n_slots().div_ceil(EXACT_BLOCK);
     let n_current = if args.current.is_some() { args.n_tokens.div_ceil(EXACT_BLOCK) } else { 0 };
-    let n_exact = n_pages + n_slots + n_current;
-    let n = n_exact + usize::from(has_pool);
-    (split * n / args.n_splits..(split + 1) * n / args.n_splits).map(move |i| {
-        if i < n_pages {
-            Block::Page(i)
-        } else if i < n_pages + n_slots {
-            Block::Slots((i - n_pages) * EXACT_BLOCK)
-        } else if i < n_exact {
-            Block::Current((i - n_pages - n_slots) * EXACT_BLOCK)
+    let n_exact = n_slots + n_current + usize::from(has_pool);
+    let exact = move |i: usize| {
+        if i < n_slots {
+            Block::Slots(i * EXACT_BLOCK)
+        } else if i < n_slots + n_current {
+            Block::Current((i - n_slots) * EXACT_BLOCK)
         } else {
             Block::Pool
         }
-    })
+    };
+    let n_splits = args.n_splits;
+    deal(n_pages, split, n_splits).map(Block::Page).chain(deal(n_exact, split, n_splits).map(exact))
+}
+
+/// What split `split` of `n_splits` gets of `n` things.
+fn deal(n: usize, split: usize, n_splits: usize) -> Range<usize> {
+    split * n / n_splits..(split + 1) * n / n_splits
 }
 
 /// What the mask says about a block.
@@ -248,4 +253,22 @@ pub(super) fn slot_cells<'a>(args: &AttendArgs<'a>, first: usize) -> &'a [i32] {
 pub(super) fn current_cells<'a>(args: &AttendArgs<'a>, first: usize) -> &'a [i32] {
     let cells = args.plan.row_cells();
     &cells[first..cells.len().min(first + EXACT_BLOCK)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_is_dealt_once_and_evenly() {
+        for n in [0, 1, 3, 5, 256, 1000] {
+            for n_splits in [1, 2, 3, 7, 16] {
+                let shares: Vec<Range<usize>> = (0..n_splits).map(|split| deal(n, split, n_splits)).collect();
+                assert!(shares.iter().cloned().flatten().eq(0..n), "{n} among {n_splits}");
+                let of = |share: &Range<usize>| share.len();
+                let (least, most) = (shares.iter().map(of).min().unwrap(), shares.iter().map(of).max().unwrap());
+                assert!(most - least <= 1, "{n} among {n_splits}: {least} to {most}");
+            }
+        }
+    }
 }
