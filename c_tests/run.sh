@@ -83,20 +83,21 @@ products=(codec:: simd:: tests::weights tests::vectors)
 
 # Two lanes beside each other, as rustc compiles the library on one core: one has target/debug to itself, the other all else.
 release_lane() {
-    local isa
+    local isa best
     step "clippy" cargo clippy --release --all-targets -- -D warnings
     step "cargo build" cargo build --release
     # Tests of all instruction sets pass over those that this processor lacks; the library says which.
     rm -f "$logs/isas"
     step "instruction sets of this processor" list_isas
+    best=$(tail -n 1 "$logs/isas")
     for isa in scalar avx2 avxvnni avx512 amx; do
         if grep -q -x "$isa" "$logs/isas"; then
-            # Where two share their text, one runs what multiplies codes, the other all.
-            if [ "$isa" = avxvnni ] || { [ "$isa" = avx512 ] && grep -q -x amx "$logs/isas"; }; then
-                step "cargo test, $isa: codecs" env KVQ_ISA="$isa" cargo test --release --lib -- "${products[@]}"
-            else
-                step "cargo test, $isa" env KVQ_ISA="$isa" cargo test --release
-            fi
+            # Scalar code and the best set run every test, those between them what multiplies codes, and AVX2, whose loops are its own, attention.
+            case $isa in
+                scalar | "$best") step "cargo test, $isa" env KVQ_ISA="$isa" cargo test --release ;;
+                avx2) step "cargo test, $isa: codecs and attention" env KVQ_ISA="$isa" cargo test --release --lib -- "${products[@]}" attention:: ;;
+                *) step "cargo test, $isa: codecs" env KVQ_ISA="$isa" cargo test --release --lib -- "${products[@]}" ;;
+            esac
         else
             skip "$isa in every test" "this processor does not have all of it"
         fi
