@@ -13,7 +13,7 @@ mod avx512;
 mod lanes_avx2;
 #[cfg(target_arch = "x86_64")]
 mod lanes_avx512;
-mod many;
+pub(crate) mod many;
 pub(crate) mod vector;
 
 use super::quantizer::{self, Quantizer};

@@ -5,7 +5,8 @@ use super::{scalar, AdaptiveCodec, PageRef, Probabilities, Query, QueryForm, Sea
 use crate::codec::float8::vector::{e4m3_decode, step_decode};
 use crate::codec::hadamard;
 use crate::codec::kernels::Kernels;
-use crate::codec::mixed::vector::{add_products, by_levels_and_rows, MixedVector};
+use crate::codec::mixed::many::add_products;
+use crate::codec::mixed::vector::{by_levels_and_rows, MixedVector};
 use crate::codec::mixed::{Segments, SEGMENT};
 use crate::codec::tile::vector::{Codes, Coefficients};
 use crate::codec::tile::LANE_BLOCK;

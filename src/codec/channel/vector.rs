@@ -3,7 +3,8 @@
 
 use super::{scalar, ChannelCodec, PageRef, Probabilities, Query, SealRows};
 use crate::codec::kernels::Kernels;
-use crate::codec::mixed::vector::{add_products, MixedVector};
+use crate::codec::mixed::many::add_products;
+use crate::codec::mixed::vector::MixedVector;
 
 impl<V: MixedVector> Kernels<ChannelCodec> for V {
     fn seal(&self, codec: &ChannelCodec, header: &mut [u8], page: &mut [u8], rows: &mut SealRows) {

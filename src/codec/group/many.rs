@@ -1,7 +1,7 @@
 //! Codec `group` where many rows meet a page: its codes are unpacked once for all of them.
 #![forbid(unsafe_code)]
 
-use super::vector::{codes_of, Steps};
+use super::steps::{codes_of, Steps};
 use super::{GroupCodec, PageRef, Probabilities, Query};
 use crate::codec::tile::many::Room;
 use crate::codec::tile::vector::{Coefficients, TileVector, MANY_ROWS};

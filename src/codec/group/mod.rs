@@ -8,6 +8,7 @@
 
 mod many;
 pub(crate) mod scalar;
+mod steps;
 mod vector;
 
 #[cfg(test)]

@@ -1,14 +1,35 @@
 //! Products of a mixed tile with many rows of coefficients: its codes are unpacked once for all of them.
 #![forbid(unsafe_code)]
 
-use super::vector::{add_rest, by_levels_and_rows, MixedVector, MAX_ROWS, ROUNDED};
+use super::vector::{add_few, add_rest, by_levels_and_rows, MixedVector, MAX_ROWS, ROUNDED};
 use super::{MixedPage, Rounded};
-use crate::codec::tile::many::Room;
+use crate::codec::tile::many::{with_room, Room};
 use crate::codec::tile::vector::{Codes, Coefficients, MANY_ROWS};
 
-/// [`super::vector::add_products`]
+/// [`MixedPage::add_products`] with coefficients rounded to int8.
 #[inline(always)]
-pub(super) fn add_products<V: MixedVector, const NORMAL: bool>(
+pub(crate) fn add_products<V: MixedVector>(v: V, page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) {
+    let depth = page.factors.len();
+    if x.len() / depth < v.many_rows() || page.tile.depth != depth {
+        return add_few(v, page, x, out, stride);
+    }
+    with_room(|room| {
+        if page.normal {
+            v.run(
+                #[inline(always)]
+                |v| add_unpacked::<V, true>(v, page, x, out, stride, room),
+            );
+        } else {
+            v.run(
+                #[inline(always)]
+                |v| add_unpacked::<V, false>(v, page, x, out, stride, room),
+            );
+        }
+    });
+}
+
+#[inline(always)]
+fn add_unpacked<V: MixedVector, const NORMAL: bool>(
     v: V,
     page: &MixedPage,
     x: &[f32],

@@ -1,8 +1,7 @@
 //! What codecs ask of an instruction set for mixed tiles.
 #![forbid(unsafe_code)]
 
-use super::{listed, many, MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH};
-use crate::codec::tile::many::with_room;
+use super::{listed, MixedPage, MixedTile, Rounded, Segments, MAX_DEPTH};
 use crate::codec::tile::vector::{Codes, Coefficients, Sums, TileVector};
 
 /// Most rows of coefficients that a pass over the codes serves.
@@ -83,26 +82,10 @@ macro_rules! by_levels_and_rows {
 }
 pub(crate) use by_levels_and_rows;
 
-/// [`MixedPage::add_products`] on the codes as they are, with coefficients rounded to int8.
+/// [`MixedPage::add_products`] on the codes as they are, a few rows at a time, with coefficients rounded to int8.
 #[inline(always)]
-pub(crate) fn add_products<V: MixedVector>(v: V, page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) {
+pub(super) fn add_few<V: MixedVector>(v: V, page: &MixedPage, x: &[f32], out: &mut [f32], stride: usize) {
     let depth = page.factors.len();
-    if x.len() / depth >= v.many_rows() && page.tile.depth == depth {
-        with_room(|room| {
-            if page.normal {
-                v.run(
-                    #[inline(always)]
-                    |v| many::add_products::<V, true>(v, page, x, out, stride, room),
-                );
-            } else {
-                v.run(
-                    #[inline(always)]
-                    |v| many::add_products::<V, false>(v, page, x, out, stride, room),
-                );
-            }
-        });
-        return;
-    }
     for (group, x) in x.chunks(V::MAX_ROWS * depth).enumerate() {
         let out = &mut out[group * V::MAX_ROWS * stride..];
         let n = x.len() / depth;
