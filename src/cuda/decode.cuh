@@ -117,7 +117,7 @@ template <bool FRAMES> __device__ __forceinline__ void decode_chunk(const LayerD
         const uint32_t block = is_key ? chunk : channel % d.group / 32, first = (is_key ? channel % d.group : token) / 4;
         const uint32_t *from = words + (g * d.tile_bytes / 4 + block * d.tile_words * 32);
         for (uint32_t q = 0; q < 4; q++) {
-            const uint32_t codes = tile_quad(d, from, is_key ? d.group : l.page, first + q);
+            const uint32_t codes = tile_quad(d.width, from, is_key ? d.group : l.page, 0, first + q);
             for (uint32_t j = 0; j < 4; j++) {
                 const uint32_t at = is_key ? token + lane : token + 4 * q + j, i = g * l.page + at;
                 rows[at % 32 * stride + channel + (is_key ? 4 * q + j : lane)] = page.step(d, i) * (float(codes >> 8 * j & 255) - centre) + page.mid(d, i);

@@ -56,14 +56,6 @@ template <int DIM, Rows KIND> struct DequantizeRows {
         }
     }
 
-    // Those at depth 4 (first + q) and up of a lane's words, see codec/tile.rs. `first` is a multiple of 8.
-    template <int WIDTH> __device__ static uint32_t quad(const uint32_t *words, uint32_t depth, uint32_t first, uint32_t q) {
-        const auto field = [&](uint32_t w, uint32_t shift, uint32_t mask) { return words[w * 32] >> shift & mask * 0x01010101u; };
-        if (WIDTH == 3) return field(first / 4 + q / 4, 2 * (q % 4), 3) | field(depth / 16 + first / 8 + q / 8, q % 8, 1) << 2;
-        constexpr uint32_t PER_WORD = 8 / WIDTH;
-        return field(first / PER_WORD + q / PER_WORD, WIDTH * (q % PER_WORD), (1u << WIDTH) - 1);
-    }
-
     // Codes times steps of a lane's row.
     template <int WIDTH> __device__ void decode_keys(const Page &page, uint32_t first_token, float (&x)[DIM]) const {
         const uint32_t *words = reinterpret_cast<const uint32_t *>(page.bytes) + first_token * side.tile_words + lane;
@@ -71,7 +63,7 @@ template <int DIM, Rows KIND> struct DequantizeRows {
 #pragma unroll
         for (uint32_t q = 0; q < QUADS; q++) {
             float code[4];
-            floats_of(quad<WIDTH>(words, DIM, 0, q), centre, code);
+            floats_of(store::tile_quad(WIDTH, words, DIM, 0, q), centre, code);
 #pragma unroll
             for (uint32_t j = 0; j < 4; j++) x[4 * q + j] = step * code[j] + 0.f;
         }
@@ -89,7 +81,7 @@ template <int DIM, Rows KIND> struct DequantizeRows {
 #pragma unroll
             for (uint32_t q = 0; q < 8; q++) {
                 float code[4];
-                floats_of(quad<WIDTH>(words, p.layer.page, first_token / 4, q), centre, code);
+                floats_of(store::tile_quad(WIDTH, words, p.layer.page, first_token / 4, q), centre, code);
                 const float4 step = *reinterpret_cast<const float4 *>(steps + 4 * q);
                 const float of[4] = {step.x, step.y, step.z, step.w};
 #pragma unroll

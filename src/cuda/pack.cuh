@@ -77,13 +77,13 @@ template <class F> __device__ __forceinline__ void pack_mixed(const Segments &s,
     }
 }
 
-// Four codes of a lane of a tile of one width that is not ternary, those at depth 4q and up; `words`: the lane's first.
-__device__ __forceinline__ uint32_t tile_quad(const SideDesc &side, const uint32_t *words, uint32_t depth, uint32_t q) {
-    const uint32_t width = side.width;
+// Four codes of a lane of a tile of one width that is not ternary, those at depth 4 (first + q) and up; `words`: the lane's first. `first` is a
+// multiple of 8, so that fields are known where `q` is.
+__device__ __forceinline__ uint32_t tile_quad(uint32_t width, const uint32_t *words, uint32_t depth, uint32_t first, uint32_t q) {
     const auto field = [&](uint32_t w, uint32_t shift, uint32_t mask) { return words[w * 32] >> shift & mask * 0x01010101u; };
-    if (width == 3) return field(q / 4, 2 * (q % 4), 3) | field(depth / 16 + q / 8, q % 8, 1) << 2;
+    if (width == 3) return field(first / 4 + q / 4, 2 * (q % 4), 3) | field(depth / 16 + first / 8 + q / 8, q % 8, 1) << 2;
     const uint32_t per_word = 8 / width;
-    return field(q / per_word, width * (q % per_word), (1u << width) - 1);
+    return field(first / per_word + q / per_word, width * (q % per_word), (1u << width) - 1);
 }
 
 // The same of a tile of mixed widths: those of quad `q` of a segment.
@@ -101,7 +101,7 @@ __device__ __forceinline__ uint32_t mixed_quad(const Segments &s, const uint32_t
 __device__ inline uint32_t tile_code(const SideDesc &side, const uint8_t *tile, uint32_t lanes, uint32_t depth, uint32_t lane, uint32_t d) {
     const uint32_t q = d / 4, per_lane = side.tile_words;
     const uint32_t *words = reinterpret_cast<const uint32_t *>(tile) + lane / 32 * per_lane * 32 + lane % 32;
-    if (side.width != WIDTH_TERNARY) return tile_quad(side, words, depth, q) >> 8 * (d % 4) & 255;
+    if (side.width != WIDTH_TERNARY) return tile_quad(side.width, words, depth, 0, q) >> 8 * (d % 4) & 255;
     if (q < per_lane * 5) return (words[q / 5 * 32] >> 8 * (d % 4) & 255) / power_of_3(q % 5) % 3;
     const uint32_t entry = (q - per_lane * 5) * (lanes / 16) + lane / 16;
     return tile[side.tile_tail + entry / 4 * 64 + lane % 16 * 4 + d % 4] >> 2 * (entry % 4) & 3;
