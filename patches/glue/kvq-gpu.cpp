@@ -109,7 +109,7 @@ ggml_tensor * llama_kvq_cache::new_space(const kvq_gpu & gpu, size_t size) {
         buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), gpu.buft);
     }
     if (!buf) {
-        throw std::runtime_error(format("kvq: no room for %zu bytes of workspace in %s memory: use a smaller -ub",
+        throw std::runtime_error(format("kvq: no room for %zu bytes beside the cache in %s memory: use a smaller -c or -ub",
                     size, ggml_backend_buft_name(gpu.buft)));
     }
     ggml_backend_buffer_clear(buf, 0);
